@@ -1,0 +1,1 @@
+//! Benches of the promised numbers: shared helpers.

@@ -1,0 +1,1 @@
+//! The gRPC contract: protocol buffers, conversions and faults.

@@ -1,0 +1,1 @@
+//! kvd, the KV daemon: one per node.

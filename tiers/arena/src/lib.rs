@@ -1,0 +1,1 @@
+//! Host memory as both sides of the fence see it: slots, the shared catalog table, hazard slots.

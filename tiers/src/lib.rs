@@ -1,0 +1,1 @@
+//! Where blocks live: the catalog, the host tier, eviction, admission and the store trait.

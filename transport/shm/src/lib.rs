@@ -1,0 +1,1 @@
+//! Worker to its own daemon: shared rings, the handshake, passed descriptors.
