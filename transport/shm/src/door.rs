@@ -1,0 +1,635 @@
+//! How a worker meets its daemon: three messages on a `SOCK_SEQPACKET` Unix socket.
+//!
+//! ```text
+//! worker                                                   daemon
+//!   | -- Hello (versions, sizes wanted) -------------------> |   uid, gid, pid from the kernel
+//!   | <- Welcome (session, epoch, sizes given) + 5 fds each  |   or Refused (code, words)
+//!   |    shard: meta, data, hazard, ring, bell               |
+//!   | ........ the connection stays open: its end is the session's end ........ |
+//!
+//! every message  0 "kvdshm" | 6 kind u8 | 7 zero
+//! Hello          8 version_min u16 | 10 version_max u16 | 12 flags u16 (1: wants to write in place)
+//!               14 numa_node u16 (65535: none) | 16 hazards u32 | 20 ring_entries u32 | 24 staging_bytes u64
+//! Welcome        8 version u16 | 10 shards u16 | 12 flags u16 (1: may write in place) | 14 zero
+//!               16 session u64 | 24 epoch u64 | then per shard, 24 bytes:
+//!                0 shard u16 | 2 numa_node u16 | 4 hazards u32 | 8 ring_entries u32 | 12 zero
+//!               16 staging_bytes u64
+//! Refused        8 code u16 | 10 length u16 | 12 retry_after_ms u32 | then `length` bytes of UTF-8
+//! ```
+//! All integers are little-endian. A message of another length than its kind says is refused.
+
+use kv_block::code::Code;
+use kv_block::{Epoch, SessionId, ShardId};
+
+use crate::{Error, Layout};
+
+#[cfg(not(loom))]
+pub use socket::{Connection, Listener};
+
+/// Newest version of the handshake and the rings that this crate speaks.
+pub const VERSION: u16 = 1;
+/// Oldest version that this crate speaks.
+pub const VERSION_MIN: u16 = 1;
+/// Descriptors per shard in a [`Welcome`]: meta, data, hazard, ring, bell.
+pub const FDS_PER_SHARD: usize = 5;
+/// Most shards of one daemon: all their descriptors fit one message (the kernel's limit is 253).
+pub const SHARDS_MAX: usize = 32;
+/// Most hazard slots of one worker and shard.
+pub const HAZARDS_MAX: u32 = 1 << 16;
+
+const MAGIC: &[u8; 6] = b"kvdshm";
+const MESSAGE_BYTES_MAX: usize = 4096;
+const WORDS_BYTES_MAX: usize = 1024;
+const NO_NODE: u16 = u16::MAX;
+const WRITES: u16 = 1;
+
+/// What a worker wants.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Hello {
+    /// Oldest version it speaks.
+    pub version_min: u16,
+    /// Newest version it speaks.
+    pub version_max: u16,
+    /// NUMA node it runs on, if it knows.
+    pub numa_node: Option<u16>,
+    /// Blocks of one shard it wants to read at the same time.
+    pub hazards: u32,
+    /// Ring entries it wants per shard.
+    pub ring_entries: u32,
+    /// Staging bytes it wants per shard.
+    pub staging_bytes: u64,
+    /// Whether it wants to fill arena slots in place.
+    pub wants_write: bool,
+}
+
+/// What it gets.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Welcome {
+    /// Version both speak from here on.
+    pub version: u16,
+    /// Its session. Names it over gRPC too.
+    pub session: SessionId,
+    /// Epoch of the daemon.
+    pub epoch: Epoch,
+    /// Whether it may fill arena slots in place.
+    pub may_write: bool,
+    /// Every shard of the node.
+    pub shards: Vec<ShardWelcome>,
+}
+
+/// One shard of a [`Welcome`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct ShardWelcome {
+    /// Which shard.
+    pub shard: ShardId,
+    /// NUMA node of its memory, where there is one.
+    pub numa_node: Option<u16>,
+    /// Hazard slots given.
+    pub hazards: u32,
+    /// Sizes of the ring memory given.
+    pub layout: Layout,
+}
+
+/// Why it gets nothing.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Refused {
+    /// Stable code.
+    pub code: Code,
+    /// When to try again, in milliseconds; 0 without a hint.
+    pub retry_after_ms: u32,
+    /// What is wrong, with the values that matter. Cut to 1024 bytes on the way.
+    pub message: String,
+}
+
+/// One message of the handshake.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Message {
+    /// Worker to daemon.
+    Hello(Hello),
+    /// Daemon to worker, with the descriptors.
+    Welcome(Welcome),
+    /// Daemon to worker, without.
+    Refused(Refused),
+}
+
+impl Hello {
+    /// The version both sides speak, the newest first.
+    pub fn common_version(&self) -> Option<u16> {
+        let newest = self.version_max.min(VERSION);
+        (newest >= self.version_min.max(VERSION_MIN)).then_some(newest)
+    }
+}
+
+fn node_bits(node: Option<u16>) -> u16 {
+    node.unwrap_or(NO_NODE)
+}
+
+fn flag(on: bool) -> u16 {
+    if on { WRITES } else { 0 }
+}
+
+impl Message {
+    /// The bytes that say this.
+    pub fn encode(&self) -> Vec<u8> {
+        let mut bytes = MAGIC.to_vec();
+        match self {
+            Self::Hello(hello) => {
+                bytes.extend([1, 0]);
+                for number in [hello.version_min, hello.version_max, flag(hello.wants_write)] {
+                    bytes.extend(number.to_le_bytes());
+                }
+                bytes.extend(node_bits(hello.numa_node).to_le_bytes());
+                bytes.extend(hello.hazards.to_le_bytes());
+                bytes.extend(hello.ring_entries.to_le_bytes());
+                bytes.extend(hello.staging_bytes.to_le_bytes());
+            }
+            Self::Welcome(welcome) => {
+                bytes.extend([2, 0]);
+                for number in [welcome.version, welcome.shards.len() as u16, flag(welcome.may_write), 0] {
+                    bytes.extend(number.to_le_bytes());
+                }
+                bytes.extend(welcome.session.0.to_le_bytes());
+                bytes.extend(welcome.epoch.0.to_le_bytes());
+                for shard in &welcome.shards {
+                    bytes.extend(shard.shard.0.to_le_bytes());
+                    bytes.extend(node_bits(shard.numa_node).to_le_bytes());
+                    bytes.extend(shard.hazards.to_le_bytes());
+                    bytes.extend(shard.layout.entries().to_le_bytes());
+                    bytes.extend([0; 4]);
+                    bytes.extend(shard.layout.staging_bytes().to_le_bytes());
+                }
+            }
+            Self::Refused(refused) => {
+                bytes.extend([3, 0]);
+                let end = refused.message.floor_char_boundary(WORDS_BYTES_MAX);
+                bytes.extend((refused.code as u16).to_le_bytes());
+                bytes.extend((end as u16).to_le_bytes());
+                bytes.extend(refused.retry_after_ms.to_le_bytes());
+                bytes.extend(&refused.message.as_bytes()[..end]);
+            }
+        }
+        bytes
+    }
+
+    /// What `bytes` say; refused unless every byte is accounted for.
+    pub fn decode(bytes: &[u8]) -> Result<Self, Error> {
+        let mut rest = Reader(bytes);
+        if rest.take::<6>()? != *MAGIC {
+            return Err(refuse("not a kvd handshake"));
+        }
+        let [kind, zero] = rest.take()?;
+        if zero != 0 {
+            return Err(refuse("a reserved field is not zero"));
+        }
+        let message = match kind {
+            1 => Self::Hello(Self::decode_hello(&mut rest)?),
+            2 => Self::Welcome(Self::decode_welcome(&mut rest)?),
+            3 => Self::Refused(Self::decode_refused(&mut rest)?),
+            _ => return Err(refuse("unknown message")),
+        };
+        if rest.0.is_empty() { Ok(message) } else { Err(refuse("the message is too long")) }
+    }
+
+    fn decode_hello(rest: &mut Reader<'_>) -> Result<Hello, Error> {
+        let (version_min, version_max, flags) = (rest.u16()?, rest.u16()?, rest.u16()?);
+        let hello = Hello {
+            version_min,
+            version_max,
+            wants_write: writes(flags)?,
+            numa_node: rest.node()?,
+            hazards: rest.u32()?,
+            ring_entries: rest.u32()?,
+            staging_bytes: rest.u64()?,
+        };
+        if version_min > version_max {
+            return Err(refuse("the version range is empty"));
+        }
+        Ok(hello)
+    }
+
+    fn decode_welcome(rest: &mut Reader<'_>) -> Result<Welcome, Error> {
+        let (version, shards, flags) = (rest.u16()?, usize::from(rest.u16()?), rest.u16()?);
+        rest.zero(2)?;
+        if shards == 0 || shards > SHARDS_MAX {
+            return Err(refuse("no shard, or too many"));
+        }
+        let (session, epoch) = (SessionId(rest.u64()?), Epoch(rest.u64()?));
+        let shards = (0..shards).map(|_| {
+            let (shard, numa_node, hazards) = (ShardId(rest.u16()?), rest.node()?, rest.u32()?);
+            let entries = rest.u32()?;
+            rest.zero(4)?;
+            let layout = Layout::new(entries, rest.u64()?)?;
+            if hazards > HAZARDS_MAX {
+                return Err(refuse("too many hazard slots"));
+            }
+            Ok(ShardWelcome { shard, numa_node, hazards, layout })
+        });
+        let shards = shards.collect::<Result<_, _>>()?;
+        Ok(Welcome { version, session, epoch, may_write: writes(flags)?, shards })
+    }
+
+    fn decode_refused(rest: &mut Reader<'_>) -> Result<Refused, Error> {
+        let number = rest.u16()?;
+        let (length, retry_after_ms) = (usize::from(rest.u16()?), rest.u32()?);
+        if length > WORDS_BYTES_MAX {
+            return Err(refuse("the message is too long"));
+        }
+        let words = rest.split(length)?;
+        let message = std::str::from_utf8(words).map_err(|_| refuse("words are not UTF-8"))?.to_owned();
+        // A newer daemon may know codes that we do not: its words still say what is wrong.
+        let code = Code::from_number(number).unwrap_or(Code::Version);
+        Ok(Refused { code, retry_after_ms, message })
+    }
+}
+
+fn refuse(why: &'static str) -> Error {
+    Error::Handshake { why }
+}
+
+fn writes(flags: u16) -> Result<bool, Error> {
+    if flags & !WRITES == 0 { Ok(flags == WRITES) } else { Err(refuse("unknown flags")) }
+}
+
+struct Reader<'a>(&'a [u8]);
+
+impl<'a> Reader<'a> {
+    fn split(&mut self, bytes: usize) -> Result<&'a [u8], Error> {
+        let (head, rest) = self.0.split_at_checked(bytes).ok_or(refuse("the message is too short"))?;
+        self.0 = rest;
+        Ok(head)
+    }
+
+    fn take<const N: usize>(&mut self) -> Result<[u8; N], Error> {
+        self.split(N).map(|bytes| bytes.try_into().expect("split gives N bytes"))
+    }
+
+    fn u16(&mut self) -> Result<u16, Error> {
+        self.take().map(u16::from_le_bytes)
+    }
+
+    fn u32(&mut self) -> Result<u32, Error> {
+        self.take().map(u32::from_le_bytes)
+    }
+
+    fn u64(&mut self) -> Result<u64, Error> {
+        self.take().map(u64::from_le_bytes)
+    }
+
+    fn node(&mut self) -> Result<Option<u16>, Error> {
+        self.u16().map(|node| (node != NO_NODE).then_some(node))
+    }
+
+    fn zero(&mut self, bytes: usize) -> Result<(), Error> {
+        let zero = self.split(bytes)?.iter().all(|byte| *byte == 0);
+        if zero { Ok(()) } else { Err(refuse("a reserved field is not zero")) }
+    }
+}
+
+#[cfg(not(loom))]
+mod socket {
+    use std::io::{IoSlice, IoSliceMut};
+    use std::mem::MaybeUninit;
+    use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+    use std::path::Path;
+    use std::time::Duration;
+
+    use rustix::event::{PollFd, PollFlags, Timespec, poll};
+    use rustix::fs::Mode;
+    use rustix::io::Errno;
+    use rustix::net::{
+        self, AddressFamily, RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, ReturnFlags,
+        SendAncillaryBuffer, SendAncillaryMessage, SendFlags, SocketAddrUnix, SocketFlags, SocketType,
+    };
+
+    use super::{Error, FDS_PER_SHARD, MESSAGE_BYTES_MAX, Message, SHARDS_MAX, refuse};
+
+    const FLAGS: SocketFlags = SocketFlags::CLOEXEC.union(SocketFlags::NONBLOCK);
+    const FDS_MAX: usize = FDS_PER_SHARD * SHARDS_MAX;
+
+    fn socket() -> Result<OwnedFd, Error> {
+        net::socket_with(AddressFamily::UNIX, SocketType::SEQPACKET, FLAGS, None)
+            .map_err(Error::io("making a worker socket"))
+    }
+
+    /// The daemon's door.
+    #[derive(Debug)]
+    pub struct Listener(OwnedFd);
+
+    impl Listener {
+        /// Listens at `path`, which must not exist, with the permission bits `mode`.
+        pub fn bind(path: &Path, mode: u32) -> Result<Self, Error> {
+            let socket = socket()?;
+            let address = SocketAddrUnix::new(path).map_err(Error::io("naming the worker socket"))?;
+            net::bind(&socket, &address).map_err(Error::io("binding the worker socket"))?;
+            rustix::fs::chmod(path, Mode::from_raw_mode(mode))
+                .map_err(Error::io("setting the mode of the worker socket"))?;
+            net::listen(&socket, 128).map_err(Error::io("listening on the worker socket"))?;
+            Ok(Self(socket))
+        }
+
+        /// The next worker; `None` when nobody waits. Wait for the descriptor to become readable.
+        pub fn accept(&self) -> Result<Option<Connection>, Error> {
+            match net::accept_with(&self.0, FLAGS) {
+                Ok(socket) => Ok(Some(Connection(socket))),
+                Err(Errno::AGAIN | Errno::INTR | Errno::CONNABORTED) => Ok(None),
+                Err(errno) => Err(Error::io("accepting a worker")(errno)),
+            }
+        }
+    }
+
+    impl AsFd for Listener {
+        fn as_fd(&self) -> BorrowedFd<'_> {
+            self.0.as_fd()
+        }
+    }
+
+    /// One worker and its daemon. Not blocking; the waits here poll.
+    #[derive(Debug)]
+    pub struct Connection(OwnedFd);
+
+    impl Connection {
+        /// Connects to the daemon at `path`. Does not wait: a daemon whose backlog is full is an error.
+        pub fn connect(path: &Path) -> Result<Self, Error> {
+            let socket = socket()?;
+            let address = SocketAddrUnix::new(path).map_err(Error::io("naming the worker socket"))?;
+            net::connect(&socket, &address).map_err(Error::io("connecting to the worker socket"))?;
+            Ok(Self(socket))
+        }
+
+        /// Two ends without a path.
+        pub fn pair() -> Result<(Self, Self), Error> {
+            let (left, right) = net::socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, FLAGS, None)
+                .map_err(Error::io("making a pair of sockets"))?;
+            Ok((Self(left), Self(right)))
+        }
+
+        /// Sends one message with `fds`. Never blocks: the messages of a handshake always find room.
+        pub fn send(&self, message: &Message, fds: &[BorrowedFd<'_>]) -> Result<(), Error> {
+            self.send_bytes(&message.encode(), fds)
+        }
+
+        pub(super) fn send_bytes(&self, bytes: &[u8], fds: &[BorrowedFd<'_>]) -> Result<(), Error> {
+            let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(FDS_MAX))];
+            let mut control = SendAncillaryBuffer::new(&mut space);
+            if !fds.is_empty() && !control.push(SendAncillaryMessage::ScmRights(fds)) {
+                return Err(refuse("too many descriptors"));
+            }
+            let flags = SendFlags::DONTWAIT | SendFlags::NOSIGNAL;
+            match net::sendmsg(&self.0, &[IoSlice::new(bytes)], &mut control, flags) {
+                Ok(_) => Ok(()),
+                Err(Errno::PIPE | Errno::CONNRESET) => Err(Error::Closed),
+                Err(errno) => Err(Error::io("sending a handshake")(errno)),
+            }
+        }
+
+        /// The message that lies there, with its descriptors; `None` when there is none yet. `Closed` when
+        /// the other side is gone.
+        pub fn try_recv(&self) -> Result<Option<(Message, Vec<OwnedFd>)>, Error> {
+            let mut bytes = [0; MESSAGE_BYTES_MAX];
+            let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(FDS_MAX))];
+            let mut control = RecvAncillaryBuffer::new(&mut space);
+            let flags = RecvFlags::DONTWAIT | RecvFlags::CMSG_CLOEXEC;
+            let received = net::recvmsg(&self.0, &mut [IoSliceMut::new(&mut bytes)], &mut control, flags);
+            // Whatever came is owned from here on and closed when it is not wanted.
+            let fds: Vec<OwnedFd> = control
+                .drain()
+                .filter_map(|message| match message {
+                    RecvAncillaryMessage::ScmRights(fds) => Some(fds),
+                    _ => None,
+                })
+                .flatten()
+                .collect();
+            let received = match received {
+                Ok(received) => received,
+                Err(Errno::AGAIN | Errno::INTR) => return Ok(None),
+                Err(Errno::CONNRESET) => return Err(Error::Closed),
+                Err(errno) => return Err(Error::io("receiving a handshake")(errno)),
+            };
+            if received.bytes == 0 {
+                return Err(Error::Closed);
+            }
+            if received.flags.intersects(ReturnFlags::TRUNC | ReturnFlags::CTRUNC) {
+                return Err(refuse("the message or its descriptors were cut short"));
+            }
+            let message = Message::decode(&bytes[..received.bytes])?;
+            let wanted = match &message {
+                Message::Welcome(welcome) => welcome.shards.len() * FDS_PER_SHARD,
+                Message::Hello(_) | Message::Refused(_) => 0,
+            };
+            if fds.len() != wanted {
+                return Err(refuse("the message has another number of descriptors than it should"));
+            }
+            Ok(Some((message, fds)))
+        }
+
+        /// [`Connection::try_recv`], waiting up to `timeout`.
+        pub fn recv(&self, timeout: Duration) -> Result<Option<(Message, Vec<OwnedFd>)>, Error> {
+            let limit = Timespec::try_from(timeout).unwrap_or(Timespec { tv_sec: i64::MAX, tv_nsec: 0 });
+            match poll(&mut [PollFd::new(&self.0, PollFlags::IN)], Some(&limit)) {
+                Ok(0) => Ok(None),
+                Ok(_) | Err(Errno::INTR) => self.try_recv(),
+                Err(errno) => Err(Error::io("waiting for a handshake")(errno)),
+            }
+        }
+    }
+
+    impl AsFd for Connection {
+        /// Readable when a message lies there or the other side is gone.
+        fn as_fd(&self) -> BorrowedFd<'_> {
+            self.0.as_fd()
+        }
+    }
+}
+
+#[cfg(all(test, not(loom)))]
+mod tests {
+    use std::fs::File;
+    use std::io::{Read, Seek, Write};
+    use std::os::fd::{AsFd, OwnedFd};
+    use std::time::Duration;
+
+    use proptest::prelude::*;
+
+    use super::*;
+
+    const LONG: Duration = Duration::from_secs(10);
+
+    fn hello() -> Hello {
+        Hello {
+            version_min: 1,
+            version_max: 3,
+            numa_node: Some(1),
+            hazards: 64,
+            ring_entries: 256,
+            staging_bytes: 1 << 20,
+            wants_write: true,
+        }
+    }
+
+    fn welcome(shards: u16) -> Welcome {
+        let shard = |shard| ShardWelcome {
+            shard: ShardId(shard),
+            numa_node: (shard % 2 == 0).then_some(shard),
+            hazards: 64,
+            layout: Layout::new(256, 1 << 20).unwrap(),
+        };
+        Welcome {
+            version: 1,
+            session: SessionId(7),
+            epoch: Epoch(9),
+            may_write: false,
+            shards: (0..shards).map(shard).collect(),
+        }
+    }
+
+    fn refused(message: &str) -> Refused {
+        Refused { code: Code::Denied, retry_after_ms: 5, message: message.to_owned() }
+    }
+
+    fn messages() -> Vec<Message> {
+        vec![
+            Message::Hello(hello()),
+            Message::Hello(Hello { numa_node: None, wants_write: false, ..hello() }),
+            Message::Welcome(welcome(1)),
+            Message::Welcome(Welcome { may_write: true, ..welcome(SHARDS_MAX as u16) }),
+            Message::Refused(refused("uid 7 may not")),
+            Message::Refused(refused("")),
+        ]
+    }
+
+    #[test]
+    fn messages_are_written_and_read_back() {
+        for message in messages() {
+            assert_eq!(Message::decode(&message.encode()).unwrap(), message);
+        }
+    }
+
+    #[test]
+    fn messages_of_every_other_length_are_refused() {
+        for message in messages() {
+            let whole = message.encode();
+            for end in 0..whole.len() {
+                assert!(Message::decode(&whole[..end]).is_err(), "{message:?} cut to {end} bytes");
+            }
+            assert!(Message::decode(&[&whole[..], &[0]].concat()).is_err(), "{message:?} and a byte");
+        }
+    }
+
+    #[test]
+    fn long_words_are_cut_at_a_character() {
+        let words = "é".repeat(600);
+        let Message::Refused(read) = Message::decode(&Message::Refused(refused(&words)).encode()).unwrap()
+        else {
+            panic!();
+        };
+        assert_eq!(read.message, "é".repeat(512));
+    }
+
+    #[test]
+    fn the_newest_common_version_is_spoken() {
+        let speaks = |min, max| Hello { version_min: min, version_max: max, ..hello() }.common_version();
+        assert_eq!((speaks(1, 1), speaks(1, 9), speaks(0, 1)), (Some(1), Some(1), Some(1)));
+        assert_eq!((speaks(2, 9), speaks(0, 0)), (None, None));
+    }
+
+    proptest! {
+        #[test]
+        fn a_changed_byte_never_panics_and_never_hides(
+            which in 0..6usize, at: prop::sample::Index, byte: u8
+        ) {
+            let mut bytes = messages()[which].encode();
+            let at = at.index(bytes.len());
+            bytes[at] = byte;
+            if let Ok(read) = Message::decode(&bytes) {
+                // An unknown code is read as another one on purpose.
+                prop_assert!(read.encode() == bytes || matches!(read, Message::Refused(_)));
+            }
+        }
+
+        #[test]
+        fn garbage_never_panics(bytes: Vec<u8>) {
+            let _ = Message::decode(&bytes);
+            let _ = Message::decode(&[&MAGIC[..], &bytes].concat());
+        }
+    }
+
+    #[test]
+    fn descriptors_arrive_with_their_message() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("worker.sock");
+        let listener = Listener::bind(&path, 0o600).unwrap();
+        assert!(listener.accept().unwrap().is_none());
+        let serving = std::thread::spawn(move || {
+            let worker = loop {
+                if let Some(worker) = listener.accept().unwrap() {
+                    break worker;
+                }
+                std::thread::yield_now();
+            };
+            let (message, fds) = worker.recv(LONG).unwrap().unwrap();
+            assert!(message == Message::Hello(hello()) && fds.is_empty());
+            let files: Vec<File> = (0..2 * FDS_PER_SHARD)
+                .map(|number| {
+                    let mut file = tempfile::tempfile().unwrap();
+                    write!(file, "{number}").unwrap();
+                    file
+                })
+                .collect();
+            let fds: Vec<_> = files.iter().map(AsFd::as_fd).collect();
+            worker.send(&Message::Welcome(welcome(2)), &fds).unwrap();
+            assert!(matches!(worker.recv(LONG), Err(Error::Closed)), "the worker's end is seen");
+        });
+        let daemon = Connection::connect(&path).unwrap();
+        daemon.send(&Message::Hello(hello()), &[]).unwrap();
+        let (message, fds) = daemon.recv(LONG).unwrap().unwrap();
+        assert_eq!(message, Message::Welcome(welcome(2)));
+        for (number, fd) in fds.into_iter().enumerate() {
+            let flags = rustix::io::fcntl_getfd(&fd).unwrap();
+            assert!(flags.contains(rustix::io::FdFlags::CLOEXEC));
+            let (mut file, mut text) = (File::from(fd), String::new());
+            file.rewind().unwrap();
+            file.read_to_string(&mut text).unwrap();
+            assert_eq!(text, number.to_string());
+        }
+        drop(daemon);
+        serving.join().unwrap();
+    }
+
+    #[test]
+    fn the_largest_welcome_fits_one_message() {
+        let (daemon, worker) = Connection::pair().unwrap();
+        let file: OwnedFd = tempfile::tempfile().unwrap().into();
+        let fds = vec![file.as_fd(); SHARDS_MAX * FDS_PER_SHARD];
+        daemon.send(&Message::Welcome(welcome(SHARDS_MAX as u16)), &fds).unwrap();
+        let (message, received) = worker.recv(LONG).unwrap().unwrap();
+        assert_eq!(message, Message::Welcome(welcome(SHARDS_MAX as u16)));
+        assert_eq!(received.len(), fds.len());
+    }
+
+    #[test]
+    fn descriptors_nobody_asked_for_are_refused_and_closed() {
+        let (daemon, worker) = Connection::pair().unwrap();
+        let (mut reader, writer) = std::io::pipe().unwrap();
+        worker.send(&Message::Hello(hello()), &[writer.as_fd()]).unwrap();
+        assert!(matches!(daemon.recv(LONG), Err(Error::Handshake { .. })));
+        drop(writer);
+        assert_eq!(reader.read(&mut [0]).unwrap(), 0, "the passed descriptor was closed");
+
+        let (daemon, worker) = Connection::pair().unwrap();
+        daemon.send(&Message::Welcome(welcome(1)), &[]).unwrap();
+        assert!(matches!(worker.recv(LONG), Err(Error::Handshake { .. })), "too few");
+    }
+
+    #[test]
+    fn short_long_and_garbage_handshakes_are_refused() {
+        let whole = Message::Hello(hello()).encode();
+        let long = vec![0; MESSAGE_BYTES_MAX + 1];
+        for bytes in [&whole[..3], &whole[..whole.len() - 1], &long, b"GET / HTTP/1.1\r\n\r\n"] {
+            let (daemon, worker) = Connection::pair().unwrap();
+            worker.send_bytes(bytes, &[]).unwrap();
+            assert!(matches!(daemon.recv(LONG), Err(Error::Handshake { .. })));
+        }
+        let (daemon, _worker) = Connection::pair().unwrap();
+        assert!(daemon.recv(Duration::from_millis(1)).unwrap().is_none(), "nobody waits for ever");
+    }
+}
