@@ -14,6 +14,7 @@ pub mod fault;
 pub mod id;
 pub mod miss;
 pub mod payload;
+pub mod place;
 pub mod record;
 pub mod scope;
 pub mod slice;

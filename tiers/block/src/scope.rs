@@ -186,7 +186,8 @@ mod tests {
     #[test]
     fn every_field_changes_the_id_and_is_named_in_the_difference() {
         let base = scope();
-        let changes: [(&str, fn(&mut Scope)); 11] = [
+        type Change = fn(&mut Scope);
+        let changes: [(&str, Change); 11] = [
             ("kind", |s| s.kind = ScopeKind::Weights),
             ("block_tokens", |s| s.block_tokens = 32),
             ("model", |s| s.model = "n".into()),

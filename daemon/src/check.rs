@@ -1,0 +1,131 @@
+//! What `kvd --check` prints: the plan as tables for people. It opens nothing.
+
+use std::fmt::Write;
+
+use crate::config::units::Size;
+use crate::config::{ConfigError, Loaded};
+use crate::plan::{Plan, Resources, plan};
+use crate::topology::{DeviceKind, Topology, print_cpus};
+
+/// The plan for this machine and process.
+pub fn plan_here(loaded: &Loaded) -> Result<(Topology, Resources, Plan), ConfigError> {
+    let resources = Resources::of_this_machine(&loaded.config);
+    let topology = Topology::of_this_machine(resources.ram_bytes);
+    let plan = plan(&topology, loaded, &resources)?;
+    Ok((topology, resources, plan))
+}
+
+/// All that a person wants to know before the daemon runs.
+pub fn report(loaded: &Loaded, topology: &Topology, resources: &Resources, plan: &Plan) -> String {
+    let config = &loaded.config;
+    let mut out = String::new();
+    let mut say = |line: String| out.push_str(&(line + "\n"));
+
+    say(format!("node      {}", config.node_name()));
+    say(format!("run dir   {}", config.run_dir().display()));
+    let memory = format!("memory    {}", config.memory_dir().display());
+    say(format!("{memory}  huge pages {}, policy {}", config.host.huge_pages, config.host.policy));
+    match config.disk_dir() {
+        None => say("disk      off".into()),
+        Some(dir) => {
+            let disk = &config.disk;
+            let (engine, admission, sync) = (disk.engine, disk.admission, disk.sync);
+            say(format!("disk      {}  engine {engine}, admission {admission}, sync {sync}", dir.display()));
+        }
+    }
+    let secure = if config.listen.tls.client_ca.get().is_some() { "  mutual TLS" } else { "" };
+    say(format!("tcp       {}{secure}", config.listen.tcp));
+    say(format!("http      {}", config.listen.http));
+
+    say(String::new());
+    let nodes = topology.nodes.iter().map(|node| {
+        let devices = |kind| {
+            let here =
+                topology.devices.iter().filter(|device| device.kind == kind && device.node == node.number);
+            here.count().to_string()
+        };
+        vec![
+            node.number.to_string(),
+            dash(print_cpus(&node.cpus)),
+            Size(node.memory_bytes).about(),
+            Size(node.huge_free_bytes).about(),
+            devices(DeviceKind::Gpu),
+            devices(DeviceKind::Nvme),
+            devices(DeviceKind::Nic),
+            plan.home_shard(node.number).to_string(),
+        ]
+    });
+    let head = ["numa node", "cpus", "memory", "huge free", "gpus", "nvme", "nics", "home shard"];
+    say(table(&head, nodes.collect()));
+
+    let shards = plan.shards.iter().map(|shard| {
+        let disk = shard.disk.as_ref();
+        vec![
+            shard.index.to_string(),
+            shard.numa_node.map_or("any".into(), |node| node.to_string()),
+            dash(print_cpus(&shard.shard_cpus)),
+            dash(print_cpus(&shard.disk_cpus)),
+            Size(shard.arena_bytes).about(),
+            format!("{} x {}", shard.regions, Size(plan.region_bytes)),
+            shard.table_entries_max.to_string(),
+            disk.map_or("-".into(), |disk| Size(u64::from(disk.segments_max) * disk.segment_bytes).about()),
+        ]
+    });
+    let head = ["shard", "numa node", "cpu", "disk cpu", "arena", "regions", "entries", "disk"];
+    say(table(&head, shards.collect()));
+
+    let bounds = &plan.bounds;
+    let rows = [
+        ("bytes in flight", Size(bounds.in_flight_bytes_max).about()),
+        ("bytes pinned", Size(bounds.pinned_bytes_max).about()),
+        ("disk operations", bounds.disk_queue_depth.to_string()),
+        ("blocks going to disk", bounds.offloads_max.to_string()),
+        ("blocks coming from disk", bounds.onboards_max.to_string()),
+        ("requests waiting for room", bounds.stalled_max.to_string()),
+        ("requests waiting for the shard", bounds.requests_max.to_string()),
+        ("events kept", bounds.events_max.to_string()),
+    ];
+    let rows = rows.into_iter().map(|(what, most)| vec![what.to_owned(), most]);
+    say(table(&["bound of a shard", "at most"], rows.collect()));
+
+    let mut rows: Vec<_> = plan
+        .budget
+        .iter()
+        .map(|line| vec![line.owner.to_owned(), Size(line.bytes).about(), line.how.clone()])
+        .collect();
+    let of = format!("of {}", Size(resources.ram_bytes).about());
+    rows.push(vec!["sum".into(), Size(plan.memory_bytes()).about(), of]);
+    say(table(&["memory", "at most", "how"], rows));
+
+    let rows: Vec<_> = loaded.set().map(|(key, origin)| vec![key.to_owned(), origin.to_string()]).collect();
+    if !rows.is_empty() {
+        say(table(&["set", "by"], rows));
+    }
+    for note in &plan.notes {
+        say(format!("note: {note}"));
+    }
+    say("the configuration is good".into());
+    out
+}
+
+fn dash(text: String) -> String {
+    if text.is_empty() { "-".into() } else { text }
+}
+
+/// Columns as wide as their widest cell, two spaces between, none at the end of a line.
+fn table(head: &[&str], rows: Vec<Vec<String>>) -> String {
+    let head = vec![head.iter().map(ToString::to_string).collect::<Vec<_>>()];
+    let lines: Vec<_> = head.into_iter().chain(rows).collect();
+    let width = |column: usize| lines.iter().map(|line| line[column].chars().count()).max().unwrap_or(0);
+    let widths: Vec<_> = (0..lines[0].len()).map(width).collect();
+    let mut out = String::new();
+    for line in &lines {
+        let mut text = String::new();
+        for (cell, width) in line.iter().zip(&widths) {
+            let _ = write!(text, "{cell:width$}  ");
+        }
+        out.push_str(text.trim_end());
+        out.push('\n');
+    }
+    out
+}

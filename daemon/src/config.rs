@@ -1,0 +1,279 @@
+//! The configuration: one tree, read from several places, each value knowing where it came from.
+//!
+//! ```text
+//! defaults  <  /etc/kvd/kvd.toml, then conf.d/*.toml   <  KVD_HOST__BYTES_MAX=1GiB  <  --set host.bytes_max=1GiB
+//!              (or the one file of --config)
+//! ```
+//!
+//! The [`Config`] tree below is the only list of keys: its default is serialised to learn which keys there
+//! are and of what type, so a key that is added there is known to files, environment, flags, messages and
+//! to the printed form at once. A key nobody knows, or a value that cannot be, is an error that names file,
+//! line and column. Reading opens nothing: [`Config::load`] is a pure function of [`Sources`].
+
+pub mod cli;
+mod layer;
+pub mod units;
+mod validate;
+
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+
+use serde::{Deserialize, Serialize};
+
+pub use layer::{ConfigError, Facts, Loaded, Origin, Problem, Sources};
+use units::{
+    Address, Admission, Engine, FilePath, HugePages, Label, LogFormat, Mode, OrAuto, OrOff, Policy, Share,
+    Size, SizeOrShare, Span, Sync, UidRule,
+};
+
+/// Status with which the daemon ends when its configuration is refused (`EX_CONFIG`).
+pub const EXIT_CONFIG: u8 = 78;
+
+/// Words about one key: its name within its section, and the lines of its documentation.
+pub type KeyDoc = (&'static str, &'static [&'static str]);
+
+/// A struct of keys with their defaults; what is said about them is kept for [`Loaded::print_effective`].
+macro_rules! section {
+    ($(#[doc = $about:literal])* $name:ident {
+        $($(#[doc = $doc:literal])+ $key:ident: $type:ty = $default:expr,)*
+    }) => {
+        $(#[doc = $about])*
+        #[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
+        #[serde(deny_unknown_fields, default)]
+        pub struct $name { $($(#[doc = $doc])+ pub $key: $type,)* }
+
+        impl Default for $name {
+            fn default() -> Self {
+                Self { $($key: $default,)* }
+            }
+        }
+
+        impl $name {
+            /// What is said about each key, in the order in which they are printed.
+            pub const DOCS: &'static [KeyDoc] = &[$((stringify!($key), &[$($doc),+])),*];
+        }
+    };
+}
+
+/// All of it.
+#[derive(Clone, PartialEq, Debug, Default, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Config {
+    /// Which node this is.
+    pub node: Node,
+    /// Where clients, administrators and scrapers connect.
+    pub listen: Listen,
+    /// What engine workers may do and how much they get.
+    pub workers: Workers,
+    /// The host tier.
+    pub host: Host,
+    /// The disk tier.
+    pub disk: Disk,
+    /// The catalog of all blocks.
+    pub catalog: Catalog,
+    /// Bounds on what callers may ask for.
+    pub limits: Limits,
+    /// Quotas and weights by tenant.
+    pub tenants: BTreeMap<String, Tenant>,
+    /// Log lines.
+    pub log: Log,
+}
+
+impl Config {
+    /// Every section with its keys, in the order in which they are printed. `tenants.*` stands for any tenant.
+    pub const SECTIONS: &'static [(&'static str, &'static [KeyDoc])] = &[
+        ("node", Node::DOCS),
+        ("listen", Listen::DOCS),
+        ("listen.tls", Tls::DOCS),
+        ("workers", Workers::DOCS),
+        ("host", Host::DOCS),
+        ("disk", Disk::DOCS),
+        ("catalog", Catalog::DOCS),
+        ("limits", Limits::DOCS),
+        ("tenants.*", Tenant::DOCS),
+        ("log", Log::DOCS),
+    ];
+}
+
+section! {
+    /// Which node this is.
+    Node {
+        /// Name of this node, in metrics, events and file names. auto: the host's name.
+        name: OrAuto<Label> = OrAuto::Auto,
+    }
+}
+
+section! {
+    /// Where clients, administrators and scrapers connect.
+    Listen {
+        /// Directory of the sockets `kvd.sock` (gRPC) and `worker.sock` (shared-memory workers).
+        /// auto: `/run/kvd` for root, else `$XDG_RUNTIME_DIR/kvd`, else `/tmp/kvd-<uid>`.
+        run_dir: OrAuto<FilePath> = OrAuto::Auto,
+        /// Permission bits of the sockets.
+        socket_mode: Mode = Mode(0o660),
+        /// gRPC over TCP too. Beyond this machine it needs `listen.tls` with a client CA.
+        tcp: OrOff<Address> = OrOff::Off,
+        /// Users who may administer through the socket, besides root.
+        admin_uids: Vec<UidRule> = vec![UidRule::Own],
+        /// HTTP with /metrics, /livez, /readyz and /startupz. Port 0: any free one.
+        http: OrOff<Address> = OrOff::Set(Address(std::net::SocketAddr::new(
+            std::net::IpAddr::V4(std::net::Ipv4Addr::LOCALHOST),
+            9472,
+        ))),
+        /// Allows `listen.http` beyond this machine. It tells health and metrics, in clear text, to anybody.
+        http_public: bool = false,
+        /// Allows `listen.tcp` beyond this machine without mutual TLS. Anybody who reaches it can read and
+        /// write every block.
+        insecure: bool = false,
+        /// Certificates of the TCP listener.
+        tls: Tls = Tls::default(),
+    }
+}
+
+section! {
+    /// Certificates of the TCP listener, in PEM.
+    Tls {
+        /// Chain of this node, its own certificate first.
+        cert: OrOff<FilePath> = OrOff::Off,
+        /// Private key of that certificate.
+        key: OrOff<FilePath> = OrOff::Off,
+        /// Callers must show a certificate signed by one of these.
+        client_ca: OrOff<FilePath> = OrOff::Off,
+    }
+}
+
+section! {
+    /// What engine workers may do and how much they get.
+    Workers {
+        /// Users whose processes may store and read blocks through the sockets, besides root.
+        uids: Vec<UidRule> = vec![UidRule::Own],
+        /// Of those, users who may fill arena slots in place when they ask for it: they can write into every
+        /// block of the arena.
+        trusted_uids: Vec<UidRule> = vec![],
+        /// Entries of each ring of a session; a power of two.
+        ring_entries: u32 = 1024,
+        /// Staging memory a session may ask for.
+        staging_bytes_max: Size = Size::mib(64),
+        /// Blocks a session may read at one moment without asking, per shard.
+        hazards_max: u32 = 4096,
+    }
+}
+
+section! {
+    /// The host tier: blocks in shared memory, which survives the daemon.
+    Host {
+        /// Memory for blocks: a size, a share of the machine's memory, or auto: 25% of it, at most 64GiB.
+        bytes_max: OrAuto<SizeOrShare> = OrAuto::Auto,
+        /// Unit in which memory goes to one block size; a power of two. auto: 32MiB, less when memory is small.
+        region_bytes: OrAuto<Size> = OrAuto::Auto,
+        /// Whether that memory lies on huge pages: auto, off or required.
+        huge_pages: HugePages = HugePages::Auto,
+        /// Mount point of hugetlbfs. auto: the one that is mounted.
+        hugetlbfs_dir: OrAuto<FilePath> = OrAuto::Auto,
+        /// Which block goes when room is needed: sieve, s3fifo or lru.
+        policy: Policy = Policy::Sieve,
+        /// Directory of the shared memory files, on a tmpfs.
+        /// auto: `/dev/shm/kvd-<node>` for root, else `/dev/shm/kvd-<uid>-<node>`.
+        memory_dir: OrAuto<FilePath> = OrAuto::Auto,
+        /// Making room begins when less than this share is free...
+        free_low_ratio: Share = Share::percent(3),
+        /// ...and ends when this share is free.
+        free_high_ratio: Share = Share::percent(6),
+    }
+}
+
+section! {
+    /// The disk tier: a checksummed log on local SSD.
+    Disk {
+        /// Whether to use it, once it has a directory.
+        enabled: bool = true,
+        /// Directory of the log.
+        dir: OrOff<FilePath> = OrOff::Off,
+        /// Space for it: a size or a share of the file system.
+        bytes_max: SizeOrShare = SizeOrShare::Share(Share::percent(50)),
+        /// Unit in which space is written and given back.
+        segment_bytes: Size = Size::mib(64),
+        /// Kernel interface: auto, uring or threads.
+        engine: Engine = Engine::Auto,
+        /// Reads and writes under way at one moment, per shard.
+        queue_depth: u32 = 64,
+        /// An operation slower than this counts against the device; several open its circuit.
+        slow_limit: Span = Span::millis(500),
+        /// Which blocks are written when they leave host memory: frequency, all or never.
+        admission: Admission = Admission::Frequency,
+        /// When the device's own cache is made durable: durable, always or never.
+        sync: Sync = Sync::Durable,
+    }
+}
+
+section! {
+    /// The catalog: one entry a block, whatever tier it is in.
+    Catalog {
+        /// Blocks known at one moment, over all shards. auto: from the sizes of the tiers.
+        entries_max: OrAuto<u64> = OrAuto::Auto,
+        /// Blocks remembered after they are gone, to say why. auto: a quarter of the entries.
+        ghosts_max: OrAuto<u64> = OrAuto::Auto,
+    }
+}
+
+section! {
+    /// Bounds on what callers may ask for. Past a bound the answer is a typed rejection with a hint.
+    Limits {
+        /// Worker sessions at one moment.
+        sessions_max: u32 = 64,
+        /// Blocks a session may hold leased or reserved.
+        leases_per_session_max: u32 = 65536,
+        /// Keys in one request.
+        keys_per_request_max: u32 = 4096,
+        /// Bytes of one gRPC message. Larger blocks go through the shared-memory door.
+        message_bytes_max: Size = Size::mib(4),
+        /// Bytes being copied, read or written at one moment, over all shards.
+        in_flight_bytes_max: Size = Size::mib(256),
+        /// Share of host memory that may be pinned.
+        pinned_ratio_max: Share = Share::percent(50),
+        /// An announced block that has not come after this long is given up.
+        pending_ttl: Span = Span::seconds(30),
+    }
+}
+
+section! {
+    /// What one tenant gets: `[tenants.<name>]`.
+    Tenant {
+        /// Host memory the tenant may fill: a size, a share of the tier, or off: no bound of its own.
+        bytes_max: OrOff<SizeOrShare> = OrOff::Off,
+        /// Its part when tenants compete, against the weights of the others.
+        weight: u32 = 1,
+    }
+}
+
+section! {
+    /// Log lines, on standard error.
+    Log {
+        /// Least level: error, warn, info, debug or trace; or directives such as `info,kv_ssd=debug`.
+        level: String = "info".into(),
+        /// Shape: text, json, or auto: text on a terminal, JSON elsewhere.
+        format: LogFormat = LogFormat::Auto,
+    }
+}
+
+impl Config {
+    /// Name of this node. Settled by [`Config::load`].
+    pub fn node_name(&self) -> &str {
+        self.node.name.get().map_or("kvd", |label| &label.0)
+    }
+
+    /// Directory of the sockets. Settled by [`Config::load`].
+    pub fn run_dir(&self) -> PathBuf {
+        self.listen.run_dir.get().map_or_else(|| "/run/kvd".into(), |path| path.0.clone())
+    }
+
+    /// Directory of the shared memory files. Settled by [`Config::load`].
+    pub fn memory_dir(&self) -> PathBuf {
+        self.host.memory_dir.get().map_or_else(|| "/dev/shm/kvd".into(), |path| path.0.clone())
+    }
+
+    /// Directory of the disk tier, where that is on.
+    pub fn disk_dir(&self) -> Option<PathBuf> {
+        self.disk.dir.get().filter(|_| self.disk.enabled).map(|path| path.0.clone())
+    }
+}

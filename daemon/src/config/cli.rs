@@ -1,0 +1,97 @@
+//! The command line of `kvd`.
+
+use std::path::PathBuf;
+
+use clap::Parser;
+
+use super::{Config, ConfigError, Loaded, Sources};
+
+/// The KV daemon: keeps blocks of KV cache in host memory and on disk, one per node.
+#[derive(Parser, Clone, Debug, Default)]
+#[command(
+    name = "kvd",
+    version,
+    max_term_width = 80,
+    disable_help_subcommand = true,
+    after_help = "Every key of the configuration can also be set as KVD_<SECTION>__<KEY>.\n\
+                  Precedence: defaults < files < environment < flags."
+)]
+pub struct Flags {
+    /// Read this file instead of /etc/kvd/kvd.toml and conf.d/*.toml
+    #[arg(long, value_name = "FILE")]
+    pub config: Option<PathBuf>,
+    /// Print the plan this machine would run, and end; opens nothing
+    #[arg(long)]
+    pub check: bool,
+    /// Print the configuration in force as TOML, and end
+    #[arg(long)]
+    pub print_config: bool,
+    /// With --print-config: say where each value came from
+    #[arg(long, requires = "print_config")]
+    pub origin: bool,
+    /// Set any key of the configuration; may be repeated
+    #[arg(long, value_name = "KEY=VALUE")]
+    pub set: Vec<String>,
+    /// Directory of the sockets [listen.run_dir]
+    #[arg(long, value_name = "DIR")]
+    pub run_dir: Option<String>,
+    /// Directory of the shared memory files [host.memory_dir]
+    #[arg(long, value_name = "DIR")]
+    pub memory_dir: Option<String>,
+    /// Directory of the disk tier, or off [disk.dir]
+    #[arg(long, value_name = "DIR")]
+    pub data_dir: Option<String>,
+    /// Host memory for blocks, as 4GiB or 25% [host.bytes_max]
+    #[arg(long, value_name = "SIZE")]
+    pub host_bytes: Option<String>,
+    /// Disk space for blocks, as 100GiB or 50% [disk.bytes_max]
+    #[arg(long, value_name = "SIZE")]
+    pub disk_bytes: Option<String>,
+    /// Address of metrics and health, or off [listen.http]
+    #[arg(long, value_name = "ADDRESS")]
+    pub http: Option<String>,
+    /// Allow TCP beyond this machine without mutual TLS [listen.insecure]
+    #[arg(long)]
+    pub insecure: bool,
+}
+
+impl Flags {
+    /// The settings among the flags: as written, key, value. `--set` comes last and so wins.
+    pub fn settings(&self) -> Result<Vec<(String, String, String)>, ConfigError> {
+        let named = [
+            ("--run-dir", "listen.run_dir", &self.run_dir),
+            ("--memory-dir", "host.memory_dir", &self.memory_dir),
+            ("--data-dir", "disk.dir", &self.data_dir),
+            ("--host-bytes", "host.bytes_max", &self.host_bytes),
+            ("--disk-bytes", "disk.bytes_max", &self.disk_bytes),
+            ("--http", "listen.http", &self.http),
+        ];
+        let named = named.into_iter().filter_map(|(flag, key, value)| Some((flag, key, value.as_deref()?)));
+        let insecure = self.insecure.then_some(("--insecure", "listen.insecure", "true"));
+        let mut settings: Vec<_> =
+            named.chain(insecure).map(|(f, k, v)| (f.to_owned(), k.to_owned(), absolute(k, v))).collect();
+        for text in &self.set {
+            let (key, value) = text.split_once('=').ok_or_else(|| {
+                ConfigError::new(format!("--set {text}: expected KEY=VALUE, such as host.bytes_max=1GiB"))
+            })?;
+            settings.push((format!("--set {key}"), key.to_owned(), value.to_owned()));
+        }
+        Ok(settings)
+    }
+
+    /// The configuration of this process: files, environment and these flags.
+    pub fn load(&self) -> Result<Loaded, ConfigError> {
+        let mut sources = Sources::of_this_process(self.config.as_deref())?;
+        sources.flags = self.settings()?;
+        Config::load(&sources)
+    }
+}
+
+/// A directory given as a flag may be relative to where the command was typed.
+fn absolute(key: &str, value: &str) -> String {
+    let is_dir = key.ends_with("dir") && value != "off" && value != "auto";
+    match std::path::absolute(value) {
+        Ok(path) if is_dir => path.display().to_string(),
+        _ => value.to_owned(),
+    }
+}

@@ -1,0 +1,91 @@
+//! What must hold between values, and the ranges that a type cannot say.
+
+use std::fmt::Display;
+use std::ops::RangeInclusive;
+
+use super::Config;
+use super::units::{OrAuto, Size, Span};
+
+/// Every key whose value cannot stand, with what is expected of it.
+pub(super) fn problems(config: &Config) -> Vec<(String, String)> {
+    let mut found = Vec::new();
+    let mut refuse = |key: &str, message: String| found.push((key.to_owned(), message));
+    let Config { workers, host, disk, catalog, limits, .. } = config;
+
+    let numbers: [(&str, u32, RangeInclusive<u32>); 6] = [
+        ("workers.ring_entries", workers.ring_entries, 8..=65536),
+        ("workers.hazards_max", workers.hazards_max, 1..=1 << 20),
+        ("disk.queue_depth", disk.queue_depth, 1..=4096),
+        ("limits.sessions_max", limits.sessions_max, 1..=65535),
+        ("limits.leases_per_session_max", limits.leases_per_session_max, 1..=1 << 24),
+        ("limits.keys_per_request_max", limits.keys_per_request_max, 1..=65536),
+    ];
+    for (key, value, range) in numbers {
+        outside(value, range).into_iter().for_each(|message| refuse(key, message));
+    }
+    let sizes: [(&str, Size, RangeInclusive<Size>); 4] = [
+        ("workers.staging_bytes_max", workers.staging_bytes_max, Size::kib(4)..=Size::gib(64)),
+        ("disk.segment_bytes", disk.segment_bytes, Size::mib(4)..=Size::gib(4)),
+        ("limits.message_bytes_max", limits.message_bytes_max, Size::kib(64)..=Size::mib(256)),
+        ("limits.in_flight_bytes_max", limits.in_flight_bytes_max, Size::mib(1)..=Size::gib(1024)),
+    ];
+    for (key, value, range) in sizes {
+        outside(value, range).into_iter().for_each(|message| refuse(key, message));
+    }
+    let spans: [(&str, Span, RangeInclusive<Span>); 2] = [
+        ("disk.slow_limit", disk.slow_limit, Span::millis(1)..=Span::seconds(600)),
+        ("limits.pending_ttl", limits.pending_ttl, Span::millis(10)..=Span::seconds(86400)),
+    ];
+    for (key, value, range) in spans {
+        outside(value, range).into_iter().for_each(|message| refuse(key, message));
+    }
+
+    if !workers.ring_entries.is_power_of_two() {
+        refuse("workers.ring_entries", format!("{} is not a power of two", workers.ring_entries));
+    }
+    for (key, size) in
+        [("workers.staging_bytes_max", workers.staging_bytes_max), ("disk.segment_bytes", disk.segment_bytes)]
+    {
+        if !size.0.is_multiple_of(4096) {
+            refuse(key, format!("{size} is not a multiple of 4KiB"));
+        }
+    }
+    if let OrAuto::Set(region) = host.region_bytes
+        && (!region.0.is_power_of_two() || outside(region, Size::mib(2)..=Size::gib(1)).is_some())
+    {
+        refuse("host.region_bytes", format!("{region} is not a power of two from 2MiB to 1GiB"));
+    }
+    if host.free_low_ratio >= host.free_high_ratio || host.free_high_ratio.ratio() > 0.5 {
+        let (low, high) = (host.free_low_ratio, host.free_high_ratio);
+        refuse(
+            "host.free_high_ratio",
+            format!("{high} must be above host.free_low_ratio ({low}) and not above 50%"),
+        );
+    }
+    for (key, count) in
+        [("catalog.entries_max", catalog.entries_max), ("catalog.ghosts_max", catalog.ghosts_max)]
+    {
+        if let OrAuto::Set(count) = count
+            && let Some(message) = outside(count, 64..=1 << 32)
+        {
+            refuse(key, message);
+        }
+    }
+    for (name, tenant) in &config.tenants {
+        if let Some(message) = outside(tenant.weight, 1..=1000) {
+            refuse(&format!("tenants.{name}.weight"), message);
+        }
+    }
+    if let Err(error) = crate::logging::check_level(&config.log.level) {
+        refuse("log.level", error);
+    }
+    for (key, message) in crate::listen::refusals(config) {
+        refuse(key, message);
+    }
+    found
+}
+
+fn outside<T: PartialOrd + Display + Copy>(value: T, range: RangeInclusive<T>) -> Option<String> {
+    let (least, most) = (range.start(), range.end());
+    (!range.contains(&value)).then(|| format!("{value} is not from {least} to {most}"))
+}
