@@ -29,7 +29,9 @@ fn distance(ring: &'static str, ahead: u32, behind: u32, entries: u32) -> Result
 /// Rings `bell` if the side that set `asleep` may be asleep. Called after something was published.
 fn rouse(asleep: &Line, bell: &Bell) {
     fence(Ordering::SeqCst);
-    if asleep.0.load(Ordering::Relaxed) != 0 && asleep.0.swap(0, Ordering::Relaxed) != 0 {
+    if asleep.0.load(Ordering::Relaxed) == 1
+        && asleep.0.compare_exchange(1, 0, Ordering::Relaxed, Ordering::Relaxed).is_ok()
+    {
         bell.ring();
     }
 }
