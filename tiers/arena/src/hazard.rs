@@ -1,0 +1,337 @@
+//! Who reads what right now, written by workers, asked by the daemon before a slot is reused.
+//!
+//! ```text
+//! hazard-<shard>-<session>-<pid>-<start time>        one file per worker session
+//!   0     magic | 8 count | 16 touches | 24 closed | 32 touch head, each u64
+//!   4096  cells: slot:32 generation:32 each, 0 for nothing
+//!   then  touches: a ring of u64 slot ids, written at head, lost when nobody drains it in time
+//! ```
+//! The worker may write the whole file, cut it or grow it; the daemon therefore never maps it and never
+//! believes more than a number: `pread` gives short answers where a mapping would give a signal, and a
+//! worker that lies about its own hazards harms itself alone.
+//!
+//! A file outlives the daemon. The next one closes it (`closed = 1`, so that the worker's next read fails
+//! and it connects again), and honours what it still names until that is cleared or the process is gone.
+
+use std::fs;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::path::{Path, PathBuf};
+
+use kv_block::{Generation, SessionId, ShardId, SlotId};
+use rustix::fs::{MemfdFlags, Mode, OFlags};
+
+use crate::Error;
+use crate::word;
+
+pub(crate) const MAGIC: u64 = u64::from_le_bytes(*b"kvdhaz01");
+pub(crate) const CLOSED_OFFSET: usize = 24;
+pub(crate) const HEAD_OFFSET: usize = 32;
+pub(crate) const CELLS_OFFSET: usize = 4096;
+/// Most reads a session may have open at once.
+pub const HAZARDS_MAX: u32 = 1 << 16;
+/// Touches kept until the daemon drains them.
+pub const TOUCHES: u32 = 1 << 12;
+
+/// Offset of the touch ring.
+pub(crate) fn touches_offset(count: u32) -> usize {
+    CELLS_OFFSET + count as usize * 8
+}
+
+/// Length of a file with `count` cells and `touches` touches.
+pub(crate) fn file_bytes(count: u32, touches: u32) -> usize {
+    touches_offset(count) + touches as usize * 8
+}
+
+/// Who wrote a hazard file.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Owner {
+    /// Shard whose slots it names.
+    pub shard: ShardId,
+    /// The session.
+    pub session: SessionId,
+    /// Process id of the worker, as the daemon sees it.
+    pub pid: u32,
+    /// Start time of that process (field 22 of `/proc/<pid>/stat`), so that a reused id is not taken for it.
+    pub start_time: u64,
+}
+
+impl Owner {
+    fn file_name(&self) -> String {
+        format!("hazard-{}-{}-{}-{}", self.shard, self.session, self.pid, self.start_time)
+    }
+
+    fn parse(name: &str) -> Option<Self> {
+        let mut fields = name.strip_prefix("hazard-")?.split('-');
+        let owner = Self {
+            shard: ShardId(fields.next()?.parse().ok()?),
+            session: SessionId(fields.next()?.parse().ok()?),
+            pid: fields.next()?.parse().ok()?,
+            start_time: fields.next()?.parse().ok()?,
+        };
+        fields.next().is_none().then_some(owner)
+    }
+
+    fn is_alive(&self) -> bool {
+        process_start_time(self.pid) == Some(self.start_time)
+    }
+}
+
+/// Start time of a process in clock ticks since boot; `None` when there is no such process or it is dead
+/// and only waits to be collected.
+pub fn process_start_time(pid: u32) -> Option<u64> {
+    let stat = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
+    // The command name may hold anything, so count from its closing parenthesis: state is field 3.
+    let mut fields = stat.rsplit_once(')')?.1.split_ascii_whitespace();
+    let dead = matches!(fields.next()?, "Z" | "X" | "x");
+    fields.nth(18)?.parse().ok().filter(|_| !dead)
+}
+
+/// One session's hazard file, on the daemon's side.
+#[derive(Debug)]
+pub struct HazardFile {
+    owner: Owner,
+    file: OwnedFd,
+    /// Where it is named; empty for an anonymous one.
+    path: Option<PathBuf>,
+    count: u32,
+    /// Touches drained so far.
+    drained: u64,
+    /// No longer written by a session of ours; kept for what it still names.
+    closed: bool,
+}
+
+impl HazardFile {
+    /// A file with `count` cells (1 to [`HAZARDS_MAX`]) for a session of `pid`.
+    pub fn create(
+        dir: &Path,
+        shard: ShardId,
+        session: SessionId,
+        pid: u32,
+        start_time: u64,
+        count: u32,
+    ) -> Result<Self, Error> {
+        let owner = Owner { shard, session, pid, start_time };
+        let path = dir.join(owner.file_name());
+        let flags = OFlags::RDWR | OFlags::CREATE | OFlags::EXCL | OFlags::CLOEXEC | OFlags::NOFOLLOW;
+        // Session numbers start again with every life of the daemon, so a closed file may have the name.
+        let open = || rustix::fs::open(&path, flags, Mode::RUSR | Mode::WUSR);
+        let file = open().map_err(Error::io("create hazard file", &path))?;
+        Self::with_file(owner, file, Some(path), count)
+    }
+
+    /// A nameless one, for tests and simulation.
+    pub fn anonymous(owner: Owner, count: u32) -> Result<Self, Error> {
+        let path = Path::new("hazard memfd");
+        let file =
+            rustix::fs::memfd_create("kvd-hazard", MemfdFlags::CLOEXEC).map_err(Error::io("create", path))?;
+        Self::with_file(owner, file, None, count)
+    }
+
+    fn with_file(owner: Owner, file: OwnedFd, path: Option<PathBuf>, count: u32) -> Result<Self, Error> {
+        if !(1..=HAZARDS_MAX).contains(&count) {
+            return Err(Error::Geometry { what: "hazards", found: count.into(), wanted: "1 to 65536" });
+        }
+        let name = path.clone().unwrap_or_else(|| owner.file_name().into());
+        let bytes = file_bytes(count, TOUCHES) as u64;
+        // Memory at once: the worker's first store must not be a SIGBUS on a full file system.
+        rustix::fs::fallocate(&file, rustix::fs::FallocateFlags::empty(), 0, bytes)
+            .map_err(Error::io("make room for", &name))?;
+        let mut header = [0; 24];
+        header[..8].copy_from_slice(&MAGIC.to_le_bytes());
+        header[8..16].copy_from_slice(&u64::from(count).to_le_bytes());
+        header[16..].copy_from_slice(&u64::from(TOUCHES).to_le_bytes());
+        rustix::io::pwrite(&file, &header, 0).map_err(Error::io("write", &name))?;
+        Ok(Self { owner, file, path, count, drained: 0, closed: false })
+    }
+
+    /// Whose it is.
+    pub fn owner(&self) -> &Owner {
+        &self.owner
+    }
+
+    /// Number of cells.
+    pub fn count(&self) -> u32 {
+        self.count
+    }
+
+    /// A descriptor to pass to the worker.
+    pub fn fd(&self) -> Result<OwnedFd, Error> {
+        let name = self.path.clone().unwrap_or_else(|| self.owner.file_name().into());
+        rustix::io::fcntl_dupfd_cloexec(&self.file, 0).map_err(Error::io("duplicate", &name))
+    }
+
+    /// Bytes of the file from `offset` on; as many as there are.
+    fn read(&self, offset: usize, bytes: usize) -> Result<Vec<u8>, Error> {
+        let mut buffer = vec![0; bytes];
+        let mut got = 0;
+        while got < bytes {
+            match rustix::io::pread(&self.file, &mut buffer[got..], (offset + got) as u64) {
+                Ok(0) => break,
+                Ok(more) => got += more,
+                Err(rustix::io::Errno::INTR) => {}
+                Err(error) => {
+                    let name = self.path.clone().unwrap_or_else(|| self.owner.file_name().into());
+                    return Err(Error::io("read", &name)(error));
+                }
+            }
+        }
+        buffer.truncate(got);
+        Ok(buffer)
+    }
+
+    /// Adds every slot named right now; gives how many.
+    fn scan(&self, into: &mut Vec<(SlotId, Generation)>) -> Result<usize, Error> {
+        let before = into.len();
+        let bytes = self.read(CELLS_OFFSET, self.count as usize * 8)?;
+        into.extend(
+            numbers(&bytes)
+                .filter(|&cell| cell != 0)
+                .map(|cell| (SlotId((cell >> 32) as u32), Generation(cell as u32))),
+        );
+        Ok(into.len() - before)
+    }
+
+    /// Tells the worker's views that they are over.
+    fn close(&mut self) {
+        self.closed = true;
+        // A file that was cut short simply grows again; a failure leaves a view that reads on under hazards
+        // that are still honoured.
+        let _ = rustix::io::pwrite(&self.file, &1u64.to_le_bytes(), CLOSED_OFFSET as u64);
+    }
+
+    fn unlink(&self) {
+        if let Some(path) = &self.path {
+            // Already gone is as good.
+            let _ = fs::remove_file(path);
+        }
+    }
+}
+
+impl AsFd for HazardFile {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.file.as_fd()
+    }
+}
+
+fn numbers(bytes: &[u8]) -> impl Iterator<Item = u64> + '_ {
+    bytes.chunks_exact(8).map(|word| u64::from_le_bytes(word.try_into().expect("eight bytes")))
+}
+
+/// All hazard files of a shard. What it does not hold, a sweep does not see: make it with [`Self::adopt`]
+/// before the first sweep, and add a session's file before the session gets the descriptor.
+#[derive(Debug, Default)]
+pub struct HazardSet {
+    files: Vec<HazardFile>,
+}
+
+impl HazardSet {
+    /// No hazards: for anonymous memory.
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// Takes over what an earlier daemon left in `dir` for `shard`: files of dead processes are removed,
+    /// those of living ones closed and honoured.
+    pub fn adopt(dir: &Path, shard: ShardId) -> Result<Self, Error> {
+        let mut set = Self::new();
+        for entry in fs::read_dir(dir).map_err(Error::io("list", dir))? {
+            let entry = entry.map_err(Error::io("list", dir))?;
+            let owner = entry.file_name().to_str().and_then(Owner::parse);
+            let Some(owner) = owner.filter(|owner| owner.shard == shard) else { continue };
+            let path = entry.path();
+            if !owner.is_alive() {
+                fs::remove_file(&path).map_err(Error::io("remove", &path))?;
+                continue;
+            }
+            let flags = OFlags::RDWR | OFlags::CLOEXEC | OFlags::NOFOLLOW;
+            let file = rustix::fs::open(&path, flags, Mode::empty())
+                .map_err(Error::io("open hazard file", &path))?;
+            // The worker may have changed the header; how many cells there are is therefore read off the
+            // length, touches included, which at worst keeps a few slots too many.
+            let bytes = rustix::fs::fstat(&file).map_err(Error::io("look at", &path))?.st_size as u64;
+            let count = (bytes.saturating_sub(CELLS_OFFSET as u64) / 8).min(HAZARDS_MAX.into()) as u32;
+            let mut file = HazardFile { owner, file, path: Some(path), count, drained: 0, closed: false };
+            file.close();
+            set.files.push(file);
+        }
+        set.reap();
+        Ok(set)
+    }
+
+    /// A new session's file.
+    pub fn add(&mut self, file: HazardFile) {
+        self.files.push(file);
+    }
+
+    /// The session is over. Its hazards are void if its process is dead; else they are honoured until they
+    /// are cleared, and new reads by its views fail.
+    pub fn remove(&mut self, session: SessionId) {
+        for file in self.files.iter_mut().filter(|file| file.owner.session == session) {
+            file.close();
+        }
+        self.reap();
+    }
+
+    /// Drops closed files that name nothing or whose process is dead; gives how many stay. Call it now and
+    /// then while this is not zero.
+    pub fn reap(&mut self) -> usize {
+        word::before_scan();
+        let mut named = Vec::new();
+        self.files.retain(|file| {
+            let done = file.closed && (!file.owner.is_alive() || matches!(file.scan(&mut named), Ok(0)));
+            if done {
+                file.unlink();
+            }
+            !done
+        });
+        self.files.iter().filter(|file| file.closed).count()
+    }
+
+    /// Number of files.
+    pub fn len(&self) -> usize {
+        self.files.len()
+    }
+
+    /// Whether there is no file.
+    pub fn is_empty(&self) -> bool {
+        self.files.is_empty()
+    }
+
+    /// Everything that is named right now.
+    pub fn scan(&self) -> Result<Vec<(SlotId, Generation)>, Error> {
+        let mut named = Vec::new();
+        for file in &self.files {
+            file.scan(&mut named)?;
+        }
+        Ok(named)
+    }
+
+    /// The named slots, sorted.
+    pub(crate) fn scan_slots(&self) -> Result<Vec<SlotId>, Error> {
+        let mut slots: Vec<SlotId> = self.scan()?.into_iter().map(|(slot, _)| slot).collect();
+        slots.sort_unstable();
+        Ok(slots)
+    }
+
+    /// Adds to `slots` which slots were read since the last call, as far as the logs reach back. The numbers
+    /// are the workers' word: any may be wrong.
+    pub fn drain_touches(&mut self, slots: &mut Vec<SlotId>) {
+        for file in self.files.iter_mut().filter(|file| !file.closed) {
+            let Ok(head) = file.read(HEAD_OFFSET, 8) else { continue };
+            let Some(head) = numbers(&head).next() else { continue };
+            let fresh = head.wrapping_sub(file.drained).min(TOUCHES.into()) as u32;
+            file.drained = head;
+            if fresh == 0 {
+                continue;
+            }
+            // The newest `fresh` places of the ring, in at most two pieces.
+            let start = (head.wrapping_sub(fresh.into()) % u64::from(TOUCHES)) as u32;
+            let first = fresh.min(TOUCHES - start);
+            for (at, len) in [(start, first), (0, fresh - first)] {
+                let offset = touches_offset(file.count) + at as usize * 8;
+                let bytes = file.read(offset, len as usize * 8).unwrap_or_default();
+                slots.extend(numbers(&bytes).map(|slot| SlotId(slot as u32)));
+            }
+        }
+    }
+}

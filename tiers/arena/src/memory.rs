@@ -1,0 +1,630 @@
+//! A shard's memory: two named files, made or taken over from an earlier life of the daemon.
+//!
+//! ```text
+//! <dir>/shard-0.lock       flock: one daemon at a time (of its own, because locks travel with passed
+//!                          descriptors and this one is never passed)
+//! <dir>/shard-0.meta       see `meta`; gets its name when its header is complete
+//! <dir>/shard-0.data       the arena; on a hugetlbfs instead when there is one with room
+//! <dir>/*.aside-<n>        what an open could not use; kept for a person to look at
+//! ```
+//! Opening decides from what it finds: nothing, or an arena without its meta file (a creation that was
+//! killed): fresh. A sound header of the same version and geometry, with its own data file: adopted, see
+//! `Slab`. Anything else is renamed and never written.
+
+use std::fs::{self, File, OpenOptions};
+use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::unix::fs::{DirBuilderExt, FileExt, MetadataExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use kv_block::Epoch;
+use rustix::fs::{FallocateFlags, FlockOperation, MemfdFlags, OFlags};
+use rustix::io::Errno;
+use rustix::mm::Advice;
+
+use crate::Error;
+use crate::map::Mapping;
+use crate::meta::{EPOCH_OFFSET, Geometry, HEADER_BYTES, Header, HeaderError, Layout, epoch_of, epoch_word};
+use crate::numa::{self, Bound, HugeMount};
+use crate::slab::Slab;
+use crate::sync::Ordering;
+use crate::table::Table;
+
+/// Whether to look for huge pages.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub enum HugePages {
+    /// Take them where they are to be had.
+    #[default]
+    Auto,
+    /// Ordinary pages only.
+    Off,
+    /// Refuse to start without.
+    Required,
+}
+
+/// What memory a shard is to have.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct MemorySpec {
+    /// Directory of the named files, on a tmpfs. Made when missing, for the daemon's user alone.
+    pub dir: PathBuf,
+    /// Stem of the file names, such as `shard-0`.
+    pub name: String,
+    /// How much and how cut.
+    pub geometry: Geometry,
+    /// NUMA node the pages are to come from.
+    pub numa_node: Option<u32>,
+    /// Whether to look for huge pages.
+    pub huge: HugePages,
+    /// The hugetlbfs to use; else one is looked for in `/proc/mounts`.
+    pub hugetlbfs_dir: Option<PathBuf>,
+}
+
+/// What opening found.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub enum Adoption {
+    /// Nothing: all is new.
+    Fresh,
+    /// The memory of an earlier life.
+    Adopted {
+        /// Epoch of that life.
+        previous: Epoch,
+        /// Blocks that wait for verification.
+        slots: u64,
+    },
+    /// Files that could not be used; all is new.
+    SetAside {
+        /// Why.
+        why: String,
+        /// What the meta file is called now.
+        to: PathBuf,
+    },
+}
+
+/// The memory of one shard, of which this is the one writer.
+#[derive(Debug)]
+pub struct ShardMemory {
+    slab: Slab,
+    meta: Arc<Mapping>,
+    meta_file: Arc<OwnedFd>,
+    data_file: OwnedFd,
+    layout: Layout,
+    table_taken: bool,
+    epoch: Epoch,
+    huge: bool,
+    notes: Vec<String>,
+    /// Removed by `wipe`, in this order.
+    paths: Vec<PathBuf>,
+    /// Dropped last: nobody else may come while anything above lives.
+    _lock: Option<File>,
+}
+
+/// What the files on disk turned out to be.
+enum Found {
+    Nothing,
+    Usable { meta: File, data: File, data_path: PathBuf, header: Header },
+    Unusable { why: String, epoch: Option<Epoch> },
+}
+
+impl ShardMemory {
+    /// Opens the memory in `spec`: takes over what an earlier life left, or makes it new. The new epoch is
+    /// one more than the last, and `epoch_floor` at least (files that a reboot took remember nothing).
+    pub fn open(spec: &MemorySpec, epoch_floor: Epoch) -> Result<(Self, Adoption), Error> {
+        let layout = Layout::new(spec.geometry)?;
+        let mut dir = fs::DirBuilder::new();
+        dir.recursive(true)
+            .mode(0o700)
+            .create(&spec.dir)
+            .map_err(Error::io("create directory", &spec.dir))?;
+        let absolute = fs::canonicalize(&spec.dir).map_err(Error::io("resolve", &spec.dir))?;
+        let place = Place { spec, absolute, mounts: fs::read_to_string("/proc/mounts").unwrap_or_default() };
+        let (lock, lock_path) = place.lock()?;
+        let meta_path = place.file("meta");
+        let (mut memory, adoption) = match place.find(&layout)? {
+            Found::Nothing => (place.create(layout, epoch_floor)?, Adoption::Fresh),
+            Found::Usable { meta, data, data_path, header } => {
+                let epoch = Epoch(header.epoch.0 + 1).max(epoch_floor);
+                let memory = place.adopt(layout, epoch, meta, data, data_path)?;
+                let slots = memory.slab.adopted().count() as u64;
+                (memory, Adoption::Adopted { previous: header.epoch, slots })
+            }
+            Found::Unusable { why, epoch } => {
+                let to = place.set_aside()?;
+                let next = epoch.map_or(Epoch(0), |epoch| Epoch(epoch.0 + 1)).max(epoch_floor);
+                (place.create(layout, next)?, Adoption::SetAside { why, to })
+            }
+        };
+        memory.paths.insert(0, meta_path);
+        memory.paths.push(lock_path);
+        memory._lock = Some(lock);
+        Ok((memory, adoption))
+    }
+
+    /// Nameless memory that ends with its last user: for tests and simulation.
+    pub fn anonymous(geometry: Geometry) -> Result<Self, Error> {
+        let layout = Layout::new(geometry)?;
+        let make = |name: &'static str, bytes: u64| {
+            let path = Path::new(name);
+            let file =
+                rustix::fs::memfd_create(name, MemfdFlags::CLOEXEC).map_err(Error::io("create", path))?;
+            rustix::fs::ftruncate(&file, bytes).map_err(Error::io("size", path))?;
+            Ok::<_, Error>(File::from(file))
+        };
+        let (meta, data) = (make("kvd-meta", layout.meta_bytes)?, make("kvd-data", geometry.data_bytes())?);
+        let data_inode = data.metadata().map_err(Error::io("look at", Path::new("kvd-data")))?.ino();
+        let header = Header { layout, data_inode, epoch: Epoch(1) };
+        meta.write_all_at(&header.encode(), 0).map_err(Error::io("write", Path::new("kvd-meta")))?;
+        let map = |file: &File, bytes: u64| {
+            Mapping::new(file, bytes as usize, true).map_err(Error::io("map", Path::new("memfd")))
+        };
+        let maps = (map(&meta, layout.meta_bytes)?, map(&data, geometry.data_bytes())?);
+        Ok(Self::assemble(layout, Epoch(1), (meta, data), maps, false))
+    }
+
+    fn assemble(
+        layout: Layout,
+        epoch: Epoch,
+        (meta_file, data_file): (File, File),
+        (meta, data): (Mapping, Mapping),
+        adopt: bool,
+    ) -> Self {
+        let (meta, meta_file) = (Arc::new(meta), Arc::new(OwnedFd::from(meta_file)));
+        let slab = Slab::new(layout, Arc::clone(&meta), Arc::clone(&meta_file), data, adopt);
+        Self {
+            slab,
+            meta,
+            meta_file,
+            data_file: data_file.into(),
+            layout,
+            table_taken: false,
+            epoch,
+            huge: false,
+            notes: Vec::new(),
+            paths: Vec::new(),
+            _lock: None,
+        }
+    }
+
+    /// The epoch that began with this open.
+    pub fn epoch(&self) -> Epoch {
+        self.epoch
+    }
+
+    /// The geometry it was opened with.
+    pub fn geometry(&self) -> &Geometry {
+        &self.layout.geometry
+    }
+
+    /// The arena's allocator.
+    pub fn slab(&self) -> &Slab {
+        &self.slab
+    }
+
+    /// The catalog table, emptied; `None` from the second time on, because it has one writer.
+    pub fn take_table(&mut self) -> Result<Option<Table>, Error> {
+        if self.table_taken {
+            return Ok(None);
+        }
+        self.table_taken = true;
+        let (meta, file) = (Arc::clone(&self.meta), Arc::clone(&self.meta_file));
+        let path = self.paths.first().map_or(Path::new("meta memfd"), PathBuf::as_path);
+        let table = Table::new(meta, file, &self.layout, self.epoch);
+        table.map(Some).map_err(Error::io("make room for the catalog table in", path))
+    }
+
+    /// A descriptor of the meta file to pass to a worker, for reading.
+    pub fn meta_ro(&self) -> Result<OwnedFd, Error> {
+        reopen(&self.meta_file)
+    }
+
+    /// A descriptor of the arena to pass to a worker, for reading.
+    pub fn data_ro(&self) -> Result<OwnedFd, Error> {
+        reopen(&self.data_file)
+    }
+
+    /// A descriptor of the arena to pass to a trusted worker, for reading and writing.
+    pub fn data_rw(&self) -> Result<OwnedFd, Error> {
+        let path = Path::new("arena descriptor");
+        rustix::io::fcntl_dupfd_cloexec(&self.data_file, 0).map_err(Error::io("duplicate", path))
+    }
+
+    /// Whether the arena lies on huge pages.
+    pub fn huge_pages(&self) -> bool {
+        self.huge
+    }
+
+    /// What was got and why, one line each, with what to do where that is not the best.
+    pub fn notes(&self) -> &[String] {
+        &self.notes
+    }
+
+    /// Removes the files. Whoever still has them mapped keeps the memory until it lets go.
+    pub fn wipe(self) -> Result<(), Error> {
+        for path in &self.paths {
+            match fs::remove_file(path) {
+                Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
+                    return Err(Error::io("remove", path)(error));
+                }
+                _ => {}
+            }
+        }
+        Ok(())
+    }
+}
+
+/// The same file with rights to read alone.
+fn reopen(file: &OwnedFd) -> Result<OwnedFd, Error> {
+    let path = PathBuf::from(format!("/proc/self/fd/{}", file.as_raw_fd()));
+    let flags = OFlags::RDONLY | OFlags::CLOEXEC;
+    rustix::fs::open(&path, flags, rustix::fs::Mode::empty()).map_err(Error::io("open read-only", &path))
+}
+
+fn open_existing(path: &Path) -> Result<Option<File>, Error> {
+    match OpenOptions::new().read(true).write(true).custom_flags(libc::O_NOFOLLOW).open(path) {
+        Ok(file) => Ok(Some(file)),
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(None),
+        Err(error) => Err(Error::io("open", path)(error)),
+    }
+}
+
+fn create_new(path: &Path, bytes: u64) -> Result<File, Error> {
+    let mut options = OpenOptions::new();
+    let file = options.read(true).write(true).create_new(true).mode(0o600).open(path);
+    let file = file.map_err(Error::io("create", path))?;
+    file.set_len(bytes).map_err(Error::io("size", path))?;
+    Ok(file)
+}
+
+fn remove_if_there(path: &Path) -> Result<(), Error> {
+    match fs::remove_file(path) {
+        Err(error) if error.kind() != std::io::ErrorKind::NotFound => Err(Error::io("remove", path)(error)),
+        _ => Ok(()),
+    }
+}
+
+/// A spec with what the machine says about its directory.
+struct Place<'a> {
+    spec: &'a MemorySpec,
+    absolute: PathBuf,
+    mounts: String,
+}
+
+/// Where the arena came to lie.
+struct Arena {
+    file: File,
+    path: PathBuf,
+    map: Mapping,
+    huge: bool,
+    notes: Vec<String>,
+}
+
+impl Place<'_> {
+    fn file(&self, extension: &str) -> PathBuf {
+        self.absolute.join(format!("{}.{extension}", self.spec.name))
+    }
+
+    /// hugetlbfs mounts are shared by everybody on the machine, so the name says whose file it is.
+    fn huge_file(&self, mount: &Path) -> PathBuf {
+        let owner = self.absolute.to_string_lossy().replace('/', "%");
+        mount.join(format!("{owner}%{}.data", self.spec.name))
+    }
+
+    fn huge_mounts(&self) -> Vec<HugeMount> {
+        let mut found = numa::huge_mounts(&self.mounts, numa::default_huge_page_bytes());
+        if let Some(dir) = &self.spec.hugetlbfs_dir {
+            let dir = fs::canonicalize(dir).unwrap_or_else(|_| dir.clone());
+            found.retain(|mount| dir.starts_with(&mount.dir));
+            found.iter_mut().for_each(|mount| mount.dir.clone_from(&dir));
+        }
+        // The smallest pages first: they fit more geometries.
+        found.sort_by_key(|mount| mount.page_bytes);
+        found
+    }
+
+    fn data_paths(&self) -> Vec<PathBuf> {
+        let huge = self.huge_mounts().into_iter().map(|mount| self.huge_file(&mount.dir));
+        huge.chain([self.file("data")]).collect()
+    }
+
+    fn lock(&self) -> Result<(File, PathBuf), Error> {
+        let path = self.file("lock");
+        loop {
+            let mut options = OpenOptions::new();
+            let file = options.read(true).write(true).create(true).truncate(false).mode(0o600).open(&path);
+            let file = file.map_err(Error::io("open lock file", &path))?;
+            match rustix::fs::flock(&file, FlockOperation::NonBlockingLockExclusive) {
+                Ok(()) => {}
+                Err(Errno::WOULDBLOCK) => return Err(Error::Locked { path }),
+                Err(error) => return Err(Error::io("lock", &path)(error)),
+            }
+            // Somebody may have wiped the file between our open and our lock: then ours has no name.
+            let mine = file.metadata().map_err(Error::io("look at", &path))?.ino();
+            if fs::metadata(&path).is_ok_and(|named| named.ino() == mine) {
+                return Ok((file, path));
+            }
+        }
+    }
+
+    fn find(&self, layout: &Layout) -> Result<Found, Error> {
+        let path = self.file("meta");
+        let Some(meta) = open_existing(&path)? else { return Ok(Found::Nothing) };
+        let unusable = |why: String, epoch| Ok(Found::Unusable { why, epoch });
+        let mut page = [0; HEADER_BYTES];
+        if let Err(error) = meta.read_exact_at(&mut page, 0) {
+            if error.kind() != std::io::ErrorKind::UnexpectedEof {
+                return Err(Error::io("read", &path)(error));
+            }
+            return unusable("the meta file is shorter than its header".into(), None);
+        }
+        let epoch_bytes = page[EPOCH_OFFSET..EPOCH_OFFSET + 8].try_into().expect("eight bytes");
+        let header = match Header::decode(&page) {
+            Ok(header) => header,
+            Err(error) => {
+                // Another version keeps its epoch in the same place; a damaged word fails its check.
+                let epoch = epoch_of(u64::from_le_bytes(epoch_bytes));
+                let epoch = epoch.filter(|_| matches!(error, HeaderError::Version { .. }));
+                return unusable(format!("the meta file is not usable: {error}"), epoch);
+            }
+        };
+        let epoch = Some(header.epoch);
+        if header.layout != *layout {
+            let (had, wants) = (header.layout.geometry, layout.geometry);
+            return unusable(format!("the geometry was {had:?} and now is {wants:?}"), epoch);
+        }
+        let bytes = meta.metadata().map_err(Error::io("look at", &path))?.len();
+        if bytes != layout.meta_bytes {
+            return unusable(format!("the meta file has {bytes} bytes, not {}", layout.meta_bytes), epoch);
+        }
+        for data_path in self.data_paths() {
+            let Some(data) = open_existing(&data_path)? else { continue };
+            let facts = data.metadata().map_err(Error::io("look at", &data_path))?;
+            if facts.ino() == header.data_inode && facts.len() == layout.geometry.data_bytes() {
+                return Ok(Found::Usable { meta, data, data_path, header });
+            }
+        }
+        unusable("the data file of this meta file is gone".into(), epoch)
+    }
+
+    /// Renames the meta file and every data file of this name; gives the new name of the meta file.
+    fn set_aside(&self) -> Result<PathBuf, Error> {
+        let aside = |path: &Path, number: u32| PathBuf::from(format!("{}.aside-{number}", path.display()));
+        let mut paths = vec![self.file("meta")];
+        paths.extend(self.data_paths());
+        let free = |number: &u32| paths.iter().all(|path| !aside(path, *number).exists());
+        let number = (1..u32::MAX).find(free).unwrap_or(u32::MAX);
+        for path in paths.iter().filter(|path| path.exists()) {
+            fs::rename(path, aside(path, number)).map_err(Error::io("set aside", path))?;
+        }
+        Ok(aside(&paths[0], number))
+    }
+
+    fn create(&self, layout: Layout, epoch: Epoch) -> Result<ShardMemory, Error> {
+        // An arena without a meta file is what a killed creation leaves; nothing was ever sealed in it. Old
+        // mappings of it, if any, keep their memory.
+        for path in self.data_paths() {
+            remove_if_there(&path)?;
+        }
+        let unnamed = self.file("meta.new");
+        remove_if_there(&unnamed)?;
+        let arena = self.create_arena(&layout)?;
+        let built = self.create_meta(layout, epoch, &unnamed, &arena);
+        let (meta_file, meta) = built.inspect_err(|_| {
+            let _ = fs::remove_file(&arena.path);
+            let _ = fs::remove_file(&unnamed);
+        })?;
+        let mut memory =
+            ShardMemory::assemble(layout, epoch, (meta_file, arena.file), (meta, arena.map), false);
+        memory.paths.push(arena.path);
+        memory.huge = arena.huge;
+        memory.notes = arena.notes;
+        Ok(memory)
+    }
+
+    fn create_meta(
+        &self,
+        layout: Layout,
+        epoch: Epoch,
+        unnamed: &Path,
+        arena: &Arena,
+    ) -> Result<(File, Mapping), Error> {
+        let file = create_new(unnamed, layout.meta_bytes)?;
+        let map = Mapping::new(&file, layout.meta_bytes as usize, true).map_err(Error::io("map", unnamed))?;
+        if let Some(node) = self.spec.numa_node {
+            // Only nearness is lost when this fails, and the arena's note has said so.
+            let _ = numa::bind(&map, node);
+        }
+        let _ = map.advise(Advice::LinuxHugepage);
+        allocate(&file, unnamed, 0, layout.headers)?;
+        check_space(&file, unnamed, layout.buckets * crate::table::BUCKET_BYTES)?;
+        let data_inode = arena.file.metadata().map_err(Error::io("look at", &arena.path))?.ino();
+        let header = Header { layout, data_inode, epoch };
+        file.write_all_at(&header.encode(), 0).map_err(Error::io("write", unnamed))?;
+        let path = self.file("meta");
+        fs::rename(unnamed, &path).map_err(Error::io("name", &path))?;
+        Ok((file, map))
+    }
+
+    fn create_arena(&self, layout: &Layout) -> Result<Arena, Error> {
+        let mut notes = Vec::new();
+        if self.spec.huge != HugePages::Off {
+            for mount in self.huge_mounts() {
+                match self.create_huge_arena(layout, &mount) {
+                    Ok(arena) => return Ok(arena),
+                    Err(why) => notes.push(why),
+                }
+            }
+        }
+        let bytes = layout.geometry.data_bytes();
+        let path = self.file("data");
+        let file = create_new(&path, bytes)?;
+        let made = self.fill_arena(&file, &path, bytes).and_then(|(map, huge, why)| {
+            notes.extend(self.bind_note(&map));
+            if huge {
+                notes.push(format!("huge pages by tmpfs at {}", path.display()));
+                return Ok((map, true));
+            }
+            if self.spec.huge == HugePages::Required {
+                return Err(Error::HugePages { why: format!("{}; {why}", notes.join("; ")) });
+            }
+            notes.push(format!("ordinary 4 KiB pages: {why}"));
+            Ok((map, false))
+        });
+        let (map, huge) = made.inspect_err(|_| {
+            let _ = fs::remove_file(&path);
+        })?;
+        Ok(Arena { file, path, map, huge, notes })
+    }
+
+    /// The arena on a hugetlbfs, or in words why not.
+    fn create_huge_arena(&self, layout: &Layout, mount: &HugeMount) -> Result<Arena, String> {
+        let bytes = layout.geometry.data_bytes();
+        let (page_kib, dir) = (mount.page_bytes >> 10, mount.dir.display());
+        if !bytes.is_multiple_of(mount.page_bytes) {
+            return Err(format!("{dir}: {bytes} bytes are no multiple of its {page_kib} KiB pages"));
+        }
+        let (wanted, free) =
+            (bytes / mount.page_bytes, numa::free_huge_pages(mount.page_bytes, self.spec.numa_node));
+        if free < wanted {
+            let more = wanted - free;
+            return Err(format!(
+                "{dir}: {wanted} pages of {page_kib} KiB wanted, {free} free; add {more} to \
+                 /sys/kernel/mm/hugepages/hugepages-{page_kib}kB/nr_hugepages"
+            ));
+        }
+        let path = self.huge_file(&mount.dir);
+        let made = || {
+            let file = create_new(&path, bytes)?;
+            let map = Mapping::new(&file, bytes as usize, true).map_err(Error::io("map", &path))?;
+            let note = self.bind_note(&map);
+            rustix::fs::fallocate(&file, FallocateFlags::empty(), 0, bytes)
+                .map_err(Error::io("make room for", &path))?;
+            let _ = map.advise(Advice::LinuxDontDump);
+            Ok::<_, Error>((file, map, note))
+        };
+        match made() {
+            Ok((file, map, note)) => {
+                let mut notes = Vec::from_iter(note);
+                notes.push(format!("huge pages of {page_kib} KiB at {}", path.display()));
+                Ok(Arena { file, path, map, huge: true, notes })
+            }
+            Err(error) => {
+                let _ = fs::remove_file(&path);
+                let source = std::error::Error::source(&error).map(ToString::to_string).unwrap_or_default();
+                Err(format!("{error}: {source}"))
+            }
+        }
+    }
+
+    /// Maps the tmpfs file and puts memory behind all of it; says whether in huge pages, and if not why.
+    fn fill_arena(&self, file: &File, path: &Path, bytes: u64) -> Result<(Mapping, bool, String), Error> {
+        let map = Mapping::new(file, bytes as usize, true).map_err(Error::io("map", path))?;
+        if let Some(node) = self.spec.numa_node {
+            // Before the pages come; `bind_note` reports.
+            let _ = numa::bind(&map, node);
+        }
+        let _ = map.advise(Advice::LinuxDontDump);
+        check_space(file, path, bytes)?;
+        let option = numa::tmpfs_huge_option(&self.mounts, path);
+        let mut why = match (&self.spec.huge, option.as_deref()) {
+            (HugePages::Off, _) => "huge pages are off".to_owned(),
+            (_, None) => format!("{} is not on a tmpfs", path.display()),
+            (_, Some("never")) => format!(
+                "no hugetlbfs with room (echo {} > /proc/sys/vm/nr_hugepages, and mount one), and the tmpfs \
+                 of {} has huge=never (mount -o remount,huge=advise)",
+                bytes.div_ceil(2 << 20),
+                path.display()
+            ),
+            (_, Some(_)) => String::new(),
+        };
+        let mut huge = false;
+        if why.is_empty() {
+            // With huge=advise only a fault through an advised mapping brings huge pages.
+            let advised = map.advise(Advice::LinuxHugepage);
+            let filled = advised.and_then(|()| map.advise(Advice::LinuxPopulateWrite));
+            let smaps = fs::read_to_string("/proc/self/smaps").unwrap_or_default();
+            let start = map.range(0, map.len()).as_ptr() as u64;
+            let got = numa::huge_bytes_in_smaps(&smaps, start);
+            huge = filled.is_ok() && got * 2 >= bytes;
+            if !huge {
+                why =
+                    format!("the tmpfs gave {got} of {bytes} bytes in huge pages; memory may be fragmented");
+            }
+        }
+        // What has pages keeps them; the rest gets them now, or an error now instead of a signal later.
+        allocate(file, path, 0, bytes)?;
+        Ok((map, huge, why))
+    }
+
+    fn bind_note(&self, map: &Mapping) -> Option<String> {
+        let node = self.spec.numa_node?;
+        match numa::bind(map, node) {
+            Ok(Bound::Strict | Bound::SingleNode) => None,
+            Ok(Bound::Preferred) => Some(format!("pages prefer NUMA node {node} but are not bound to it")),
+            Err(error) => Some(format!("pages are not bound to NUMA node {node}: {error}")),
+        }
+    }
+
+    fn adopt(
+        &self,
+        layout: Layout,
+        epoch: Epoch,
+        meta_file: File,
+        data_file: File,
+        data_path: PathBuf,
+    ) -> Result<ShardMemory, Error> {
+        let meta_path = self.file("meta");
+        let bytes = layout.geometry.data_bytes();
+        let meta = Mapping::new(&meta_file, layout.meta_bytes as usize, true)
+            .map_err(Error::io("map", &meta_path))?;
+        let data = Mapping::new(&data_file, bytes as usize, true).map_err(Error::io("map", &data_path))?;
+        let on_hugetlbfs = data_path != self.file("data");
+        if on_hugetlbfs && self.spec.huge == HugePages::Off {
+            // Warm memory outweighs the wish for ordinary pages.
+        }
+        let mut notes = Vec::from_iter(self.bind_note(&data));
+        let _ = data.advise(Advice::LinuxDontDump);
+        if self.spec.huge != HugePages::Off && !on_hugetlbfs {
+            let _ = data.advise(Advice::LinuxHugepage);
+        }
+        let _ = meta.advise(Advice::LinuxHugepage);
+        let facts = data_file.metadata().map_err(Error::io("look at", &data_path))?;
+        if facts.blocks() * 512 < bytes {
+            allocate(&data_file, &data_path, 0, bytes)?;
+        }
+        allocate(&meta_file, &meta_path, 0, layout.headers)?;
+        notes.push(format!("arena kept from before at {}", data_path.display()));
+        meta.word(EPOCH_OFFSET).store(epoch_word(epoch), Ordering::SeqCst);
+        let mut memory = ShardMemory::assemble(layout, epoch, (meta_file, data_file), (meta, data), true);
+        memory.huge = on_hugetlbfs;
+        memory.paths.push(data_path);
+        memory.notes = notes;
+        Ok(memory)
+    }
+}
+
+fn space_error(file: &File, path: &Path, bytes: u64) -> Error {
+    let free = rustix::fs::fstatvfs(file).map_or(0, |stat| stat.f_bavail * stat.f_frsize);
+    let dir = path.parent().unwrap_or(path).display();
+    let fix = format!(
+        "give the host tier less memory, or enlarge {dir} (mount -o remount,size=...), or remove *.aside-* there"
+    );
+    Error::NoSpace { path: path.to_owned(), bytes, free, fix }
+}
+
+/// Fails early, before hours of zeroing, when the file system says it has no room.
+fn check_space(file: &File, path: &Path, bytes: u64) -> Result<(), Error> {
+    match rustix::fs::fstatvfs(file) {
+        Ok(stat) if stat.f_blocks > 0 && stat.f_bavail * stat.f_frsize < bytes => {
+            Err(space_error(file, path, bytes))
+        }
+        _ => Ok(()),
+    }
+}
+
+/// Puts memory behind a range of a file.
+fn allocate(file: &File, path: &Path, offset: u64, bytes: u64) -> Result<(), Error> {
+    match rustix::fs::fallocate(file, FallocateFlags::empty(), offset, bytes) {
+        Ok(()) => Ok(()),
+        Err(Errno::NOSPC | Errno::NOMEM) => Err(space_error(file, path, bytes)),
+        Err(error) => Err(Error::io("make room for", path)(error)),
+    }
+}
