@@ -518,3 +518,501 @@ fn remember(ghost: Option<MissReason>) -> Checksum {
 fn remembered(pending: &Entry) -> Option<MissReason> {
     MissReason::from_wire(u8::try_from(pending.checksum.0).ok()?)
 }
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeMap;
+
+    use kv_arena::{Geometry, HazardSet, ShardMemory};
+    use kv_block::BindingTag;
+    use proptest::prelude::*;
+
+    use super::*;
+    use crate::lifecycle::Filling;
+
+    fn catalog(entries: u64, ghosts_max: usize) -> (ShardMemory, Catalog) {
+        let geometry = Geometry { regions: 1, region_bytes: 2 << 20, table_entries_max: entries };
+        let mut memory = ShardMemory::anonymous(geometry).unwrap();
+        let table = memory.take_table().unwrap().unwrap();
+        (memory, Catalog::new(table, ghosts_max))
+    }
+
+    fn key(n: u64) -> BlockKey {
+        BlockKey::from_halves([n.wrapping_mul(0x9e37_79b9_7f4a_7c15), n])
+    }
+
+    /// Content `version` of block `n`.
+    fn record(n: u64, version: u64) -> Record {
+        Record {
+            key: key(n),
+            checksum: Checksum(n * 1000 + version),
+            bytes: 4096,
+            tag: BindingTag(0),
+            priority: Priority::Normal,
+            expires_at: 0,
+        }
+    }
+
+    fn at(n: u32) -> DiskLocation {
+        DiskLocation::new(1, 1, n).unwrap()
+    }
+
+    fn place(n: u32) -> (SlotId, Generation) {
+        (SlotId(n), Generation(1))
+    }
+
+    const A: BindingId = BindingId(1);
+    const WHY: MissReason = MissReason::EvictedCapacity;
+
+    fn announce(catalog: &mut Catalog, n: u64) -> Announced {
+        catalog.announce(&key(n), A, Priority::Normal, 0).unwrap()
+    }
+
+    #[test]
+    fn a_block_goes_down_and_up_the_tiers() {
+        let (_memory, mut catalog) = catalog(100, 10);
+        assert_eq!(catalog.lookup(&key(1), 0), Lookup::Miss(MissReason::NeverStored));
+        assert_eq!(announce(&mut catalog, 1), Announced::Fresh { returning: false });
+        assert_eq!(announce(&mut catalog, 1), Announced::Pending);
+        assert_eq!(catalog.lookup(&key(1), 0), Lookup::Miss(MissReason::NotComplete));
+        assert_eq!(catalog.counts_of(A), BindingCounts { pending: 1, host: 0, disk: 0 });
+        let published = catalog.publish_host(&record(1, 0), A, place(3)).unwrap();
+        assert_eq!(published, Published { returning: false, stale_disk: None });
+        assert!(catalog.add_disk(&key(1), at(5), record(1, 0).checksum));
+        assert_eq!(catalog.counts_of(A), BindingCounts { pending: 0, host: 1, disk: 1 });
+        let Dropped::Remains(entry) = catalog.drop_host(&key(1), WHY) else { panic!("it is on disk") };
+        assert_eq!((entry.host, entry.disk), (None, Some(at(5))));
+        let published = catalog.publish_host(&record(1, 0), A, place(4)).unwrap();
+        assert_eq!(published, Published { returning: true, stale_disk: None });
+        let Lookup::Found(entry) = catalog.lookup(&key(1), 0) else { panic!("it is on both") };
+        assert_eq!((entry.host, entry.disk), (Some(place(4)), Some(at(5))));
+        assert!(catalog.move_disk(&key(1), at(5), at(6)));
+        assert!(!catalog.move_disk(&key(1), at(5), at(7)), "it is not there any more");
+        assert!(matches!(catalog.drop_disk(&key(1), MissReason::EvictedReclaim), Dropped::Remains(_)));
+        assert_eq!(catalog.drop_disk(&key(1), WHY), Dropped::Unchanged);
+        assert!(matches!(catalog.drop_host(&key(1), MissReason::EvictedQuota), Dropped::Gone(_)));
+        assert_eq!(catalog.lookup(&key(1), 0), Lookup::Miss(MissReason::EvictedQuota));
+        assert_eq!(catalog.counts(), Counts { entries: 1, ghosts: 1, ..Counts::default() });
+        assert_eq!(announce(&mut catalog, 1), Announced::Fresh { returning: true });
+        assert!(catalog.publish_host(&record(1, 1), A, place(1)).unwrap().returning, "also after a ghost");
+    }
+
+    #[test]
+    fn a_withdrawn_announcement_leaves_what_was_before() {
+        let (_memory, mut catalog) = catalog(100, 10);
+        announce(&mut catalog, 1);
+        assert!(catalog.withdraw(&key(1)));
+        assert_eq!(catalog.find(&key(1)), None);
+        assert!(!catalog.withdraw(&key(1)));
+        catalog.publish_host(&record(1, 0), A, place(1)).unwrap();
+        assert!(!catalog.withdraw(&key(1)), "a block is no announcement");
+        catalog.remove(&key(1), MissReason::EvictedRequest);
+        announce(&mut catalog, 1);
+        assert!(catalog.withdraw(&key(1)));
+        assert_eq!(catalog.lookup(&key(1), 0), Lookup::Miss(MissReason::EvictedRequest));
+    }
+
+    #[test]
+    fn a_disk_copy_counts_only_for_the_same_bytes() {
+        let (_memory, mut catalog) = catalog(100, 10);
+        assert!(!catalog.add_disk(&key(1), at(1), record(1, 0).checksum), "nothing there");
+        announce(&mut catalog, 1);
+        assert!(!catalog.add_disk(&key(1), at(1), record(1, 0).checksum), "only announced");
+        catalog.publish_host(&record(1, 0), A, place(1)).unwrap();
+        assert!(!catalog.add_disk(&key(1), at(1), record(1, 7).checksum), "other bytes");
+        assert!(catalog.add_disk(&key(1), at(1), record(1, 0).checksum));
+        assert!(!catalog.add_disk(&key(1), at(2), record(1, 0).checksum), "one is enough");
+        catalog.drop_host(&key(1), WHY);
+        let published = catalog.publish_host(&record(1, 7), A, place(2)).unwrap();
+        assert_eq!(published.stale_disk, Some(at(1)), "bytes computed anew may differ");
+        assert_eq!(catalog.counts().disk, 0);
+    }
+
+    #[test]
+    fn a_second_block_in_host_memory_is_refused() {
+        let (memory, mut catalog) = catalog(100, 10);
+        let filling = || Filling::new(memory.slab().take(4096).unwrap(), record(1, 0)).unwrap();
+        let (block, _) = catalog.publish(filling().seal_and_sum(), A).unwrap();
+        let Err((NotEntered::Already { entry }, sealed)) = catalog.publish(filling().seal_and_sum(), A)
+        else {
+            panic!("there is one already")
+        };
+        assert_eq!(entry.host, Some(block.place()));
+        drop(sealed);
+        let used: u32 = memory.slab().regions().iter().map(|region| region.used).sum();
+        assert_eq!(used, 1, "the second slot is free again");
+        let refused = catalog.publish_host(&record(1, 0), A, place(9));
+        assert!(matches!(refused, Err(NotEntered::Already { .. })));
+    }
+
+    #[test]
+    fn time_to_live_ends_at_its_second() {
+        let (_memory, mut catalog) = catalog(100, 10);
+        let record = Record { expires_at: 100, ..record(1, 0) };
+        catalog.publish_host(&record, A, place(1)).unwrap();
+        assert!(matches!(catalog.lookup(&key(1), 99), Lookup::Found(_)));
+        assert_eq!(catalog.lookup(&key(1), 100), Lookup::Miss(MissReason::Expired));
+        assert!(catalog.keep(&key(1), Priority::High, 0));
+        let Lookup::Found(entry) = catalog.lookup(&key(1), u32::MAX) else { panic!("kept for ever") };
+        assert_eq!(entry.priority, Priority::High);
+        catalog.remove(&key(1), MissReason::Expired);
+        assert!(!catalog.keep(&key(1), Priority::High, 0), "a ghost is not kept");
+    }
+
+    #[test]
+    fn frequency_counts_to_three_and_starts_anew() {
+        let (_memory, mut catalog) = catalog(100, 10);
+        catalog.publish_host(&record(1, 0), A, place(1)).unwrap();
+        let frequency = |catalog: &Catalog| catalog.find(&key(1)).unwrap().frequency;
+        (0..5).for_each(|_| catalog.bump(&key(1)));
+        assert_eq!(frequency(&catalog), 3);
+        catalog.cool(&key(1));
+        assert_eq!(frequency(&catalog), 0);
+        catalog.bump(&key(2));
+        assert_eq!(catalog.find(&key(2)), None);
+    }
+
+    #[test]
+    fn ghosts_are_bounded_and_the_oldest_goes_first() {
+        let (_memory, mut catalog) = catalog(100, 3);
+        for n in 0..5 {
+            catalog.publish_host(&record(n, 0), A, place(1)).unwrap();
+            catalog.drop_host(&key(n), WHY);
+        }
+        let is_ghost = |catalog: &Catalog, n| catalog.find(&key(n)).is_some();
+        assert_eq!(
+            (0..5).map(|n| is_ghost(&catalog, n)).collect::<Vec<_>>(),
+            [false, false, true, true, true]
+        );
+        assert_eq!(catalog.counts().ghosts, 3);
+        // One that came back and left again is young.
+        catalog.publish_host(&record(2, 0), A, place(1)).unwrap();
+        catalog.drop_host(&key(2), WHY);
+        catalog.publish_host(&record(9, 0), A, place(1)).unwrap();
+        catalog.drop_host(&key(9), WHY);
+        assert_eq!([2, 3, 4, 9].map(|n| is_ghost(&catalog, n)), [true, false, true, true]);
+    }
+
+    #[test]
+    fn without_ghosts_a_block_is_forgotten() {
+        let (_memory, mut catalog) = catalog(100, 0);
+        catalog.publish_host(&record(1, 0), A, place(1)).unwrap();
+        catalog.remove(&key(1), WHY);
+        assert_eq!((catalog.find(&key(1)), catalog.counts()), (None, Counts::default()));
+    }
+
+    #[test]
+    fn blocks_take_the_room_of_ghosts_and_a_full_table_says_so() {
+        let (_memory, mut catalog) = catalog(20, 10);
+        for n in 0..10 {
+            catalog.publish_host(&record(n, 0), A, place(1)).unwrap();
+            catalog.drop_host(&key(n), WHY);
+        }
+        for n in 100..120 {
+            catalog.publish_host(&record(n, 0), A, place(1)).unwrap();
+        }
+        assert_eq!(catalog.counts(), Counts { entries: 20, present: 20, host: 20, ..Counts::default() });
+        let full = Full { capacity: 20 };
+        assert_eq!(catalog.announce(&key(500), A, Priority::Normal, 0), Err(full));
+        assert_eq!(catalog.publish_host(&record(500, 0), A, place(1)), Err(NotEntered::Full(full)));
+        assert_eq!(catalog.recover_disk(&record(500, 0), A, at(1)), Err(NotEntered::Full(full)));
+        catalog.remove(&key(100), WHY);
+        assert!(catalog.announce(&key(500), A, Priority::Normal, 0).is_ok());
+    }
+
+    #[test]
+    fn quarantined_blocks_are_counted() {
+        let (_memory, mut catalog) = catalog(100, 10);
+        catalog.recover_disk(&record(1, 0), A, at(1)).unwrap();
+        catalog.drop_disk(&key(1), MissReason::Corrupt);
+        assert_eq!(catalog.counts().quarantined, 1);
+        announce(&mut catalog, 1);
+        assert_eq!(catalog.counts().quarantined, 0);
+    }
+
+    #[test]
+    fn a_scan_in_parts_sees_everything_once() {
+        let (_memory, mut catalog) = catalog(1000, 10);
+        for n in 0..800 {
+            catalog.recover_disk(&record(n, 0), A, at(n as u32)).unwrap();
+        }
+        let (mut seen, mut from) = (Vec::new(), Some(0));
+        while let Some(bucket) = from {
+            let (entries, next) = catalog.scan(bucket, 7);
+            seen.extend(entries.iter().map(|entry| entry.key));
+            from = next;
+        }
+        seen.sort_unstable();
+        let mut wanted: Vec<_> = (0..800).map(key).collect();
+        wanted.sort_unstable();
+        assert_eq!(seen, wanted);
+    }
+
+    /// What the model knows of a key.
+    #[derive(Clone, Copy, PartialEq, Debug)]
+    enum Known {
+        Pending { remembered: Option<MissReason> },
+        Present { host: bool, disk: Option<u32>, version: u64 },
+        Ghost(MissReason),
+    }
+
+    #[derive(Clone, Debug)]
+    enum Op {
+        Announce(u64),
+        Withdraw(u64),
+        Publish(u64, u64),
+        AddDisk(u64, u32, u64),
+        MoveDisk(u64, u32, u32),
+        DropHost(u64, MissReason),
+        DropDisk(u64, MissReason),
+        Remove(u64, MissReason),
+        Bump(u64),
+        Restart,
+    }
+
+    fn ops() -> impl Strategy<Value = Vec<Op>> {
+        let key = || 0u64..10;
+        let why = || proptest::sample::select(&[WHY, MissReason::Corrupt, MissReason::EvictedRequest][..]);
+        let op = prop_oneof![
+            3 => key().prop_map(Op::Announce),
+            2 => key().prop_map(Op::Withdraw),
+            5 => (key(), 0u64..2).prop_map(|(n, version)| Op::Publish(n, version)),
+            4 => (key(), 1u32..4, 0u64..2).prop_map(|(n, at, version)| Op::AddDisk(n, at, version)),
+            2 => (key(), 1u32..4, 1u32..4).prop_map(|(n, from, to)| Op::MoveDisk(n, from, to)),
+            3 => (key(), why()).prop_map(|(n, why)| Op::DropHost(n, why)),
+            3 => (key(), why()).prop_map(|(n, why)| Op::DropDisk(n, why)),
+            1 => (key(), why()).prop_map(|(n, why)| Op::Remove(n, why)),
+            1 => key().prop_map(Op::Bump),
+            1 => Just(Op::Restart),
+        ];
+        proptest::collection::vec(op, 1..120)
+    }
+
+    /// A real catalog, real slots, and a simple model of both.
+    struct World {
+        memory: ShardMemory,
+        catalog: Catalog,
+        model: BTreeMap<u64, Known>,
+        /// Keys of ghosts, oldest first: the model's queue, without the lines of those that came back.
+        ghosts: Vec<(u64, u64)>,
+        departures: u64,
+        ghosts_max: usize,
+    }
+
+    impl World {
+        fn new(ghosts_max: usize) -> Self {
+            let (memory, catalog) = catalog(1000, ghosts_max);
+            let model = BTreeMap::new();
+            Self { memory, catalog, model, ghosts: Vec::new(), departures: 0, ghosts_max }
+        }
+
+        fn depart(&mut self, n: u64, why: MissReason) {
+            if self.ghosts_max == 0 {
+                self.model.remove(&n);
+                return;
+            }
+            self.departures += 1;
+            self.ghosts.push((n, self.departures));
+            self.model.insert(n, Known::Ghost(why));
+            if self.ghosts.len() > self.ghosts_max {
+                let (oldest, _) = self.ghosts.remove(0);
+                let newer = self.ghosts.iter().any(|(key, _)| *key == oldest);
+                if !newer && matches!(self.model.get(&oldest), Some(Known::Ghost(_))) {
+                    self.model.remove(&oldest);
+                }
+            }
+        }
+
+        fn free_slot(&mut self, n: u64) {
+            if let Some((slot, generation)) = self.catalog.find(&key(n)).and_then(|entry| entry.host) {
+                self.memory.slab().retire(slot, generation).unwrap();
+                self.memory.slab().sweep(&HazardSet::new());
+            }
+        }
+
+        fn apply(&mut self, op: &Op) {
+            match *op {
+                Op::Announce(n) => {
+                    let wanted = match self.model.get(&n).copied() {
+                        None => Announced::Fresh { returning: false },
+                        Some(Known::Ghost(_)) => Announced::Fresh { returning: true },
+                        Some(Known::Pending { .. }) => Announced::Pending,
+                        Some(Known::Present { .. }) => {
+                            Announced::Present(self.catalog.find(&key(n)).unwrap())
+                        }
+                    };
+                    assert_eq!(announce(&mut self.catalog, n), wanted);
+                    let remembered = match self.model.get(&n) {
+                        Some(Known::Ghost(why)) => Some(*why),
+                        _ => None,
+                    };
+                    if matches!(wanted, Announced::Fresh { .. }) {
+                        self.model.insert(n, Known::Pending { remembered });
+                    }
+                }
+                Op::Withdraw(n) => {
+                    let pending = match self.model.get(&n) {
+                        Some(Known::Pending { remembered }) => Some(*remembered),
+                        _ => None,
+                    };
+                    assert_eq!(self.catalog.withdraw(&key(n)), pending.is_some());
+                    match pending {
+                        Some(Some(why)) => self.depart(n, why),
+                        Some(None) => drop(self.model.remove(&n)),
+                        None => {}
+                    }
+                }
+                Op::Publish(n, version) => self.publish(n, version),
+                Op::AddDisk(n, place, wanted) => {
+                    let takes = matches!(self.model.get(&n),
+                        Some(Known::Present { disk: None, version, .. }) if *version == wanted);
+                    assert_eq!(self.catalog.add_disk(&key(n), at(place), record(n, wanted).checksum), takes);
+                    if let Some(Known::Present { disk, .. }) = self.model.get_mut(&n).filter(|_| takes) {
+                        *disk = Some(place);
+                    }
+                }
+                Op::MoveDisk(n, from, to) => {
+                    let moved = match self.model.get_mut(&n) {
+                        Some(Known::Present { disk: disk @ Some(_), .. }) if *disk == Some(from) => {
+                            *disk = Some(to);
+                            true
+                        }
+                        _ => false,
+                    };
+                    assert_eq!(self.catalog.move_disk(&key(n), at(from), at(to)), moved);
+                }
+                Op::DropHost(n, why) => {
+                    self.free_slot(n);
+                    let dropped = self.catalog.drop_host(&key(n), why);
+                    match self.model.get(&n).copied() {
+                        Some(Known::Present { host: true, disk: None, .. }) => {
+                            assert!(matches!(dropped, Dropped::Gone(_)));
+                            self.depart(n, why);
+                        }
+                        Some(Known::Present { host: true, disk, version }) => {
+                            assert!(matches!(dropped, Dropped::Remains(_)));
+                            self.model.insert(n, Known::Present { host: false, disk, version });
+                        }
+                        _ => assert_eq!(dropped, Dropped::Unchanged),
+                    }
+                }
+                Op::DropDisk(n, why) => {
+                    let dropped = self.catalog.drop_disk(&key(n), why);
+                    match self.model.get(&n).copied() {
+                        Some(Known::Present { host: false, disk: Some(_), .. }) => {
+                            assert!(matches!(dropped, Dropped::Gone(_)));
+                            self.depart(n, why);
+                        }
+                        Some(Known::Present { host: true, disk: Some(_), version }) => {
+                            assert!(matches!(dropped, Dropped::Remains(_)));
+                            self.model.insert(n, Known::Present { host: true, disk: None, version });
+                        }
+                        _ => assert_eq!(dropped, Dropped::Unchanged),
+                    }
+                }
+                Op::Remove(n, why) => {
+                    self.free_slot(n);
+                    let present = matches!(self.model.get(&n), Some(Known::Present { .. }));
+                    assert_eq!(self.catalog.remove(&key(n), why).is_some(), present);
+                    if present {
+                        self.depart(n, why);
+                    }
+                }
+                Op::Bump(n) => self.catalog.bump(&key(n)),
+                Op::Restart => self.restart(),
+            }
+        }
+
+        fn publish(&mut self, n: u64, version: u64) {
+            let mut known = record(n, version);
+            let filling = Filling::new(self.memory.slab().take(4096).unwrap(), known).unwrap();
+            known = *filling.record();
+            let result = self.catalog.publish(filling.seal(known.checksum), A);
+            let before = self.model.get(&n).copied();
+            if let Some(Known::Present { host: true, .. }) = before {
+                assert!(matches!(result, Err((NotEntered::Already { .. }, _))));
+                return;
+            }
+            let (block, published) = result.unwrap();
+            drop(block);
+            let (returning, on_disk) = match before {
+                None | Some(Known::Pending { remembered: None }) => (false, None),
+                Some(Known::Present { disk, version, .. }) => (true, disk.map(|place| (place, version))),
+                Some(_) => (true, None),
+            };
+            let same = on_disk.filter(|(_, there)| *there == version).map(|(place, _)| place);
+            let stale = on_disk.filter(|(_, there)| *there != version).map(|(place, _)| at(place));
+            assert_eq!(published, Published { returning, stale_disk: stale });
+            self.model.insert(n, Known::Present { host: true, disk: same, version });
+        }
+
+        /// The table is emptied, then rebuilt from what the slots and the disk know, as after a restart.
+        fn restart(&mut self) {
+            let before: Vec<Entry> = self.catalog.scan(0, u64::MAX).0;
+            self.catalog.clear().unwrap();
+            assert_eq!(self.catalog.counts(), Counts::default());
+            for entry in before.iter().filter(|entry| entry.host.is_some()) {
+                let (slot, _) = entry.host.unwrap();
+                let record = self.memory.slab().header(slot).unwrap().record;
+                assert_eq!(record.checksum, entry.checksum, "the slot's header is the truth");
+                self.catalog.publish_host(&record, A, entry.host.unwrap()).unwrap();
+            }
+            for entry in before.iter().filter(|entry| entry.disk.is_some()) {
+                let record = Record { checksum: entry.checksum, ..record(entry.key.halves()[1], 0) };
+                self.catalog.recover_disk(&record, A, entry.disk.unwrap()).unwrap();
+                let again = self.catalog.recover_disk(&record, A, entry.disk.unwrap());
+                assert!(matches!(again, Err(NotEntered::Already { .. })));
+            }
+            self.model.retain(|_, known| matches!(known, Known::Present { .. }));
+            self.ghosts.clear();
+        }
+
+        /// Everything the catalog says is what the model says.
+        fn check(&self) {
+            let mut counts = Counts::default();
+            for n in 0..10 {
+                let entry = self.catalog.find(&key(n));
+                let found = entry.map(|entry| match entry.state {
+                    EntryState::Pending => Known::Pending { remembered: remembered(&entry) },
+                    EntryState::Ghost(why) => Known::Ghost(why),
+                    EntryState::Present => Known::Present {
+                        host: entry.host.is_some(),
+                        disk: entry.disk.map(DiskLocation::page),
+                        version: entry.checksum.0 % 1000,
+                    },
+                });
+                assert_eq!(found, self.model.get(&n).copied(), "key {n}");
+                if let Some(entry) = entry {
+                    let present = entry.state == EntryState::Present;
+                    let somewhere = entry.host.is_some() || entry.disk.is_some();
+                    assert_eq!(present, somewhere, "present exactly when on a tier");
+                    counts.entries += 1;
+                    counts.pending += u64::from(entry.state == EntryState::Pending);
+                    counts.present += u64::from(present);
+                    counts.host += u64::from(entry.host.is_some());
+                    counts.disk += u64::from(entry.disk.is_some());
+                    counts.ghosts += u64::from(matches!(entry.state, EntryState::Ghost(_)));
+                    let corrupt = entry.state == EntryState::Ghost(MissReason::Corrupt);
+                    counts.quarantined += u64::from(corrupt);
+                }
+            }
+            assert_eq!(self.catalog.counts(), counts);
+            let Counts { pending, host, disk, .. } = counts;
+            assert_eq!(self.catalog.counts_of(A), BindingCounts { pending, host, disk });
+            let used: u32 = self.memory.slab().regions().iter().map(|region| region.used).sum();
+            assert_eq!(u64::from(used), host, "a slot leaked, or is used twice");
+        }
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(60))]
+        #[test]
+        fn the_catalog_agrees_with_a_simple_model(ops in ops(), ghosts_max in 0usize..6) {
+            let mut world = World::new(ghosts_max);
+            for op in &ops {
+                world.apply(op);
+                world.check();
+            }
+        }
+    }
+}

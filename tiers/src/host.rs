@@ -423,3 +423,277 @@ fn free_to_leave(
     let free = |header: &SlotHeader| is_block(header) && header.holds == 0;
     slab.header(slot).filter(free).filter(|header| evictable(&header.record.key))
 }
+
+#[cfg(test)]
+mod tests {
+    use kv_arena::{Geometry, ShardMemory};
+    use kv_block::{BindingTag, Checksum};
+
+    use super::*;
+
+    const REGION: u64 = 2 << 20;
+
+    struct World {
+        memory: ShardMemory,
+        tier: HostTier,
+        hazards: HazardSet,
+        keys: u64,
+    }
+
+    impl World {
+        fn new(regions: u32, kind: PolicyKind) -> Self {
+            let geometry = Geometry { regions, region_bytes: REGION, table_entries_max: 8 };
+            let memory = ShardMemory::anonymous(geometry).unwrap();
+            let tier = HostTier::new(memory.slab().clone(), kind, Watermarks::default());
+            Self { memory, tier, hazards: HazardSet::new(), keys: 0 }
+        }
+
+        /// Stores a block and holds it no longer.
+        fn store(&mut self, bytes: u32) -> Option<(SlotId, Generation)> {
+            let slot = self.tier.take(bytes)?;
+            let held = self.seal(slot, bytes);
+            let place = (held.id(), held.generation());
+            self.tier.insert(place.0, bytes, Priority::Normal, false);
+            Some(place)
+        }
+
+        fn seal(&mut self, slot: Slot, bytes: u32) -> Held {
+            self.keys += 1;
+            let key = BlockKey::from_halves([self.keys, 0]);
+            let (tag, priority) = (BindingTag(0), Priority::Normal);
+            let checksum = Checksum::default();
+            slot.seal(&Record { key, checksum, bytes, tag, priority, expires_at: 0 })
+        }
+
+        /// Stores as many as fit.
+        fn fill(&mut self, bytes: u32) -> Vec<(SlotId, Generation)> {
+            std::iter::from_fn(|| self.store(bytes)).collect()
+        }
+
+        fn evict(&mut self, bytes: u32) -> bool {
+            let Some((slot, generation)) = self.tier.victim(bytes, &mut |_| true) else { return false };
+            assert!(self.tier.retire(slot, generation));
+            true
+        }
+
+        /// What the node does to store a block when there is no room.
+        fn store_evicting(&mut self, bytes: u32) -> bool {
+            for _ in 0..3 {
+                if self.store(bytes).is_some() {
+                    return true;
+                }
+                let mut evicted = 0;
+                while evicted < self.tier.missing(bytes, 0).max(1) && self.evict(bytes) {
+                    evicted += 1;
+                }
+                if evicted == 0
+                    && let Some(region) = self.tier.region_to_steal(bytes, &mut |_| true)
+                {
+                    for (slot, generation) in self.tier.slots_of(region) {
+                        assert!(self.tier.retire(slot, generation));
+                    }
+                }
+                self.tier.sweep(&self.hazards);
+            }
+            false
+        }
+
+        fn regions_of(&self, bytes: u32) -> u32 {
+            let usage = self.tier.usage();
+            usage.classes.iter().find(|class| class.slot_bytes == bytes).map_or(0, |class| class.regions)
+        }
+    }
+
+    #[test]
+    fn a_full_class_gives_its_oldest_block_and_the_slot_comes_back() {
+        for kind in PolicyKind::ALL {
+            let mut world = World::new(1, kind);
+            let stored = world.fill(64 << 10);
+            assert_eq!(stored.len(), 32);
+            let victim = world.tier.victim(64 << 10, &mut |_| true);
+            assert_eq!(victim, Some(stored[0]));
+            assert!(world.tier.take(64 << 10).is_none(), "leaving is not free");
+            assert!(world.tier.retire(stored[0].0, stored[0].1));
+            assert!(world.tier.take(64 << 10).is_none(), "limbo is not free");
+            assert_eq!(world.tier.limbo_len(), 1);
+            assert_eq!(world.tier.sweep(&world.hazards), 1);
+            assert!(world.store(64 << 10).is_some());
+            assert_eq!(world.tier.len(), 32);
+        }
+    }
+
+    #[test]
+    fn held_and_pinned_blocks_are_no_victims() {
+        let mut world = World::new(1, PolicyKind::Sieve);
+        let stored = world.fill(512 << 10);
+        let _held = world.tier.hold(stored[0].0, stored[0].1).unwrap();
+        assert_eq!(world.tier.holds(stored[0].0), 1);
+        let pinned = world.tier.key_in(stored[1].0).unwrap();
+        let mut free = |key: &BlockKey| *key != pinned;
+        assert_eq!(world.tier.victim(512 << 10, &mut free), Some(stored[2]));
+        assert_eq!(world.tier.victim(512 << 10, &mut free), Some(stored[3]));
+        assert_eq!(world.tier.victim(512 << 10, &mut free), None);
+        assert!(!world.tier.retire(stored[0].0, stored[0].1), "somebody holds it");
+        assert_eq!(world.tier.len(), 2);
+    }
+
+    #[test]
+    fn a_victim_that_is_kept_may_be_chosen_again_later() {
+        let mut world = World::new(1, PolicyKind::Sieve);
+        let stored = world.fill(512 << 10);
+        assert_eq!(world.tier.victim(512 << 10, &mut |_| true), Some(stored[0]));
+        world.tier.keep(stored[0].0, Priority::Normal);
+        let order: Vec<_> = std::iter::from_fn(|| world.tier.victim(512 << 10, &mut |_| true)).collect();
+        assert_eq!(order, [stored[1], stored[2], stored[3], stored[0]]);
+    }
+
+    #[test]
+    fn numbers_from_workers_are_not_believed() {
+        let mut world = World::new(2, PolicyKind::Sieve);
+        world.store(64 << 10).unwrap();
+        for slot in [1, 31, 32, 511, 512, 1023, 1024, u32::MAX - 1, u32::MAX].map(SlotId) {
+            world.tier.touch(slot);
+            world.tier.forget(slot);
+            world.tier.keep(slot, Priority::High);
+            assert_eq!((world.tier.key_in(slot), world.tier.holds(slot)), (None, 0));
+            assert!(!world.tier.retire(slot, Generation(1)));
+        }
+        assert_eq!(world.tier.len(), 1);
+    }
+
+    #[test]
+    fn slots_are_freed_ahead_between_the_watermarks() {
+        let mut world = World::new(1, PolicyKind::Sieve);
+        let stored = world.fill(4096);
+        assert_eq!(stored.len(), 512);
+        assert_eq!(world.tier.sizes_below_low(), [4096]);
+        assert_eq!(world.tier.missing_to_high(4096), 30, "6 of a hundred");
+        for _ in 0..30 {
+            assert!(world.evict(4096));
+        }
+        assert_eq!(world.tier.missing_to_high(4096), 0, "what is in limbo counts");
+        world.tier.sweep(&world.hazards);
+        assert!(world.tier.sizes_below_low().is_empty());
+        while world.store(4096).is_some() && world.tier.sizes_below_low().is_empty() {}
+        assert_eq!(
+            world.tier.missing_to_high(4096),
+            30 - 14,
+            "freeing begins again below 15, 3 of a hundred"
+        );
+    }
+
+    #[test]
+    fn a_class_of_few_slots_frees_nothing_ahead() {
+        let mut world = World::new(1, PolicyKind::Sieve);
+        assert_eq!(world.fill(512 << 10).len(), 4);
+        assert!(world.tier.sizes_below_low().is_empty());
+        assert_eq!(world.tier.missing_to_high(512 << 10), 0);
+    }
+
+    #[test]
+    fn a_reader_who_never_ends_stops_nobody_elses_eviction() {
+        let mut world = World::new(1, PolicyKind::Sieve);
+        world.fill(4096);
+        let batch = world.tier.batch(4096);
+        assert_eq!(batch, 8);
+        assert_eq!(world.tier.missing(4096, 0), batch);
+        assert_eq!(world.tier.missing(4096, 3), batch - 3);
+        (0..batch).for_each(|_| assert!(world.evict(4096)));
+        assert_eq!(world.tier.missing(4096, 0), 0, "they are on their way");
+        // A sweep that could free none of them: hazards of some worker name them all.
+        world.tier.swept();
+        assert_eq!(world.tier.missing(4096, 0), batch);
+    }
+
+    #[test]
+    fn a_new_size_takes_a_whole_region_from_the_richest() {
+        let mut world = World::new(4, PolicyKind::Sieve);
+        world.fill(64 << 10);
+        assert_eq!(world.regions_of(64 << 10), 4);
+        assert!(world.tier.take(1 << 20).is_none());
+        assert_eq!(world.tier.victim(1 << 20, &mut |_| true), None);
+        let region = world.tier.region_to_steal(1 << 20, &mut |_| true).unwrap();
+        assert_eq!(world.tier.region_to_steal(1 << 20, &mut |_| true), None, "one at a time");
+        let blocks = world.tier.slots_of(region);
+        assert_eq!(blocks.len(), 32);
+        assert_eq!(world.tier.len(), 96, "they are not chosen again");
+        for (at, (slot, generation)) in blocks.into_iter().enumerate() {
+            assert!(world.tier.retire(slot, generation));
+            world.tier.sweep(&world.hazards);
+            if at < 31 {
+                assert!(world.tier.take(64 << 10).is_none(), "its slots are not handed out meanwhile");
+            }
+        }
+        assert!(world.tier.take(64 << 10).is_none(), "the free region is promised");
+        assert!(world.store(1 << 20).is_some());
+        assert!(world.store(1 << 20).is_some());
+        assert_eq!((world.regions_of(64 << 10), world.regions_of(1 << 20)), (3, 1));
+    }
+
+    #[test]
+    fn an_emptied_region_is_not_kept_for_ever() {
+        let mut world = World::new(2, PolicyKind::Sieve);
+        world.fill(64 << 10);
+        let region = world.tier.region_to_steal(1 << 20, &mut |_| true).unwrap();
+        for (slot, generation) in world.tier.slots_of(region) {
+            assert!(world.tier.retire(slot, generation));
+        }
+        world.tier.sweep(&world.hazards);
+        let denied = (0..1000).take_while(|_| world.tier.take(64 << 10).is_none()).count();
+        assert_eq!(denied, PATIENCE as usize - 1);
+    }
+
+    #[test]
+    fn a_region_with_a_pinned_block_is_not_stolen() {
+        let mut world = World::new(2, PolicyKind::Sieve);
+        let stored = world.fill(64 << 10);
+        let pinned = world.tier.key_in(stored[5].0).unwrap();
+        let region = world.tier.region_to_steal(1 << 20, &mut |key| *key != pinned).unwrap();
+        assert_ne!(region, stored[5].0.0 / 512, "that region cannot be emptied");
+        let mut world = World::new(2, PolicyKind::Sieve);
+        world.fill(64 << 10);
+        assert_eq!(world.tier.region_to_steal(1 << 20, &mut |_| false), None);
+        assert_eq!(world.tier.len(), 64);
+    }
+
+    #[test]
+    fn a_block_that_is_kept_ends_the_theft() {
+        let mut world = World::new(2, PolicyKind::Sieve);
+        world.fill(64 << 10);
+        let region = world.tier.region_to_steal(1 << 20, &mut |_| true).unwrap();
+        let blocks = world.tier.slots_of(region);
+        assert!(world.tier.retire(blocks[0].0, blocks[0].1));
+        blocks[1..].iter().for_each(|(slot, _)| world.tier.keep(*slot, Priority::Normal));
+        world.tier.sweep(&world.hazards);
+        assert!(world.store(64 << 10).is_some(), "its slots are handed out again");
+        assert_eq!(world.tier.len(), 64);
+    }
+
+    #[test]
+    fn two_sizes_in_use_end_up_with_a_fair_share_each() {
+        let mut world = World::new(8, PolicyKind::S3Fifo);
+        world.fill(64 << 10);
+        assert_eq!(world.regions_of(64 << 10), 8);
+        for round in 0..600 {
+            assert!(world.store_evicting(128 << 10), "round {round}");
+            assert!(world.store_evicting(64 << 10), "round {round}");
+        }
+        let (small, large) = (world.regions_of(64 << 10), world.regions_of(128 << 10));
+        assert!(large >= 2 && small >= 2, "{small} and {large} of 8 regions");
+    }
+
+    #[test]
+    fn blocks_of_an_earlier_life_are_in_the_order_again() {
+        let mut world = World::new(1, PolicyKind::Sieve);
+        let stored = world.fill(512 << 10);
+        // A tier made anew over the same arena, as after a restart.
+        let mut tier = HostTier::new(world.memory.slab().clone(), PolicyKind::Sieve, Watermarks::default());
+        assert!(tier.is_empty() && tier.adopted().is_empty(), "these blocks were never away");
+        for (slot, _) in &stored {
+            tier.insert(*slot, 512 << 10, Priority::Normal, true);
+        }
+        assert_eq!(tier.len(), 4);
+        let victim = tier.victim(512 << 10, &mut |_| true).unwrap();
+        assert!(tier.retire(victim.0, victim.1));
+    }
+}

@@ -16,9 +16,11 @@
 pub mod admit;
 pub mod budget;
 pub mod catalog;
+pub mod contract;
 pub mod evict;
 pub mod host;
 pub mod lifecycle;
+pub mod memory;
 pub mod offload;
 pub mod onboard;
 pub mod store;

@@ -176,3 +176,160 @@ impl Deref for Block {
         &self.0
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use kv_arena::{Geometry, HazardSet, ShardMemory, Slab, SlotState};
+    use kv_block::{BindingTag, Priority};
+
+    use super::*;
+
+    fn memory() -> ShardMemory {
+        let geometry = Geometry { regions: 1, region_bytes: 2 << 20, table_entries_max: 64 };
+        ShardMemory::anonymous(geometry).unwrap()
+    }
+
+    fn record() -> Record {
+        Record {
+            key: BlockKey([7; 16]),
+            checksum: Checksum::default(),
+            bytes: 5000,
+            tag: BindingTag(3),
+            priority: Priority::High,
+            expires_at: 9,
+        }
+    }
+
+    fn filling(slab: &Slab) -> Filling {
+        let mut filling = Filling::new(slab.take(5000).unwrap(), record()).unwrap();
+        filling.bytes_mut().fill(1);
+        filling
+    }
+
+    fn used(slab: &Slab) -> u32 {
+        slab.regions().iter().map(|region| region.used).sum()
+    }
+
+    /// The guards as one value, to walk every state through every event.
+    enum Stage {
+        Filling(Filling),
+        Sealed(Sealed),
+        Block(Block),
+        Gone,
+    }
+
+    #[derive(Clone, Copy, PartialEq, Eq, Debug)]
+    enum Event {
+        Seal,
+        SealWrong,
+        Share,
+        Drop,
+        Retire,
+    }
+
+    fn step(slab: &Slab, stage: Stage, event: Event) -> Stage {
+        match (stage, event) {
+            (Stage::Filling(filling), Event::Seal) => Stage::Sealed(filling.seal_and_sum()),
+            // The record has no checksum that fits: the slot comes back in the error and is dropped.
+            (Stage::Filling(filling), Event::SealWrong) => {
+                assert!(matches!(filling.seal_if_right(), Err(Error::Corrupt { .. })));
+                Stage::Gone
+            }
+            (Stage::Sealed(sealed), Event::Share) => Stage::Block(sealed.share()),
+            (Stage::Block(block), Event::Retire) => {
+                let (slot, generation) = block.place();
+                assert!(slab.retire(slot, generation).is_err(), "a block in use was retired");
+                drop(block);
+                slab.retire(slot, generation).unwrap();
+                slab.sweep(&HazardSet::new());
+                Stage::Gone
+            }
+            (stage @ (Stage::Filling(_) | Stage::Sealed(_) | Stage::Block(_)), Event::Drop) => {
+                drop(stage);
+                Stage::Gone
+            }
+            // No method leads from here: the event does not exist in this state.
+            (stage, _) => stage,
+        }
+    }
+
+    #[test]
+    fn every_stage_meets_every_event() {
+        use Event::{Drop, Retire, Seal, SealWrong, Share};
+        // Stage reached by, event, then: is it a block or gone, slots still in use.
+        let table: [(&[Event], &str, u32); 13] = [
+            (&[], "filling", 1),
+            (&[Seal], "sealed", 1),
+            (&[SealWrong], "gone", 0),
+            (&[Share], "filling", 1),
+            (&[Drop], "gone", 0),
+            (&[Retire], "filling", 1),
+            (&[Seal, Seal], "sealed", 1),
+            (&[Seal, Share], "block", 1),
+            (&[Seal, Drop], "gone", 0),
+            (&[Seal, Share, Seal], "block", 1),
+            (&[Seal, Share, Drop], "gone", 1),
+            (&[Seal, Share, Retire], "gone", 0),
+            (&[Seal, Share, Retire, Drop], "gone", 0),
+        ];
+        for (events, wanted, in_use) in table {
+            let memory = memory();
+            let slab = memory.slab();
+            let stage = Stage::Filling(filling(slab));
+            let stage = events.iter().fold(stage, |stage, event| step(slab, stage, *event));
+            let found = match &stage {
+                Stage::Filling(_) => "filling",
+                Stage::Sealed(_) => "sealed",
+                Stage::Block(_) => "block",
+                Stage::Gone => "gone",
+            };
+            assert_eq!((found, used(slab)), (wanted, in_use), "{events:?}");
+        }
+    }
+
+    #[test]
+    fn nobody_can_read_a_slot_before_it_is_a_block() {
+        let memory = memory();
+        let state = |(slot, generation): (SlotId, Generation)| {
+            let held = memory.slab().hold(slot, generation);
+            (memory.slab().header(slot).unwrap().state, held.is_some())
+        };
+        let sealed = filling(memory.slab()).seal_and_sum();
+        assert_eq!(state(sealed.place()), (SlotState::Filling, false));
+        let block = sealed.share();
+        assert_eq!(state(block.place()), (SlotState::Sealed, true));
+        assert_eq!(*block, [1; 5000]);
+        let record = block.record();
+        assert!(record.checksum.matches(&record.key, &block));
+        assert_eq!((record.tag, record.priority, record.expires_at), (BindingTag(3), Priority::High, 9));
+    }
+
+    #[test]
+    fn bytes_are_sealed_only_if_they_are_those_of_the_record() {
+        let memory = memory();
+        let right = Record { checksum: Checksum::of(&record().key, &[1; 5000]), ..record() };
+        let mut filling = Filling::new(memory.slab().take(5000).unwrap(), right).unwrap();
+        filling.bytes_mut().fill(1);
+        let slot = filling.into_slot();
+        let mut filling = Filling::new(slot, right).unwrap();
+        filling.bytes_mut()[4999] ^= 1;
+        let Err(Error::Corrupt { slot, wanted, .. }) = filling.seal_if_right() else { panic!("a wrong bit") };
+        assert_eq!(wanted, right.checksum);
+        let mut filling = Filling::new(slot, right).unwrap();
+        filling.bytes_mut()[4999] ^= 1;
+        assert_eq!(filling.seal_if_right().unwrap().record(), &right);
+    }
+
+    #[test]
+    fn a_slot_that_is_too_short_comes_back() {
+        let memory = memory();
+        let slot = memory.slab().take(4096).unwrap();
+        let refused = Filling::new(slot, record());
+        assert!(matches!(refused, Err(Error::TooLong { bytes: 5000, slot_bytes: 4096, .. })));
+        drop(refused);
+        let lent = memory.slab().take(4096).unwrap().lend();
+        assert!(Sealed::in_place(lent, record()).is_none());
+        memory.slab().sweep(&HazardSet::new());
+        assert_eq!(used(memory.slab()), 0);
+    }
+}

@@ -12,7 +12,10 @@
 //!            submit(Move{at, record})     ->  Moved{at}
 //!            submit(Release{segment})     ->  Released                the segment's space is free again
 //! ```
-//! The store is a log, not an index: who owns the catalog decides what is alive.
+//! The store is a log, not an index: who owns the catalog decides what is alive. A segment is offered once,
+//! when free ones are few; until it is released its blocks can be read. After a restart the store names, for
+//! each key, the newest copy that was not removed. [`crate::contract`] holds every store to all of this, and
+//! [`crate::memory::MemoryStore`] is the one that can fail on purpose.
 
 use std::time::Duration;
 
@@ -56,7 +59,8 @@ pub enum StoreOp {
         /// What is expected there.
         record: Record,
     },
-    /// Make sure that a block does not come back after a restart.
+    /// Make sure that a block does not come back after a restart: neither this copy nor an older one of the
+    /// same key. What is written later under the key counts again.
     Remove {
         /// Given back in the completion.
         token: OpToken,
@@ -72,6 +76,19 @@ pub enum StoreOp {
         /// Which one.
         segment: u32,
     },
+}
+
+impl StoreOp {
+    /// The operation's name in flight.
+    pub fn token(&self) -> OpToken {
+        match self {
+            Self::Write { token, .. }
+            | Self::Read { token, .. }
+            | Self::Move { token, .. }
+            | Self::Remove { token, .. }
+            | Self::Release { token, .. } => *token,
+        }
+    }
 }
 
 /// Why a store operation failed.
@@ -191,6 +208,20 @@ pub enum StoreDone {
         /// Everything its index names, dead or alive, in log order.
         entries: Vec<(Record, DiskLocation)>,
     },
+}
+
+impl StoreDone {
+    /// Which operation ended; `None` for what nobody asked for.
+    pub fn token(&self) -> Option<OpToken> {
+        match self {
+            Self::Written { token, .. }
+            | Self::Read { token, .. }
+            | Self::Moved { token, .. }
+            | Self::Removed { token, .. }
+            | Self::Released { token, .. } => Some(*token),
+            Self::Reclaim { .. } => None,
+        }
+    }
 }
 
 /// How full a store is.
