@@ -70,3 +70,28 @@ impl Policy for Sieve {
         self.lists.len_total()
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_hand_goes_on_behind_a_removed_slot() {
+        let mut sieve = Sieve::default();
+        (0..5).for_each(|slot| sieve.insert(slot, Priority::Normal, false));
+        sieve.touch(0);
+        sieve.touch(1);
+        assert_eq!(sieve.victim(&mut |_| true), Some(2), "the hand passed 0 and 1 and took their bits");
+        assert!(sieve.remove(3), "the hand stood there");
+        assert_eq!(sieve.victim(&mut |_| true), Some(4));
+        assert_eq!(sieve.victim(&mut |_| true), Some(0), "and begins again at the back");
+    }
+
+    #[test]
+    fn a_returning_block_outlives_a_new_one() {
+        let mut sieve = Sieve::default();
+        sieve.insert(1, Priority::Normal, true);
+        sieve.insert(2, Priority::Normal, false);
+        assert_eq!(sieve.victim(&mut |_| true), Some(2));
+    }
+}
