@@ -3,8 +3,18 @@
 //! Most blocks of a serving workload are never asked for again, so writing all of them wears the disk out
 //! and pushes out of it what would be read. [`Admission::Frequency`] writes a block that was **seen
 //! twice**: read while it was in the host tier, or stored again after it had left (then the first sighting
-//! is remembered though the block is gone). What that saves and what it costs in hits depends on how long
-//! the host tier keeps a block: `examples/admission.rs` prints both for a trace.
+//! is remembered though the block is gone).
+//!
+//! What that saves has its price, and how high it is depends on how long the host tier keeps a block. On
+//! Mooncake's conversation trace (`examples/admission.rs`; LRU, 20,000 blocks in the host, 100,000 on disk):
+//! ```text
+//!                                  hit ratio    bytes written for each byte hit
+//! write-through                         .377    1.72
+//! all that leave the host               .380    1.53
+//! frequency                             .338     .43
+//! who knows the future                  .382     .15
+//! ```
+//! The hits that are lost are first returns of conversations, which nothing about a block foretells there.
 //!
 //! ```text
 //! stored or read   -> seen(key)      the counters of the key go up
