@@ -1,7 +1,7 @@
 //! Who reads what right now, written by workers, asked by the daemon before a slot is reused.
 //!
 //! ```text
-//! hazard-<shard>-<session>-<pid>-<start time>        one file per worker session
+//! hazard-<shard>-<session>-<pid>-<start time>[-<n>]  one file per worker session
 //!   0     magic | 8 count | 16 touches | 24 closed | 32 touch head, each u64
 //!   4096  cells: slot:32 generation:32 each, 0 for nothing
 //!   then  touches: a ring of u64 slot ids, written at head, lost when nobody drains it in time
@@ -19,6 +19,7 @@ use std::path::{Path, PathBuf};
 
 use kv_block::{Generation, SessionId, ShardId, SlotId};
 use rustix::fs::{MemfdFlags, Mode, OFlags};
+use rustix::io::Errno;
 
 use crate::Error;
 use crate::word;
@@ -31,6 +32,9 @@ pub(crate) const CELLS_OFFSET: usize = 4096;
 pub const HAZARDS_MAX: u32 = 1 << 16;
 /// Touches kept until the daemon drains them.
 pub const TOUCHES: u32 = 1 << 12;
+
+/// Closed files of one process and session number that may wait at once.
+const LIVES_MAX: u32 = 1000;
 
 /// Offset of the touch ring.
 pub(crate) fn touches_offset(count: u32) -> usize {
@@ -68,7 +72,8 @@ impl Owner {
             pid: fields.next()?.parse().ok()?,
             start_time: fields.next()?.parse().ok()?,
         };
-        fields.next().is_none().then_some(owner)
+        let number = fields.next().map(str::parse::<u32>);
+        (!matches!(number, Some(Err(_))) && fields.next().is_none()).then_some(owner)
     }
 
     fn is_alive(&self) -> bool {
@@ -98,6 +103,8 @@ pub struct HazardFile {
     drained: u64,
     /// No longer written by a session of ours; kept for what it still names.
     closed: bool,
+    /// The worker's views can see that.
+    told: bool,
 }
 
 impl HazardFile {
@@ -111,12 +118,22 @@ impl HazardFile {
         count: u32,
     ) -> Result<Self, Error> {
         let owner = Owner { shard, session, pid, start_time };
-        let path = dir.join(owner.file_name());
         let flags = OFlags::RDWR | OFlags::CREATE | OFlags::EXCL | OFlags::CLOEXEC | OFlags::NOFOLLOW;
+        let mut path = dir.join(owner.file_name());
         // Session numbers start again with every life of the daemon, so a closed file may have the name.
-        let open = || rustix::fs::open(&path, flags, Mode::RUSR | Mode::WUSR);
-        let file = open().map_err(Error::io("create hazard file", &path))?;
-        Self::with_file(owner, file, Some(path), count)
+        for number in 1.. {
+            match rustix::fs::open(&path, flags, Mode::RUSR | Mode::WUSR) {
+                Err(Errno::EXIST) if number <= LIVES_MAX => {
+                    path.set_file_name(format!("{}-{number}", owner.file_name()));
+                }
+                opened => {
+                    let file = opened.map_err(Error::io("create hazard file", &path))?;
+                    let made = Self::with_file(owner, file, Some(path.clone()), count);
+                    return made.inspect_err(|_| drop(fs::remove_file(&path)));
+                }
+            }
+        }
+        Err(Error::io("create hazard file", &path)(Errno::EXIST))
     }
 
     /// A nameless one, for tests and simulation.
@@ -141,7 +158,7 @@ impl HazardFile {
         header[8..16].copy_from_slice(&u64::from(count).to_le_bytes());
         header[16..].copy_from_slice(&u64::from(TOUCHES).to_le_bytes());
         rustix::io::pwrite(&file, &header, 0).map_err(Error::io("write", &name))?;
-        Ok(Self { owner, file, path, count, drained: 0, closed: false })
+        Ok(Self { owner, file, path, count, drained: 0, closed: false, told: false })
     }
 
     /// Whose it is.
@@ -168,7 +185,7 @@ impl HazardFile {
             match rustix::io::pread(&self.file, &mut buffer[got..], (offset + got) as u64) {
                 Ok(0) => break,
                 Ok(more) => got += more,
-                Err(rustix::io::Errno::INTR) => {}
+                Err(Errno::INTR) => {}
                 Err(error) => {
                     let name = self.path.clone().unwrap_or_else(|| self.owner.file_name().into());
                     return Err(Error::io("read", &name)(error));
@@ -194,9 +211,10 @@ impl HazardFile {
     /// Tells the worker's views that they are over.
     fn close(&mut self) {
         self.closed = true;
-        // A file that was cut short simply grows again; a failure leaves a view that reads on under hazards
-        // that are still honoured.
-        let _ = rustix::io::pwrite(&self.file, &1u64.to_le_bytes(), CLOSED_OFFSET as u64);
+        // A file that was cut short simply grows again. If this fails, the views read on, and their hazards
+        // are honoured until the process ends.
+        let written = rustix::io::pwrite(&self.file, &1u64.to_le_bytes(), CLOSED_OFFSET as u64);
+        self.told |= written == Ok(8);
     }
 
     fn unlink(&self) {
@@ -250,7 +268,8 @@ impl HazardSet {
             // length, touches included, which at worst keeps a few slots too many.
             let bytes = rustix::fs::fstat(&file).map_err(Error::io("look at", &path))?.st_size as u64;
             let count = (bytes.saturating_sub(CELLS_OFFSET as u64) / 8).min(HAZARDS_MAX.into()) as u32;
-            let mut file = HazardFile { owner, file, path: Some(path), count, drained: 0, closed: false };
+            let mut file =
+                HazardFile { owner, file, path: Some(path), count, drained: 0, closed: false, told: false };
             file.close();
             set.files.push(file);
         }
@@ -278,7 +297,8 @@ impl HazardSet {
         word::before_scan();
         let mut named = Vec::new();
         self.files.retain(|file| {
-            let done = file.closed && (!file.owner.is_alive() || matches!(file.scan(&mut named), Ok(0)));
+            let mut idle = || file.told && matches!(file.scan(&mut named), Ok(0));
+            let done = file.closed && (!file.owner.is_alive() || idle());
             if done {
                 file.unlink();
             }

@@ -21,7 +21,11 @@
 //!
 //! This crate owns raw memory, so it may use `unsafe`. Everything it offers is safe.
 #![expect(unsafe_code, reason = "maps shared memory and hands out typed pieces of it")]
+// Under loom only the protocols and their models are built.
+#![cfg_attr(loom, allow(dead_code))]
 
+#[cfg(all(test, loom))]
+mod model;
 mod seqlock;
 mod sync;
 mod word;
@@ -58,6 +62,3 @@ pub use {
     table::{Entry, EntryState, Full, Table},
     view::{Absent, FillGuard, ReadGuard, ShardView},
 };
-
-#[cfg(all(test, loom))]
-mod model;

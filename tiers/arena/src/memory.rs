@@ -24,7 +24,9 @@ use rustix::mm::Advice;
 
 use crate::Error;
 use crate::map::Mapping;
-use crate::meta::{EPOCH_OFFSET, Geometry, HEADER_BYTES, Header, HeaderError, Layout, epoch_of, epoch_word};
+use crate::meta::{
+    EPOCH_OFFSET, Geometry, HEADER_BYTES, HUGE_PAGE, Header, HeaderError, Layout, epoch_of, epoch_word,
+};
 use crate::numa::{self, Bound, HugeMount};
 use crate::slab::Slab;
 use crate::sync::Ordering;
@@ -91,12 +93,17 @@ pub struct ShardMemory {
     table_taken: bool,
     epoch: Epoch,
     huge: bool,
+    /// Whether the file system of the meta file may give huge pages.
+    table_huge: bool,
     notes: Vec<String>,
     /// Removed by `wipe`, in this order.
     paths: Vec<PathBuf>,
-    /// Dropped last: nobody else may come while anything above lives.
-    _lock: Option<File>,
+    lock: Lock,
 }
+
+/// The lock file of named memory. Everything that may write has a share, so that nobody else opens the
+/// memory before the last of them is gone.
+pub(crate) type Lock = Option<Arc<File>>;
 
 /// What the files on disk turned out to be.
 enum Found {
@@ -116,8 +123,9 @@ impl ShardMemory {
             .create(&spec.dir)
             .map_err(Error::io("create directory", &spec.dir))?;
         let absolute = fs::canonicalize(&spec.dir).map_err(Error::io("resolve", &spec.dir))?;
-        let place = Place { spec, absolute, mounts: fs::read_to_string("/proc/mounts").unwrap_or_default() };
-        let (lock, lock_path) = place.lock()?;
+        let mounts = fs::read_to_string("/proc/mounts").unwrap_or_default();
+        let mut place = Place { spec, absolute, mounts, lock: None };
+        let lock_path = place.lock()?;
         let meta_path = place.file("meta");
         let (mut memory, adoption) = match place.find(&layout)? {
             Found::Nothing => (place.create(layout, epoch_floor)?, Adoption::Fresh),
@@ -133,9 +141,10 @@ impl ShardMemory {
                 (place.create(layout, next)?, Adoption::SetAside { why, to })
             }
         };
+        let option = numa::tmpfs_huge_option(&place.mounts, &meta_path);
+        memory.table_huge = spec.huge != HugePages::Off && option.is_some_and(|option| option != "never");
         memory.paths.insert(0, meta_path);
         memory.paths.push(lock_path);
-        memory._lock = Some(lock);
         Ok((memory, adoption))
     }
 
@@ -157,7 +166,7 @@ impl ShardMemory {
             Mapping::new(file, bytes as usize, true).map_err(Error::io("map", Path::new("memfd")))
         };
         let maps = (map(&meta, layout.meta_bytes)?, map(&data, geometry.data_bytes())?);
-        Ok(Self::assemble(layout, Epoch(1), (meta, data), maps, false))
+        Ok(Self::assemble(layout, Epoch(1), (meta, data), maps, None, false))
     }
 
     fn assemble(
@@ -165,10 +174,11 @@ impl ShardMemory {
         epoch: Epoch,
         (meta_file, data_file): (File, File),
         (meta, data): (Mapping, Mapping),
+        lock: Lock,
         adopt: bool,
     ) -> Self {
         let (meta, meta_file) = (Arc::new(meta), Arc::new(OwnedFd::from(meta_file)));
-        let slab = Slab::new(layout, Arc::clone(&meta), Arc::clone(&meta_file), data, adopt);
+        let slab = Slab::new(layout, Arc::clone(&meta), Arc::clone(&meta_file), data, lock.clone(), adopt);
         Self {
             slab,
             meta,
@@ -178,9 +188,10 @@ impl ShardMemory {
             table_taken: false,
             epoch,
             huge: false,
+            table_huge: false,
             notes: Vec::new(),
             paths: Vec::new(),
-            _lock: None,
+            lock,
         }
     }
 
@@ -207,7 +218,7 @@ impl ShardMemory {
         self.table_taken = true;
         let (meta, file) = (Arc::clone(&self.meta), Arc::clone(&self.meta_file));
         let path = self.paths.first().map_or(Path::new("meta memfd"), PathBuf::as_path);
-        let table = Table::new(meta, file, &self.layout, self.epoch);
+        let table = Table::new(meta, file, self.lock.clone(), self.table_huge, &self.layout, self.epoch);
         table.map(Some).map_err(Error::io("make room for the catalog table in", path))
     }
 
@@ -286,7 +297,11 @@ struct Place<'a> {
     spec: &'a MemorySpec,
     absolute: PathBuf,
     mounts: String,
+    lock: Lock,
 }
+
+/// Places looked at to judge a kept arena.
+const SAMPLES: usize = 64;
 
 /// Where the arena came to lie.
 struct Arena {
@@ -325,7 +340,8 @@ impl Place<'_> {
         huge.chain([self.file("data")]).collect()
     }
 
-    fn lock(&self) -> Result<(File, PathBuf), Error> {
+    /// Takes the lock; gives the name of its file.
+    fn lock(&mut self) -> Result<PathBuf, Error> {
         let path = self.file("lock");
         loop {
             let mut options = OpenOptions::new();
@@ -339,7 +355,8 @@ impl Place<'_> {
             // Somebody may have wiped the file between our open and our lock: then ours has no name.
             let mine = file.metadata().map_err(Error::io("look at", &path))?.ino();
             if fs::metadata(&path).is_ok_and(|named| named.ino() == mine) {
-                return Ok((file, path));
+                self.lock = Some(Arc::new(file));
+                return Ok(path);
             }
         }
     }
@@ -411,8 +428,14 @@ impl Place<'_> {
             let _ = fs::remove_file(&arena.path);
             let _ = fs::remove_file(&unnamed);
         })?;
-        let mut memory =
-            ShardMemory::assemble(layout, epoch, (meta_file, arena.file), (meta, arena.map), false);
+        let mut memory = ShardMemory::assemble(
+            layout,
+            epoch,
+            (meta_file, arena.file),
+            (meta, arena.map),
+            self.lock.clone(),
+            false,
+        );
         memory.paths.push(arena.path);
         memory.huge = arena.huge;
         memory.notes = arena.notes;
@@ -432,7 +455,7 @@ impl Place<'_> {
             // Only nearness is lost when this fails, and the arena's note has said so.
             let _ = numa::bind(&map, node);
         }
-        let _ = map.advise(Advice::LinuxHugepage);
+        self.advise_meta(&map);
         allocate(&file, unnamed, 0, layout.headers)?;
         check_space(&file, unnamed, layout.buckets * crate::table::BUCKET_BYTES)?;
         let data_inode = arena.file.metadata().map_err(Error::io("look at", &arena.path))?.ino();
@@ -441,6 +464,17 @@ impl Place<'_> {
         let path = self.file("meta");
         fs::rename(unnamed, &path).map_err(Error::io("name", &path))?;
         Ok((file, map))
+    }
+
+    /// Huge pages for the table alone: the slot headers are sparse and shall stay so.
+    fn advise_meta(&self, meta: &Mapping) {
+        if self.spec.huge == HugePages::Off {
+            return;
+        }
+        if let Ok(layout) = Layout::new(self.spec.geometry) {
+            let table = layout.table as usize;
+            let _ = meta.advise_range(table, meta.len() - table, Advice::LinuxHugepage);
+        }
     }
 
     fn create_arena(&self, layout: &Layout) -> Result<Arena, Error> {
@@ -554,6 +588,23 @@ impl Place<'_> {
         Ok((map, huge, why))
     }
 
+    /// Whether a kept tmpfs file has huge pages, judged by a few places.
+    fn has_huge_pages(&self, map: &Mapping, path: &Path) -> bool {
+        let option = numa::tmpfs_huge_option(&self.mounts, path);
+        if self.spec.huge == HugePages::Off || option.is_none_or(|option| option == "never") {
+            return false;
+        }
+        let _ = map.advise(Advice::LinuxHugepage);
+        let pages = map.len() / HUGE_PAGE as usize;
+        let step = pages.div_ceil(SAMPLES);
+        for page in (0..pages).step_by(step) {
+            map.word(page * HUGE_PAGE as usize).load(Ordering::Relaxed);
+        }
+        let smaps = fs::read_to_string("/proc/self/smaps").unwrap_or_default();
+        let got = numa::huge_bytes_in_smaps(&smaps, map.range(0, map.len()).as_ptr() as u64);
+        got * 2 >= pages.div_ceil(step) as u64 * HUGE_PAGE
+    }
+
     fn bind_note(&self, map: &Mapping) -> Option<String> {
         let node = self.spec.numa_node?;
         match numa::bind(map, node) {
@@ -577,15 +628,17 @@ impl Place<'_> {
             .map_err(Error::io("map", &meta_path))?;
         let data = Mapping::new(&data_file, bytes as usize, true).map_err(Error::io("map", &data_path))?;
         let on_hugetlbfs = data_path != self.file("data");
-        if on_hugetlbfs && self.spec.huge == HugePages::Off {
-            // Warm memory outweighs the wish for ordinary pages.
-        }
         let mut notes = Vec::from_iter(self.bind_note(&data));
         let _ = data.advise(Advice::LinuxDontDump);
-        if self.spec.huge != HugePages::Off && !on_hugetlbfs {
-            let _ = data.advise(Advice::LinuxHugepage);
+        // Warm memory outweighs the wish for ordinary pages, but not the refusal to go without huge ones.
+        let huge = on_hugetlbfs || self.has_huge_pages(&data, &data_path);
+        if self.spec.huge == HugePages::Required && !huge {
+            let path = data_path.display();
+            return Err(Error::HugePages {
+                why: format!("{path} was made without; remove it to start anew"),
+            });
         }
-        let _ = meta.advise(Advice::LinuxHugepage);
+        self.advise_meta(&meta);
         let facts = data_file.metadata().map_err(Error::io("look at", &data_path))?;
         if facts.blocks() * 512 < bytes {
             allocate(&data_file, &data_path, 0, bytes)?;
@@ -593,8 +646,15 @@ impl Place<'_> {
         allocate(&meta_file, &meta_path, 0, layout.headers)?;
         notes.push(format!("arena kept from before at {}", data_path.display()));
         meta.word(EPOCH_OFFSET).store(epoch_word(epoch), Ordering::SeqCst);
-        let mut memory = ShardMemory::assemble(layout, epoch, (meta_file, data_file), (meta, data), true);
-        memory.huge = on_hugetlbfs;
+        let mut memory = ShardMemory::assemble(
+            layout,
+            epoch,
+            (meta_file, data_file),
+            (meta, data),
+            self.lock.clone(),
+            true,
+        );
+        memory.huge = huge;
         memory.paths.push(data_path);
         memory.notes = notes;
         Ok(memory)
@@ -610,7 +670,7 @@ fn space_error(file: &File, path: &Path, bytes: u64) -> Error {
     Error::NoSpace { path: path.to_owned(), bytes, free, fix }
 }
 
-/// Fails early, before hours of zeroing, when the file system says it has no room.
+/// Fails before any page is taken when the file system says it has no room.
 fn check_space(file: &File, path: &Path, bytes: u64) -> Result<(), Error> {
     match rustix::fs::fstatvfs(file) {
         Ok(stat) if stat.f_blocks > 0 && stat.f_bavail * stat.f_frsize < bytes => {

@@ -20,6 +20,7 @@ use crate::Error;
 pub(crate) const PAGE: u64 = 4096;
 /// Bytes of one slot header.
 pub(crate) const SLOT_HEADER: u64 = 64;
+/// What tables and regions are aligned to.
 pub(crate) const HUGE_PAGE: u64 = 2 << 20;
 pub(crate) const HEADER_BYTES: usize = 4096;
 pub(crate) const EPOCH_OFFSET: usize = 64;

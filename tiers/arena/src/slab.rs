@@ -22,6 +22,7 @@ use rustix::fs::FallocateFlags;
 use crate::copy::{copy_and_sum, copy_with};
 use crate::hazard::HazardSet;
 use crate::map::Mapping;
+use crate::memory::Lock;
 use crate::meta::{Layout, PAGE, SLOT_HEADER};
 use crate::sync::{AtomicU64, Ordering};
 use crate::word::{self, RetireError, SlotState, Word};
@@ -130,7 +131,6 @@ impl Region {
 struct Class {
     regions: u32,
     slots: u32,
-    used: u32,
     /// Regions with a free slot; the last one is taken from.
     open: Vec<u32>,
 }
@@ -151,6 +151,8 @@ pub(crate) struct Shared {
     pub(crate) meta_file: Arc<OwnedFd>,
     pub(crate) data: Mapping,
     books: Mutex<Books>,
+    /// Held as long as anything may write; see `memory`.
+    _lock: Lock,
 }
 
 /// The arena's allocator. Cheap to clone, usable from any thread of the daemon.
@@ -229,7 +231,6 @@ impl Shared {
         let region = &mut books.regions[number as usize];
         let class = books.classes.entry(region.slot_bytes).or_default();
         region.used -= 1;
-        class.used -= 1;
         if region.used > 0 {
             region.free.push(slot.0 % self.layout.region_slots);
             if !region.draining && region.listed.is_none() {
@@ -269,7 +270,6 @@ impl Shared {
             region.fresh - 1
         });
         region.used += 1;
-        class.used += 1;
         if region.free_slots() == 0 {
             region.listed = None;
             class.open.pop();
@@ -291,17 +291,31 @@ impl Shared {
             region.header_bytes = header_bytes;
         }
         books.pool.pop();
-        let class = books.classes.entry(slot_bytes).or_default();
-        *region = Region {
-            slot_bytes,
-            slots,
-            listed: Some(class.open.len() as u32),
-            header_bytes: region.header_bytes,
-            ..Region::default()
+        *region = Region { slot_bytes, slots, header_bytes: region.header_bytes, ..Region::default() };
+        let first = number * self.layout.region_slots;
+        let is_free = |index: &u32| {
+            let seen = word::load(&self.header(SlotId(first + index))[0]);
+            seen.state() == Some(SlotState::Free)
         };
+        let (free, foreign): (Vec<u32>, Vec<u32>) = (0..slots).rev().partition(is_free);
+        if !foreign.is_empty() {
+            // Only damage in an earlier life leaves such headers in a region without a class. Nobody may
+            // find them under the new class, and whoever still reads them is waited for.
+            region.fresh = slots;
+            region.used = foreign.len() as u32;
+            region.free = free;
+            for index in foreign {
+                word::condemn(&self.header(SlotId(first + index))[0]);
+                books.limbo.push(SlotId(first + index));
+            }
+        }
+        let class = books.classes.entry(slot_bytes).or_default();
         class.regions += 1;
         class.slots += slots;
-        class.open.push(number);
+        if region.free_slots() > 0 {
+            region.listed = Some(class.open.len() as u32);
+            class.open.push(number);
+        }
         self.meta.word(self.layout.region(number)).store(slot_bytes.into(), Ordering::Release);
         Ok(())
     }
@@ -329,6 +343,7 @@ impl Slab {
         meta: Arc<Mapping>,
         meta_file: Arc<OwnedFd>,
         data: Mapping,
+        lock: Lock,
         adopt: bool,
     ) -> Self {
         let regions = vec![Region::default(); layout.geometry.regions as usize];
@@ -364,14 +379,14 @@ impl Slab {
             let class = books.classes.entry(region.slot_bytes).or_default();
             class.regions += 1;
             class.slots += region.slots;
-            class.used += region.used;
             if region.free_slots() > 0 {
                 region.listed = Some(class.open.len() as u32);
                 class.open.push(number);
             }
             books.regions[number as usize] = region;
         }
-        Self { shared: Arc::new(Shared { layout, meta, meta_file, data, books: Mutex::new(books) }) }
+        let books = Mutex::new(books);
+        Self { shared: Arc::new(Shared { layout, meta, meta_file, data, books, _lock: lock }) }
     }
 
     /// The class that takes `bytes`: the next multiple of 4 KiB. `None` when no region is that long.

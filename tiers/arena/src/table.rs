@@ -22,23 +22,26 @@ use kv_block::{
     BindingId, BlockKey, Checksum, DiskLocation, Epoch, Generation, MissReason, Priority, SlotId,
 };
 use rustix::fs::FallocateFlags;
+use rustix::mm::Advice;
 
 use crate::map::Mapping;
-use crate::meta::Layout;
+use crate::memory::Lock;
+use crate::meta::{Layout, PAGE};
 use crate::seqlock;
 use crate::sync::{AtomicU64, Ordering, spin_loop};
 
 pub(crate) const BUCKET_BYTES: u64 = 256;
 const BUCKET_ENTRIES: u64 = 5;
 const WORDS: usize = 32;
-const LOAD_PERCENT_MAX: u64 = 85;
+const LOAD_PERCENT_MAX: u64 = 81;
 /// Buckets a key may be passed along. Far beyond what chance does at this load; it bounds every search.
 const PROBES_MAX: u64 = 1024;
 const RETRIES_MAX: u32 = 64;
 const NO_SLOT: u32 = u32::MAX;
 
 pub(crate) fn buckets_for(entries_max: u64) -> u64 {
-    (entries_max * 100).div_ceil(BUCKET_ENTRIES * LOAD_PERCENT_MAX).max(8)
+    // Odd, so that every stride (a power of two) comes by every bucket.
+    (entries_max * 100).div_ceil(BUCKET_ENTRIES * LOAD_PERCENT_MAX).max(8) | 1
 }
 
 /// What is known about a block.
@@ -154,6 +157,11 @@ struct Wanted {
     halves: [u64; 2],
     tag: u8,
     home: u64,
+    /// Buckets from one place to the next when places are full.
+    stride: u64,
+    /// Where a batch has walked, and the place its tags point to.
+    near: u64,
+    place: Option<u32>,
 }
 
 /// The buckets as both sides see them.
@@ -173,8 +181,9 @@ impl Buckets {
     fn wanted(&self, key: &BlockKey) -> Wanted {
         let halves = key.halves();
         let home = ((u128::from(halves[0]) * u128::from(self.count)) >> 64) as u64;
-        // Zero marks an empty place.
-        Wanted { halves, tag: (halves[1] as u8).max(1), home }
+        // Zero marks an empty place. Eight strides keep overfull buckets from growing into runs.
+        let (tag, stride) = ((halves[1] as u8).max(1), 1 << (halves[1] >> 8 & 7));
+        Wanted { halves, tag, home, stride, near: home, place: None }
     }
 
     #[inline]
@@ -188,8 +197,9 @@ impl Buckets {
     }
 
     #[inline]
-    fn next(&self, bucket: u64) -> u64 {
-        if bucket + 1 == self.count { 0 } else { bucket + 1 }
+    fn next(&self, bucket: u64, wanted: &Wanted) -> u64 {
+        let next = bucket + wanted.stride;
+        if next < self.count { next } else { next % self.count }
     }
 
     fn probes(&self) -> u64 {
@@ -208,36 +218,75 @@ impl Buckets {
             if found.is_some() || !passed_on {
                 return Ok(found);
             }
-            at = self.next(at);
+            at = self.next(at, wanted);
         }
         Ok(None)
     }
 
-    /// As [`Self::find`] for many keys, each bucket asked for well before it is looked at.
+    /// As [`Self::find`] for many keys, as a pipeline: a key's home bucket is asked for three steps before
+    /// it is read, its entry (or the next bucket) two steps, the entry there one step. Most keys are found
+    /// with everything near; the others walk on as `find` does.
     pub(crate) fn find_each(
         &self,
         keys: &[BlockKey],
         mut each: impl FnMut(usize, Result<Option<Entry>, Contended>) -> bool,
     ) {
-        const BATCH: usize = 32;
-        let mut wanted = [Wanted { halves: [0; 2], tag: 0, home: 0 }; BATCH];
-        for (batch, keys) in keys.chunks(BATCH).enumerate() {
-            for (want, key) in wanted.iter_mut().zip(keys) {
-                *want = self.wanted(key);
-                self.map.prefetch(self.at(want.home));
+        /// Keys between two steps: enough to cover memory latency, few enough for the line-fill buffers.
+        const STEP: usize = 8;
+        const RING: usize = 32;
+        let none = Wanted { halves: [0; 2], tag: 0, home: 0, stride: 1, near: 0, place: None };
+        let mut ring = [none; RING];
+        for now in 0..keys.len() + 3 * STEP {
+            if let Some(key) = keys.get(now) {
+                let wanted = self.wanted(key);
+                self.map.prefetch(self.at(wanted.home));
+                ring[now % RING] = wanted;
             }
-            for want in &wanted[..keys.len()] {
-                let tags = self.bucket(want.home)[1].load(Ordering::Relaxed);
-                let place = matches(tags, want.tag).trailing_zeros() / 8;
-                let at = self.at(want.home) + 16 + 48 * place as usize;
-                self.map.prefetch(at);
-                self.map.prefetch(at + 47);
+            if now >= STEP {
+                self.come_nearer(&mut ring[(now - STEP) % RING]);
             }
-            for (index, want) in wanted[..keys.len()].iter().enumerate() {
-                if !each(batch * BATCH + index, self.find_wanted(want)) {
+            if now >= 2 * STEP && ring[(now - 2 * STEP) % RING].place.is_none() {
+                self.come_nearer(&mut ring[(now - 2 * STEP) % RING]);
+            }
+            if now >= 3 * STEP {
+                let wanted = &ring[(now - 3 * STEP) % RING];
+                // Found where the tags said: which buckets were passed on the way does not matter.
+                let found = match self.read_near(wanted) {
+                    None => self.find_wanted(wanted),
+                    found => Ok(found),
+                };
+                if !each(now - 3 * STEP, found) {
                     return;
                 }
             }
+        }
+    }
+
+    /// The entry where the tags pointed to, if it is the wanted one and nobody is writing.
+    #[inline]
+    fn read_near(&self, wanted: &Wanted) -> Option<Entry> {
+        let bucket = self.bucket(wanted.near);
+        let head = seqlock::begin_read(&bucket[0])?;
+        let words = entry_words(bucket, wanted.place?.min(BUCKET_ENTRIES as u32 - 1) as usize);
+        let whole = seqlock::end_read(&bucket[0], head);
+        // An empty place has no state that decodes.
+        Entry::decode(words).filter(|_| whole && words[..2] == wanted.halves)
+    }
+
+    /// Asks for what the bucket's tags point to: the entry, or the next bucket.
+    #[inline]
+    fn come_nearer(&self, wanted: &mut Wanted) {
+        let bucket = self.bucket(wanted.near);
+        let places = matches(bucket[1].load(Ordering::Relaxed), wanted.tag);
+        if places != 0 {
+            let place = places.trailing_zeros() / 8;
+            wanted.place = Some(place);
+            let entry = self.at(wanted.near) + 16 + 48 * place as usize;
+            self.map.prefetch(entry);
+            self.map.prefetch(entry + 47);
+        } else if bucket[0].load(Ordering::Relaxed) >> 32 != 0 {
+            wanted.near = self.next(wanted.near, wanted);
+            self.map.prefetch(self.at(wanted.near));
         }
     }
 }
@@ -290,9 +339,13 @@ fn read_bucket(bucket: &[AtomicU64; WORDS], wanted: &Wanted) -> Result<(Option<E
 pub struct Table {
     buckets: Buckets,
     file: Arc<OwnedFd>,
+    /// Held as long as anything may write; see `memory`.
+    _lock: Lock,
     capacity: u64,
     len: u64,
     first_sequence: u32,
+    /// Whether the file system may give huge pages.
+    huge: bool,
     one_thread: PhantomData<Cell<()>>,
 }
 
@@ -301,15 +354,19 @@ impl Table {
     pub(crate) fn new(
         map: Arc<Mapping>,
         file: Arc<OwnedFd>,
+        lock: Lock,
+        huge: bool,
         layout: &Layout,
         epoch: Epoch,
     ) -> std::io::Result<Self> {
         let mut table = Self {
             buckets: Buckets::new(map, layout),
             file,
+            _lock: lock,
             capacity: layout.geometry.table_entries_max,
             len: 0,
             first_sequence: (epoch.0 as u32).wrapping_mul(0x9e37_79b1) << 1,
+            huge,
             one_thread: PhantomData,
         };
         table.clear()?;
@@ -348,6 +405,11 @@ impl Table {
         let (offset, len) = (self.buckets.offset as u64, self.buckets.count * BUCKET_BYTES);
         let punch = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
         rustix::fs::fallocate(&*self.file, punch, offset, len)?;
+        if self.huge {
+            // Huge pages come only by touching; what does not come so comes below.
+            let range = (offset as usize, len as usize & !(PAGE as usize - 1));
+            let _ = self.buckets.map.advise_range(range.0, range.1, Advice::LinuxPopulateWrite);
+        }
         Ok(rustix::fs::fallocate(&*self.file, FallocateFlags::empty(), offset, len)?)
     }
 
@@ -378,7 +440,7 @@ impl Table {
     pub fn set(&mut self, entry: &Entry) -> Result<(), Full> {
         let full = Full { capacity: self.capacity };
         let wanted = self.buckets.wanted(&entry.key);
-        let mut free = None;
+        let (mut free, mut is_new) = (None, false);
         let mut at = wanted.home;
         for _ in 0..self.buckets.probes() {
             let bucket = self.buckets.bucket(at);
@@ -390,10 +452,12 @@ impl Table {
             if free.is_none() {
                 free = free_place(bucket).map(|place| (at, place));
             }
-            if overflow(bucket) == 0 && free.is_some() {
+            // Beyond a bucket that passed nothing on, only a free place is of interest.
+            is_new |= overflow(bucket) == 0;
+            if is_new && free.is_some() {
                 break;
             }
-            at = self.buckets.next(at);
+            at = self.buckets.next(at, &wanted);
         }
         let (target, place) = free.filter(|_| self.len < self.capacity).ok_or(full)?;
         // First the counts along the way, then the entry: a reader that finds it found its way to it.
@@ -402,7 +466,7 @@ impl Table {
             let bucket = self.buckets.bucket(at);
             let tags = bucket[1].load(Ordering::Relaxed);
             self.write(at, tags, overflow(bucket).saturating_add(1), None);
-            at = self.buckets.next(at);
+            at = self.buckets.next(at, &wanted);
         }
         let bucket = self.buckets.bucket(target);
         let tags = bucket[1].load(Ordering::Relaxed) | u64::from(wanted.tag) << (place * 8);
@@ -437,7 +501,7 @@ impl Table {
             // A count that reached its end no longer knows; it stays and costs a look at the next bucket.
             let passed_on = if passed_on == u16::MAX { passed_on } else { passed_on.saturating_sub(1) };
             self.write(at, bucket[1].load(Ordering::Relaxed), passed_on, None);
-            at = self.buckets.next(at);
+            at = self.buckets.next(at, &wanted);
         }
         self.len -= 1;
         entry
@@ -469,7 +533,7 @@ impl Table {
             if overflow(bucket) == 0 {
                 return None;
             }
-            at = self.buckets.next(at);
+            at = self.buckets.next(at, wanted);
         }
         None
     }
@@ -494,4 +558,190 @@ fn overflow(bucket: &[AtomicU64; WORDS]) -> u16 {
 fn free_place(bucket: &[AtomicU64; WORDS]) -> Option<usize> {
     let tags = bucket[1].load(Ordering::Relaxed);
     (0..BUCKET_ENTRIES as usize).find(|place| tags >> (place * 8) & 0xff == 0)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeMap;
+
+    use proptest::prelude::*;
+
+    use super::*;
+    use crate::{Geometry, ShardMemory};
+
+    fn table(entries: u64) -> Table {
+        let geometry = Geometry { regions: 1, region_bytes: 2 << 20, table_entries_max: entries };
+        ShardMemory::anonymous(geometry).unwrap().take_table().unwrap().unwrap()
+    }
+
+    /// Keys whose home, tag and stride collide as often as wanted.
+    fn key(low: u64, high: u64) -> BlockKey {
+        BlockKey::from_halves([low, high])
+    }
+
+    fn entry(key: BlockKey, version: u64) -> Entry {
+        Entry {
+            disk: DiskLocation::from_bits(version),
+            checksum: Checksum(version),
+            host: Some((SlotId(version as u32), Generation(version as u32))),
+            state: EntryState::Present,
+            expires_at: version as u32,
+            ..Entry::pending(key, BindingId(version as u16))
+        }
+    }
+
+    fn entries_of(table: &Table) -> BTreeMap<BlockKey, Entry> {
+        let mut all = BTreeMap::new();
+        let mut from = 0;
+        loop {
+            let next = table.scan(from, 3, |entry| assert!(all.insert(entry.key, entry).is_none()));
+            let Some(next) = next else { return all };
+            from = next;
+        }
+    }
+
+    #[test]
+    fn entries_survive_encoding() {
+        let mut entry = Entry::pending(BlockKey([7; 16]), BindingId(9));
+        assert_eq!(Entry::decode(entry.encode()), Some(entry));
+        for reason in MissReason::ALL {
+            for priority in Priority::ALL {
+                entry = Entry { state: EntryState::Ghost(reason), priority, frequency: 3, ..entry };
+                assert_eq!(Entry::decode(entry.encode()), Some(entry));
+            }
+        }
+        entry = Entry { host: Some((SlotId(1), Generation(2))), expires_at: u32::MAX, ..entry };
+        assert_eq!(Entry::decode(entry.encode()), Some(entry));
+        assert_eq!(Entry::decode([0; 6]), None, "an empty place is no entry");
+        assert_eq!(Entry::decode([u64::MAX; 6]), None);
+    }
+
+    #[test]
+    fn an_entry_costs_at_most_64_bytes() {
+        assert!(table(1_000_000).bytes_per_entry() <= 64.0);
+    }
+
+    #[test]
+    fn a_table_takes_what_it_was_made_for_and_refuses_one_more() {
+        let mut table = table(1000);
+        // Consecutive homes would be too kind; multiples of a large odd number spread as digests do.
+        let keys: Vec<_> =
+            (1..=1001u64).map(|n| key(n.wrapping_mul(0x9e37_79b9_7f4a_7c15), n * 0x1234_5677)).collect();
+        for (version, key) in keys[..1000].iter().enumerate() {
+            table.set(&entry(*key, version as u64)).unwrap();
+        }
+        assert_eq!(table.set(&entry(keys[1000], 0)), Err(Full { capacity: 1000 }));
+        table.set(&entry(keys[5], 5000)).expect("replacing needs no room");
+        assert_eq!(table.find(&keys[5]), Some(entry(keys[5], 5000)));
+        assert_eq!(table.remove(&keys[7]), Some(entry(keys[7], 7)));
+        table.set(&entry(keys[1000], 0)).unwrap();
+        assert_eq!(table.len(), 1000);
+        table.clear().unwrap();
+        assert!(table.is_empty() && entries_of(&table).is_empty() && table.find(&keys[5]).is_none());
+    }
+
+    #[test]
+    fn even_keys_that_all_collide_are_found_until_the_probes_end() {
+        let mut table = table(10_000);
+        let mut taken = 0;
+        while table.set(&entry(key(0, taken << 16), taken)).is_ok() {
+            taken += 1;
+        }
+        assert_eq!(taken, PROBES_MAX * BUCKET_ENTRIES);
+        assert!((0..taken).all(|n| table.find(&key(0, n << 16)) == Some(entry(key(0, n << 16), n))));
+        for n in 0..taken {
+            assert!(table.remove(&key(0, n << 16)).is_some());
+        }
+        let left = (0..table.buckets()).filter(|&at| overflow(table.buckets.bucket(at)) != 0).count();
+        assert_eq!(left, 0, "every passed-on key was taken back");
+    }
+
+    #[test]
+    fn a_batch_finds_what_single_looks_find() {
+        let mut table = table(300);
+        let keys: Vec<_> = (0..400u64).map(|n| key(n << 56, n % 7 << 8 | n)).collect();
+        for (version, key) in keys.iter().enumerate().filter(|(n, _)| n % 4 != 3).take(300) {
+            table.set(&entry(*key, version as u64)).unwrap();
+        }
+        for len in [0, 1, 7, 8, 33, 400] {
+            let mut found = Vec::new();
+            table.find_each(&keys[..len], |index, entry| found.push((index, entry)));
+            let wanted: Vec<_> = keys[..len].iter().map(|key| table.find(key)).enumerate().collect();
+            assert_eq!(found, wanted);
+        }
+    }
+
+    #[test]
+    fn a_bucket_left_locked_makes_readers_say_so() {
+        let mut table = table(8);
+        let key = key(1, 1);
+        table.set(&entry(key, 1)).unwrap();
+        let home = table.buckets.wanted(&key).home;
+        seqlock::begin_write(&table.buckets.bucket(home)[0], 2);
+        assert_eq!(table.buckets.find(&key), Err(Contended));
+    }
+
+    #[derive(Clone, Debug)]
+    enum Step {
+        Set(u64, u64, u64),
+        Update(u64, u64),
+        Remove(u64, u64),
+        Clear,
+    }
+
+    fn steps() -> impl Strategy<Value = Vec<Step>> {
+        // Few homes, tags and strides: chains grow, cross and shrink.
+        let low = prop_oneof![Just(0), Just(u64::MAX), 0..4u64].prop_map(|low: u64| low.rotate_right(4));
+        let high = 0..0x600u64;
+        let step = prop_oneof![
+            8 => (low.clone(), high.clone(), any::<u64>()).prop_map(|(l, h, v)| Step::Set(l, h, v)),
+            2 => (low.clone(), high.clone()).prop_map(|(l, h)| Step::Update(l, h)),
+            6 => (low, high).prop_map(|(l, h)| Step::Remove(l, h)),
+            1 => Just(Step::Clear),
+        ];
+        prop::collection::vec(step, 1..400)
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig { cases: 64, failure_persistence: None, ..ProptestConfig::default() })]
+
+        #[test]
+        fn the_table_is_a_map(steps in steps()) {
+            let mut table = table(60);
+            let mut model = BTreeMap::new();
+            for step in steps {
+                match step {
+                    Step::Set(low, high, version) => {
+                        let entry = entry(key(low, high % 0x180 * 4), version);
+                        if table.set(&entry).is_ok() {
+                            model.insert(entry.key, entry);
+                        } else {
+                            prop_assert!(model.len() == 60 && !model.contains_key(&entry.key));
+                        }
+                    }
+                    Step::Update(low, high) => {
+                        let key = key(low, high % 0x180 * 4);
+                        let change = |entry: &mut Entry| entry.frequency = (entry.frequency + 1) % 4;
+                        let updated = table.update(&key, change);
+                        prop_assert_eq!(updated, model.get_mut(&key).map(|entry| { change(entry); *entry }));
+                    }
+                    Step::Remove(low, high) => {
+                        let key = key(low, high % 0x180 * 4);
+                        prop_assert_eq!(table.remove(&key), model.remove(&key));
+                    }
+                    Step::Clear if model.len() > 50 => {
+                        table.clear().unwrap();
+                        model.clear();
+                    }
+                    Step::Clear => {}
+                }
+                prop_assert_eq!(table.len(), model.len() as u64);
+            }
+            for (key, entry) in &model {
+                prop_assert_eq!(table.find(key), Some(*entry));
+                prop_assert_eq!(table.buckets.find(key), Ok(Some(*entry)));
+            }
+            prop_assert_eq!(entries_of(&table), model);
+        }
+    }
 }

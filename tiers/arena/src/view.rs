@@ -121,7 +121,8 @@ impl ShardView {
         let meta = Arc::new(map("meta", &meta, layout.meta_bytes as usize, false)?);
         let data = map("data", &data, layout.geometry.data_bytes() as usize, writable)?;
         // Advice that is refused costs speed or a larger core file, nothing else.
-        let _ = meta.advise(Advice::LinuxHugepage);
+        let table = layout.table as usize;
+        let _ = meta.advise_range(table, meta.len() - table, Advice::LinuxHugepage);
         let _ = data.advise(Advice::LinuxHugepage);
         let _ = data.advise(Advice::LinuxDontDump);
         let mut cells: Vec<AtomicU64> = (0..count.div_ceil(64)).map(|_| AtomicU64::new(0)).collect();

@@ -126,9 +126,8 @@ pub(crate) fn release(word: &AtomicU64) {
 /// Free to Filling, by the owner of the free list; gives the generation of the new owner.
 pub(crate) fn take(word: &AtomicU64) -> Generation {
     let seen = Word(word.load(Ordering::Relaxed));
-    // A word that is not Free here was left by another life in a region that no class owned.
-    let keep = seen.state() == Some(SlotState::Free) && seen.generation().0 != 0;
-    let generation = if keep { seen.generation() } else { seen.next_generation() };
+    // A word never written has generation zero, which names nothing.
+    let generation = if seen.generation().0 == 0 { seen.next_generation() } else { seen.generation() };
     word.store(Word::new(generation, SlotState::Filling).0, Ordering::Release);
     generation
 }
@@ -230,4 +229,65 @@ pub(crate) fn before_scan() {
 /// Stands between the look at the hazards and the first write into a slot found free.
 pub(crate) fn after_scan() {
     fence(Ordering::Acquire);
+}
+
+#[cfg(all(test, not(loom)))]
+mod tests {
+    use super::*;
+
+    const STATES: [SlotState; 5] =
+        [SlotState::Free, SlotState::Filling, SlotState::Sealed, SlotState::Unverified, SlotState::Retired];
+
+    /// What each step makes of each state: the state after it, `None` where the step refuses.
+    #[test]
+    fn every_step_does_the_right_thing_in_every_state() {
+        use SlotState::{Free, Retired, Sealed, Unverified};
+        let generation = Generation(5);
+        for state in STATES {
+            let is_block = matches!(state, Sealed | Unverified);
+            let fresh = || AtomicU64::new(Word::new(generation, state).0);
+
+            let word = fresh();
+            assert_eq!(hold(&word, generation), is_block);
+            assert_eq!(load(&word).holds(), u32::from(is_block));
+            if is_block {
+                assert_eq!(retire(&word, generation), Err(RetireError::Held { holds: 1 }));
+                release(&word);
+            }
+            assert!(!hold(&word, Generation(4)), "an older generation holds nothing");
+
+            let word = fresh();
+            let retired = retire(&word, generation);
+            assert_eq!(retired, if is_block { Ok(()) } else { Err(RetireError::Gone) });
+            if is_block {
+                assert_eq!((load(&word).state(), load(&word).generation()), (Some(Retired), Generation(6)));
+            }
+
+            let word = fresh();
+            assert_eq!(verify(&word, generation), is_block);
+            assert_eq!(load(&word).state(), Some(if state == Unverified { Sealed } else { state }));
+
+            let word = fresh();
+            free(&word);
+            assert_eq!((load(&word).state(), load(&word).generation()), (Some(Free), Generation(6)));
+            assert_eq!(take(&word), Generation(6));
+        }
+    }
+
+    #[test]
+    fn names_are_never_zero_and_generations_step_over_zero() {
+        let word = AtomicU64::new(0);
+        assert_eq!(take(&word), Generation(1), "untouched memory");
+        let last = AtomicU64::new(Word::new(Generation(u32::MAX), SlotState::Sealed).0);
+        retire(&last, Generation(u32::MAX)).unwrap();
+        assert_eq!(load(&last).generation(), Generation(1));
+        assert_ne!(name(SlotId(0), Generation(1)), 0);
+    }
+
+    #[test]
+    fn holds_do_not_run_into_the_state() {
+        let word = AtomicU64::new(Word::new(Generation(1), SlotState::Sealed).0 | Word::HOLDS);
+        assert!(!hold(&word, Generation(1)));
+        assert_eq!(load(&word).state(), Some(SlotState::Sealed));
+    }
 }
