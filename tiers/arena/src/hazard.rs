@@ -25,6 +25,7 @@ use crate::Error;
 use crate::word;
 
 pub(crate) const MAGIC: u64 = u64::from_le_bytes(*b"kvdhaz01");
+const COUNT_OFFSET: usize = 8;
 pub(crate) const CLOSED_OFFSET: usize = 24;
 pub(crate) const HEAD_OFFSET: usize = 32;
 pub(crate) const CELLS_OFFSET: usize = 4096;
@@ -264,12 +265,18 @@ impl HazardSet {
             let flags = OFlags::RDWR | OFlags::CLOEXEC | OFlags::NOFOLLOW;
             let file = rustix::fs::open(&path, flags, Mode::empty())
                 .map_err(Error::io("open hazard file", &path))?;
-            // The worker may have changed the header; how many cells there are is therefore read off the
-            // length, touches included, which at worst keeps a few slots too many.
-            let bytes = rustix::fs::fstat(&file).map_err(Error::io("look at", &path))?.st_size as u64;
-            let count = (bytes.saturating_sub(CELLS_OFFSET as u64) / 8).min(HAZARDS_MAX.into()) as u32;
-            let mut file =
-                HazardFile { owner, file, path: Some(path), count, drained: 0, closed: false, told: false };
+            let mut file = HazardFile {
+                owner,
+                file,
+                path: Some(path),
+                count: 0,
+                drained: 0,
+                closed: false,
+                told: false,
+            };
+            // A worker that changed its own header takes the protection from its own reads alone.
+            let count = file.read(COUNT_OFFSET, 8)?;
+            file.count = numbers(&count).next().unwrap_or(0).min(HAZARDS_MAX.into()) as u32;
             file.close();
             set.files.push(file);
         }
@@ -352,6 +359,145 @@ impl HazardSet {
                 let bytes = file.read(offset, len as usize * 8).unwrap_or_default();
                 slots.extend(numbers(&bytes).map(|slot| SlotId(slot as u32)));
             }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn me(session: u64) -> Owner {
+        let pid = std::process::id();
+        let start_time = process_start_time(pid).unwrap();
+        Owner { shard: ShardId(2), session: SessionId(session), pid, start_time }
+    }
+
+    fn create(dir: &Path, owner: Owner) -> HazardFile {
+        HazardFile::create(dir, owner.shard, owner.session, owner.pid, owner.start_time, 8).unwrap()
+    }
+
+    /// What a worker would write through its mapping.
+    fn write(file: &HazardFile, offset: usize, value: u64) {
+        rustix::io::pwrite(&file.file, &value.to_le_bytes(), offset as u64).unwrap();
+    }
+
+    fn names(dir: &Path) -> usize {
+        fs::read_dir(dir).unwrap().count()
+    }
+
+    #[test]
+    fn owners_survive_the_file_name() {
+        let owner = me(7);
+        assert_eq!(Owner::parse(&owner.file_name()), Some(owner));
+        assert_eq!(Owner::parse(&format!("{}-3", owner.file_name())), Some(owner));
+        for bad in
+            ["", "hazard-", "hazard-1-2-3", "hazard-1-2-3-4-5-6", "hazard-1-2-3-4-x", "hazard-99999-1-1-1"]
+        {
+            assert_eq!(Owner::parse(bad), None, "{bad}");
+        }
+    }
+
+    #[test]
+    fn a_process_has_a_start_time_and_nobody_has_none() {
+        assert!(process_start_time(std::process::id()).is_some());
+        assert_eq!(process_start_time(u32::MAX), None);
+    }
+
+    #[test]
+    fn a_scan_names_what_the_cells_hold() {
+        let mut set = HazardSet::new();
+        let file = HazardFile::anonymous(me(1), 8).unwrap();
+        write(&file, CELLS_OFFSET + 7 * 8, word::name(SlotId(5), Generation(6)));
+        write(&file, CELLS_OFFSET, word::name(SlotId(9), Generation(1)));
+        set.add(file);
+        assert_eq!(set.scan().unwrap(), [(SlotId(9), Generation(1)), (SlotId(5), Generation(6))]);
+        assert_eq!(set.scan_slots().unwrap(), [SlotId(5), SlotId(9)]);
+    }
+
+    #[test]
+    fn a_file_cut_short_is_a_file_without_hazards() {
+        let mut set = HazardSet::new();
+        let file = HazardFile::anonymous(me(1), 8).unwrap();
+        write(&file, CELLS_OFFSET, word::name(SlotId(9), Generation(1)));
+        write(&file, HEAD_OFFSET, u64::MAX);
+        rustix::fs::ftruncate(&file.file, CELLS_OFFSET as u64 + 3).unwrap();
+        set.add(file);
+        let mut touches = Vec::new();
+        set.drain_touches(&mut touches);
+        assert!(set.scan().unwrap().is_empty() && touches.is_empty());
+        rustix::fs::ftruncate(&set.files[0].file, 0).unwrap();
+        set.drain_touches(&mut touches);
+        set.remove(SessionId(1));
+        assert!(set.is_empty() && touches.is_empty());
+    }
+
+    #[test]
+    fn touches_are_drained_once_and_lost_when_the_ring_laps() {
+        let mut set = HazardSet::new();
+        let file = HazardFile::anonymous(me(1), 8).unwrap();
+        let touch = |file: &HazardFile, at: u64| {
+            write(file, touches_offset(8) + (at % u64::from(TOUCHES)) as usize * 8, at);
+            write(file, HEAD_OFFSET, at + 1);
+        };
+        (0..3).for_each(|at| touch(&file, at));
+        set.add(file);
+        let drain = |set: &mut HazardSet| {
+            let mut slots = Vec::new();
+            set.drain_touches(&mut slots);
+            slots.into_iter().map(|slot| u64::from(slot.0)).collect::<Vec<_>>()
+        };
+        assert_eq!(drain(&mut set), [0, 1, 2]);
+        assert!(drain(&mut set).is_empty());
+        let all = 3..3 + 2 * u64::from(TOUCHES);
+        all.clone().for_each(|at| touch(&set.files[0], at));
+        assert_eq!(drain(&mut set), all.skip(TOUCHES as usize).collect::<Vec<_>>());
+        write(&set.files[0], HEAD_OFFSET, 0);
+        assert_eq!(drain(&mut set).len(), TOUCHES as usize, "a head that jumps costs one ring of nonsense");
+    }
+
+    #[test]
+    fn a_closed_session_is_honoured_while_it_names_a_slot() {
+        let dir = tempfile::tempdir().unwrap();
+        let mut set = HazardSet::new();
+        let file = create(dir.path(), me(1));
+        let worker = file.fd().unwrap();
+        write(&file, CELLS_OFFSET, word::name(SlotId(9), Generation(1)));
+        set.add(file);
+        set.remove(SessionId(1));
+        assert_eq!((set.len(), names(dir.path())), (1, 1), "the process lives and reads");
+        let mut closed = [0; 8];
+        rustix::io::pread(&worker, &mut closed, CLOSED_OFFSET as u64).unwrap();
+        assert_eq!(u64::from_le_bytes(closed), 1);
+        rustix::io::pwrite(&worker, &[0; 8], CELLS_OFFSET as u64).unwrap();
+        assert_eq!((set.reap(), set.len(), names(dir.path())), (0, 0, 0));
+    }
+
+    #[test]
+    fn the_next_life_keeps_the_living_and_removes_the_dead() {
+        let dir = tempfile::tempdir().unwrap();
+        let (living, idle, dead) = (me(1), me(2), Owner { start_time: 1, ..me(3) });
+        let other_shard = Owner { shard: ShardId(3), ..dead };
+        for owner in [living, idle, dead, other_shard] {
+            let file = create(dir.path(), owner);
+            write(&file, touches_offset(8), 6);
+            if owner != idle {
+                write(&file, CELLS_OFFSET, word::name(SlotId(owner.session.0 as u32), Generation(1)));
+            }
+        }
+        fs::write(dir.path().join("hazard-of-something-else"), "").unwrap();
+        let set = HazardSet::adopt(dir.path(), ShardId(2)).unwrap();
+        assert_eq!(set.scan_slots().unwrap(), [SlotId(1)]);
+        assert_eq!((set.len(), names(dir.path())), (1, 3));
+        // The same process in a session that got the same number.
+        let again = create(dir.path(), living);
+        assert_ne!(again.path, set.files[0].path);
+    }
+
+    #[test]
+    fn counts_out_of_range_are_refused() {
+        for count in [0, HAZARDS_MAX + 1] {
+            assert!(matches!(HazardFile::anonymous(me(1), count), Err(Error::Geometry { .. })));
         }
     }
 }

@@ -850,3 +850,296 @@ impl Drop for Held {
         word::release(&self.shared.header(self.id)[0]);
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+    use crate::hazard::{HazardFile, Owner};
+    use crate::{Geometry, ShardMemory, ShardView};
+    use kv_block::{SessionId, ShardId, payload};
+
+    const REGION: u64 = 2 << 20;
+
+    fn memory(regions: u32) -> ShardMemory {
+        ShardMemory::anonymous(Geometry { regions, region_bytes: REGION, table_entries_max: 8 }).unwrap()
+    }
+
+    fn record(number: u64, bytes: u32) -> Record {
+        Record {
+            key: BlockKey::from_halves([number, !number]),
+            checksum: Checksum(number),
+            bytes,
+            tag: BindingTag(number + 1),
+            priority: Priority::High,
+            expires_at: 77,
+        }
+    }
+
+    /// A view with its hazards, as a worker has them.
+    fn worker(memory: &ShardMemory) -> (Arc<ShardView>, HazardSet) {
+        let owner = Owner { shard: ShardId(0), session: SessionId(1), pid: 1, start_time: 0 };
+        let file = HazardFile::anonymous(owner, 4).unwrap();
+        let (meta, data) = (memory.meta_ro().unwrap(), memory.data_rw().unwrap());
+        let view = ShardView::map(meta, data, file.fd().unwrap()).unwrap();
+        let mut hazards = HazardSet::new();
+        hazards.add(file);
+        (view, hazards)
+    }
+
+    /// The meta file taken over by a second life, as after a kill.
+    fn next_life(memory: &ShardMemory) -> Slab {
+        let shared = &memory.slab().shared;
+        let map = |file: &OwnedFd, len| Mapping::new(file, len, true).unwrap();
+        let meta = Arc::new(map(&shared.meta_file, shared.meta.len()));
+        let data = Mapping::new(memory.data_rw().unwrap(), shared.data.len(), true).unwrap();
+        Slab::new(shared.layout, meta, Arc::clone(&shared.meta_file), data, None, true)
+    }
+
+    #[test]
+    fn a_block_goes_all_the_way_round() {
+        let memory = memory(1);
+        let slab = memory.slab();
+        let record = record(1, 5000);
+        let mut slot = slab.take(5000).unwrap();
+        assert_eq!((slot.len(), slot.offset()), (8192, 0));
+        payload::fill(&record.key, &mut slot[..5000]);
+        let (id, generation) = (slot.id(), slot.generation());
+        assert!(slab.hold(id, generation).is_none(), "not readable while it is filled");
+        let held = slot.seal(&record);
+        assert_eq!((held.len(), held.record(), held.slot_bytes()), (5000, record, 8192));
+        assert_eq!(payload::first_wrong_byte(&record.key, &held), None);
+        let again = slab.hold(id, generation).unwrap();
+        assert_eq!(slab.header(id).unwrap().holds, 2);
+        assert_eq!(slab.retire(id, generation), Err(RetireError::Held { holds: 2 }));
+        drop((held, again));
+        slab.retire(id, generation).unwrap();
+        assert!(slab.hold(id, generation).is_none());
+        assert_eq!((slab.usage().limbo, slab.usage().regions_free), (1, 0));
+        assert_eq!(slab.sweep(&HazardSet::new()), 1);
+        assert_eq!((slab.usage().regions_free, slab.slot_bytes(id)), (1, None));
+        assert_ne!(slab.take(5000).unwrap().generation(), generation);
+    }
+
+    #[test]
+    fn classes_are_multiples_of_a_page_and_a_region_has_one() {
+        let memory = memory(2);
+        let slab = memory.slab();
+        let small: Vec<Slot> = (0..512).map(|_| slab.take(1).unwrap()).collect();
+        let big = slab.take(REGION as u32).unwrap();
+        assert_eq!((small[0].len(), big.len() as u64), (4096, REGION));
+        let refused = slab.take(4096).unwrap_err();
+        let wanted = NoSlot { slot_bytes: 4096, class_slots: 512, reason: NoSlotReason::Exhausted };
+        assert_eq!(refused, wanted);
+        assert_eq!(slab.take(REGION as u32 + 1).unwrap_err().reason, NoSlotReason::Size);
+        drop(big);
+        let odd = slab.take(20_000).unwrap();
+        assert_eq!((odd.len(), slab.usage().classes.len()), (20_480, 2));
+        drop(small);
+        assert_eq!(slab.usage().regions_free, 1);
+    }
+
+    #[test]
+    fn a_draining_region_hands_nothing_out_and_comes_back_empty() {
+        let memory = memory(1);
+        let slab = memory.slab();
+        let (first, second) = (slab.take(1 << 20).unwrap(), slab.take(1 << 20).unwrap());
+        drop(first);
+        slab.set_draining(0, true);
+        assert!(slab.take(1 << 20).is_err());
+        let held = second.seal(&record(1, 1));
+        assert_eq!(slab.slots_of_region(0), [(held.id(), held.generation())]);
+        let info = RegionInfo { region: 0, slot_bytes: 1 << 20, used: 1, held: 1 };
+        assert_eq!(slab.regions(), [info]);
+        let (id, generation) = (held.id(), held.generation());
+        drop(held);
+        slab.retire(id, generation).unwrap();
+        slab.sweep(&HazardSet::new());
+        assert_eq!(slab.take(4096).unwrap().len(), 4096, "another class has it now");
+        let kept = slab.take(1 << 20).unwrap();
+        slab.set_draining(0, true);
+        slab.set_draining(0, false);
+        assert!(slab.take(1 << 20).is_ok());
+        drop(kept);
+    }
+
+    #[test]
+    fn a_slot_under_a_hazard_is_not_swept() {
+        let memory = memory(1);
+        let (view, hazards) = worker(&memory);
+        let slab = memory.slab();
+        let mut slot = slab.take(4096).unwrap();
+        slot.fill(5);
+        let held = slot.seal(&record(1, 4096));
+        let (id, generation) = (held.id(), held.generation());
+        drop(held);
+        let guard = view.read_at(id, generation).unwrap();
+        assert!(guard.still_valid());
+        slab.retire(id, generation).unwrap();
+        assert_eq!(slab.sweep(&hazards), 0);
+        assert!(!guard.still_valid() && guard.iter().all(|&byte| byte == 5));
+        assert!(view.read_at(id, generation).is_err());
+        drop(guard);
+        assert_eq!(slab.sweep(&hazards), 1);
+    }
+
+    #[test]
+    fn a_lent_slot_is_written_in_place_and_outlives_its_abort() {
+        let memory = memory(1);
+        let (view, hazards) = worker(&memory);
+        let slab = memory.slab();
+        let lent = slab.take(4096).unwrap().lend();
+        let mut fill = view.fill(lent.id(), lent.generation(), 100).unwrap();
+        assert!(view.fill(lent.id(), lent.generation(), 100).is_err(), "one writer at a time");
+        fill.fill(9);
+        let held = lent.seal(&record(1, 100));
+        drop(fill);
+        assert!(held.iter().all(|&byte| byte == 9));
+        assert!(view.fill(held.id(), held.generation(), 1).is_err(), "sealed is sealed");
+
+        let lent = slab.take(4096).unwrap().lend();
+        let (id, generation) = (lent.id(), lent.generation());
+        let fill = view.fill(id, generation, 4096).unwrap();
+        drop(lent);
+        assert_eq!(slab.sweep(&hazards), 0, "the worker may still write");
+        drop(fill);
+        assert_eq!(slab.sweep(&hazards), 1);
+        assert!(view.fill(id, generation, 1).is_err());
+    }
+
+    #[test]
+    fn every_header_state_is_adopted_as_it_should_be() {
+        let memory = memory(2);
+        let slab = memory.slab();
+        let take = |number| {
+            let mut slot = slab.take(64 << 10).unwrap();
+            slot.fill(number as u8);
+            slot
+        };
+        let held = take(1).seal(&record(1, 60_000));
+        let unheld = take(2).seal(&record(2, 60_000));
+        let (unheld_id, _) = (unheld.id(), drop(unheld));
+        let filling = take(3);
+        let retired = take(4).seal(&record(4, 60_000));
+        let (retired_id, generation, _) = (retired.id(), retired.generation(), drop(retired));
+        let [retired_id] = [retired_id].map(|id| (slab.retire(id, generation).unwrap(), id).1);
+        let lent = take(5).lend();
+        let flipped = take(6).seal(&record(6, 60_000));
+        slab.shared.header(flipped.id())[3].fetch_xor(1 << 40, Ordering::Relaxed);
+        let long = take(7).seal(&record(7, 60_000));
+        let words = encode_record(&record(7, 65_537));
+        slab.shared.header(long.id())[1..].iter().zip(words).for_each(|(w, v)| w.store(v, Ordering::Relaxed));
+        let unknown = take(8).seal(&record(8, 60_000));
+        slab.shared.header(unknown.id())[0].store(u64::MAX, Ordering::Relaxed);
+        let nameless = take(9).seal(&record(9, 60_000));
+        slab.shared.header(nameless.id())[0].store((SlotState::Sealed as u64) << 24, Ordering::Relaxed);
+
+        let next = next_life(&memory);
+        let adopted: Vec<_> = next.adopted().map(|(id, header)| (id, header.record, header.holds)).collect();
+        assert_eq!(adopted, [(held.id(), record(1, 60_000), 0), (unheld_id, record(2, 60_000), 0)]);
+        let condemned =
+            [filling.id(), retired_id, lent.id(), flipped.id(), long.id(), unknown.id(), nameless.id()];
+        for id in condemned {
+            assert_eq!(next.header(id).unwrap().state, SlotState::Retired, "{id}");
+        }
+        assert_eq!((next.usage().limbo, next.usage().regions_free), (7, 1));
+        assert_eq!(next.sweep(&HazardSet::new()), 7);
+        let kept = next.hold(held.id(), held.generation()).expect("same generation as before");
+        assert!(!kept.is_verified() && kept.iter().all(|&byte| byte == 1));
+        assert!(next.mark_verified(&kept) && kept.is_verified());
+        assert_eq!(next.adopted().count(), 1);
+        let class = ClassUsage { slot_bytes: 64 << 10, slots: 32, free: 30, regions: 1 };
+        assert_eq!(next.usage().classes, [class]);
+        // The first life is over; its guards must not touch what the second one owns.
+        std::mem::forget((held, filling, lent, flipped, long, unknown, nameless));
+    }
+
+    #[test]
+    fn a_region_of_no_class_is_free_and_what_lay_in_it_is_not_found() {
+        let memory = memory(1);
+        let slab = memory.slab();
+        let held = slab.take(4096).unwrap().seal(&record(1, 4096));
+        let (id, generation) = (held.id(), held.generation());
+        slab.shared.meta.word(slab.shared.layout.region(0)).store(12_345, Ordering::Relaxed);
+        let next = next_life(&memory);
+        assert_eq!((next.adopted().count(), next.usage().regions_free), (0, 1));
+        let slot = next.take(4096).unwrap();
+        assert_ne!(slot.id(), id, "it waits for readers of the damaged life");
+        assert!(next.hold(id, generation).is_none());
+        assert_eq!((next.usage().limbo, next.sweep(&HazardSet::new())), (1, 1));
+        std::mem::forget(held);
+    }
+
+    #[test]
+    fn numbers_from_elsewhere_are_answered_not_believed() {
+        let memory = memory(1);
+        let (view, _hazards) = worker(&memory);
+        let slab = memory.slab();
+        for slot in [0, 511, 512, 513, u32::MAX].map(SlotId) {
+            assert!(slab.hold(slot, Generation(1)).is_none());
+            assert_eq!(slab.retire(slot, Generation(1)), Err(RetireError::Gone));
+            assert!(slab.header(slot).is_none() && slab.slot_bytes(slot).is_none());
+            assert!(view.read_at(slot, Generation(1)).is_err());
+            assert!(view.fill(slot, Generation(0), 1).is_err());
+        }
+        slab.set_draining(7, true);
+        assert!(slab.slots_of_region(u32::MAX).is_empty());
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig { cases: 48, failure_persistence: None, ..ProptestConfig::default() })]
+
+        /// Random takes, seals, drops, retires and sweeps: no two owners overlap, the books add up, and a
+        /// restart finds what was sealed.
+        #[test]
+        fn slots_never_overlap_and_the_books_add_up(steps in prop::collection::vec((0..6u8, any::<u16>()), 1..200)) {
+            let memory = memory(3);
+            let slab = memory.slab();
+            let sizes = [4096, 12_288, 700_000, 2 << 20];
+            let (mut slots, mut blocks) = (Vec::new(), Vec::new());
+            let mut owned = BTreeMap::new();
+            for (step, pick) in steps {
+                let pick = usize::from(pick);
+                match step {
+                    0 | 1 => if let Ok(slot) = slab.take(sizes[pick % 4]) {
+                        let range = (slot.offset(), slot.offset() + slot.len() as u64);
+                        let before: Option<(&u64, &u64)> = owned.range(..range.1).next_back();
+                        prop_assert!(before.is_none_or(|(_, &end)| end <= range.0));
+                        owned.insert(range.0, range.1);
+                        slots.push(slot);
+                    },
+                    2 if !slots.is_empty() => {
+                        let slot = slots.swap_remove(pick % slots.len());
+                        owned.remove(&slot.offset());
+                    }
+                    3 if !slots.is_empty() => {
+                        let slot = slots.swap_remove(pick % slots.len());
+                        let number = u64::from(slot.id().0);
+                        blocks.push(slot.seal(&record(number, 4096)));
+                    }
+                    4 if !blocks.is_empty() => {
+                        let block = blocks.swap_remove(pick % blocks.len());
+                        let (id, generation, offset) = (block.id(), block.generation(), block.offset());
+                        drop(block);
+                        slab.retire(id, generation).unwrap();
+                        owned.remove(&offset);
+                        slab.sweep(&HazardSet::new());
+                    }
+                    _ => {}
+                }
+                let usage = slab.usage();
+                let used: u32 = usage.classes.iter().map(|class| class.slots - class.free).sum();
+                prop_assert_eq!(used as usize, slots.len() + blocks.len());
+                let regions: u32 = usage.classes.iter().map(|class| class.regions).sum();
+                prop_assert_eq!(regions + usage.regions_free, 3);
+            }
+            let next = next_life(&memory);
+            let mut sealed: Vec<_> = blocks.iter().map(Held::id).collect();
+            sealed.sort_unstable();
+            prop_assert_eq!(next.adopted().map(|(id, _)| id).collect::<Vec<_>>(), sealed);
+            prop_assert_eq!(next.sweep(&HazardSet::new()), slots.len());
+            std::mem::forget((slots, blocks));
+        }
+    }
+}

@@ -305,11 +305,14 @@ fn entry_words(bucket: &[AtomicU64; WORDS], place: usize) -> [u64; 6] {
 
 #[inline]
 fn place_of(bucket: &[AtomicU64; WORDS], wanted: &Wanted) -> Option<usize> {
-    let mut places = matches(bucket[1].load(Ordering::Relaxed), wanted.tag);
+    let tags = bucket[1].load(Ordering::Relaxed);
+    let mut places = matches(tags, wanted.tag);
     while places != 0 {
         let place = places.trailing_zeros() as usize / 8;
         let at = 2 + place * 6;
-        if bucket[at].load(Ordering::Relaxed) == wanted.halves[0]
+        // The tag again: an empty place named too many holds the bytes of the all-zero key.
+        if (tags >> (place * 8)) as u8 == wanted.tag
+            && bucket[at].load(Ordering::Relaxed) == wanted.halves[0]
             && bucket[at + 1].load(Ordering::Relaxed) == wanted.halves[1]
         {
             return Some(place);
@@ -659,7 +662,7 @@ mod tests {
     #[test]
     fn a_batch_finds_what_single_looks_find() {
         let mut table = table(300);
-        let keys: Vec<_> = (0..400u64).map(|n| key(n << 56, n % 7 << 8 | n)).collect();
+        let keys: Vec<_> = (0..400u64).map(|n| key(n << 56, ((n % 7) << 8) | n)).collect();
         for (version, key) in keys.iter().enumerate().filter(|(n, _)| n % 4 != 3).take(300) {
             table.set(&entry(*key, version as u64)).unwrap();
         }
@@ -669,6 +672,16 @@ mod tests {
             let wanted: Vec<_> = keys[..len].iter().map(|key| table.find(key)).enumerate().collect();
             assert_eq!(found, wanted);
         }
+    }
+
+    #[test]
+    fn the_all_zero_key_is_a_key_like_any_other() {
+        let mut table = table(8);
+        // Beside a key with the same tag, where an empty place looks most like it.
+        table.set(&entry(key(0, 1), 1)).unwrap();
+        assert_eq!((table.find(&key(0, 0)), table.buckets.find(&key(0, 0))), (None, Ok(None)));
+        table.set(&entry(key(0, 0), 2)).unwrap();
+        assert_eq!((table.len(), table.find(&key(0, 0))), (2, Some(entry(key(0, 0), 2))));
     }
 
     #[test]
