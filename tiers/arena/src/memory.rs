@@ -497,7 +497,8 @@ impl Place<'_> {
                 return Ok((map, true));
             }
             if self.spec.huge == HugePages::Required {
-                return Err(Error::HugePages { why: format!("{}; {why}", notes.join("; ")) });
+                notes.push(why);
+                return Err(Error::HugePages { why: notes.join("; ") });
             }
             notes.push(format!("ordinary 4 KiB pages: {why}"));
             Ok((map, false))

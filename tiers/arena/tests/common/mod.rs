@@ -19,7 +19,8 @@ pub(crate) fn spec(dir: &Path) -> MemorySpec {
         name: "shard-0".into(),
         geometry: GEOMETRY,
         numa_node: Some(0),
-        huge: HugePages::Auto,
+        // A machine's hugetlbfs is everybody's: only the story about it goes there, and cleans up.
+        huge: HugePages::Off,
         hugetlbfs_dir: None,
     }
 }
