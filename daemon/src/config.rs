@@ -201,8 +201,8 @@ section! {
         slow_limit: Span = Span::millis(500),
         /// Which blocks are written when they leave host memory: frequency, all or never.
         admission: Admission = Admission::Frequency,
-        /// When the device's own cache is made durable: durable, always or never.
-        sync: Sync = Sync::Durable,
+        /// When the device's own cache is made durable: always, after each batch of writes, or never.
+        sync: Sync = Sync::Always,
     }
 }
 

@@ -231,6 +231,23 @@ impl Loaded {
         self.origins.iter().map(|(key, origin)| (key.as_str(), origin))
     }
 
+    /// Every key with its value and where that came from, both in words.
+    pub fn values(&self) -> Vec<(String, String, String)> {
+        fn walk(path: &str, table: &Table, all: &mut Vec<(String, String)>) {
+            for (key, value) in table {
+                let path = if path.is_empty() { key.clone() } else { format!("{path}.{key}") };
+                match value {
+                    Value::Table(inner) => walk(&path, inner, all),
+                    value => all.push((path, value.to_string())),
+                }
+            }
+        }
+        let tree = Table::try_from(&self.config).expect("a configuration is a table");
+        let mut all = Vec::new();
+        walk("", &tree, &mut all);
+        all.into_iter().map(|(key, value)| (key.clone(), value, self.origin(&key).to_string())).collect()
+    }
+
     /// The whole configuration as TOML that reads back the same, with what each key is for and, when
     /// `origins` is asked for, where its value came from.
     pub fn print_effective(&self, origins: bool) -> String {

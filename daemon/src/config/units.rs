@@ -522,9 +522,7 @@ words! {
 words! {
     /// When the disk tier makes the device's own cache durable.
     Sync {
-        /// Before a durable store is answered.
-        Durable = "durable",
-        /// After every batch of writes.
+        /// After every batch of writes, before any of them counts as stored.
         Always = "always",
         /// Never: a power cut may lose what was stored last. It is still noticed, and never served wrong.
         Never = "never",

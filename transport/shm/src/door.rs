@@ -337,6 +337,13 @@ mod socket {
         }
     }
 
+    impl From<OwnedFd> for Listener {
+        /// A socket that listens already, `SOCK_SEQPACKET` and not blocking.
+        fn from(socket: OwnedFd) -> Self {
+            Self(socket)
+        }
+    }
+
     impl AsFd for Listener {
         fn as_fd(&self) -> BorrowedFd<'_> {
             self.0.as_fd()

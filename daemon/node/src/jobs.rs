@@ -1,0 +1,235 @@
+//! Long work, done a part at every tick so that nothing else waits: purge, verify, listing, expiry, and the
+//! verification of what an earlier life left in host memory.
+
+use kv_arena::{Entry, EntryState};
+use kv_block::{BlockKey, MissReason, Tier};
+use kv_tiers::store::{OpToken, StoreOp};
+
+use crate::brain::{Brain, DiskOp, Out, Timer};
+use crate::io::{BlockReport, Filter, Micros, Now, Origin, Progress, Reply};
+use crate::room::Removed;
+
+/// Catalog buckets that one part looks at.
+const BUCKETS_PER_STEP: u64 = 1024;
+/// Bytes of host memory that one part sums.
+const VERIFY_BYTES_PER_STEP: u64 = 16 << 20;
+/// Disk blocks that a verification has under way at once.
+const CHECKS_MAX: usize = 8;
+
+/// A purge or a verification under way.
+pub(crate) struct Job {
+    pub(crate) from: Origin,
+    kind: Kind,
+    cursor: Option<u64>,
+    progress: Progress,
+    reading: usize,
+}
+
+enum Kind {
+    Purge { filter: Filter, tier: Option<Tier>, dry_run: bool },
+    Verify { tier: Tier, queue: Vec<BlockKey> },
+}
+
+impl Job {
+    pub(crate) fn purge(from: Origin, filter: Filter, tier: Option<Tier>, dry_run: bool) -> Self {
+        let kind = Kind::Purge { filter, tier, dry_run };
+        Self { from, kind, cursor: Some(0), progress: Progress::default(), reading: 0 }
+    }
+
+    pub(crate) fn verify(from: Origin, tier: Tier) -> Self {
+        let kind = Kind::Verify { tier, queue: Vec::new() };
+        Self { from, kind, cursor: Some(0), progress: Progress::default(), reading: 0 }
+    }
+}
+
+impl Brain {
+    pub(crate) fn start_job(&mut self, from: Origin, deadline: Micros, mut job: Job, _out: &mut Out) {
+        job.progress.total = self.catalog.counts().present;
+        self.start_timer(deadline, Timer::Job { from });
+        self.jobs.push_back(job);
+    }
+
+    /// One part of the job at the front; jobs take turns.
+    pub(crate) fn step_jobs(&mut self, now: Now, out: &mut Out) {
+        let Some(mut job) = self.jobs.pop_front() else { return };
+        let done = match &job.kind {
+            Kind::Purge { filter, tier, dry_run } => {
+                let (filter, tier, dry_run) = (filter.clone(), *tier, *dry_run);
+                self.step_purge(&mut job, &filter, tier, dry_run, out)
+            }
+            Kind::Verify { .. } => self.step_verify(now, &mut job, out),
+        };
+        let progress = job.progress;
+        if done {
+            self.reply(job.from, Reply::Finished(progress), out);
+        } else {
+            self.reply(job.from, Reply::Progress(progress), out);
+            self.jobs.push_back(job);
+        }
+    }
+
+    /// The next entries of the catalog; the cursor is `None` behind the last.
+    fn scan(&self, cursor: &mut Option<u64>) -> Vec<Entry> {
+        let Some(at) = *cursor else { return Vec::new() };
+        let (entries, next) = self.catalog.scan(at, BUCKETS_PER_STEP);
+        *cursor = next;
+        entries
+    }
+
+    fn step_purge(
+        &mut self,
+        job: &mut Job,
+        filter: &Filter,
+        tier: Option<Tier>,
+        dry_run: bool,
+        out: &mut Out,
+    ) -> bool {
+        for entry in self.scan(&mut job.cursor) {
+            if entry.state != EntryState::Present || !self.passes(&entry, filter) {
+                continue;
+            }
+            let bytes = u64::from(self.bytes_of(entry.binding));
+            match self.remove_block(&entry.key, tier, MissReason::EvictedRequest, dry_run, out) {
+                Removed::Gone => {
+                    job.progress.done += 1;
+                    job.progress.bytes += bytes;
+                }
+                Removed::InUse => job.progress.failed += 1,
+                Removed::Absent => {}
+            }
+        }
+        job.cursor.is_none()
+    }
+
+    fn step_verify(&mut self, now: Now, job: &mut Job, out: &mut Out) -> bool {
+        let Kind::Verify { tier, mut queue } =
+            std::mem::replace(&mut job.kind, Kind::Verify { tier: Tier::Host, queue: vec![] })
+        else {
+            return true;
+        };
+        if queue.is_empty() {
+            let entries = self.scan(&mut job.cursor);
+            let here = |entry: &Entry| match tier {
+                Tier::Disk => entry.disk.is_some(),
+                _ => entry.host.is_some(),
+            };
+            queue = entries.into_iter().filter(here).map(|entry| entry.key).collect();
+        }
+        let mut bytes_left = VERIFY_BYTES_PER_STEP;
+        while bytes_left > 0 && job.reading < CHECKS_MAX {
+            let Some(key) = queue.pop() else { break };
+            let Some(entry) = self.catalog.find(&key) else { continue };
+            let bytes = u64::from(self.bytes_of(entry.binding));
+            bytes_left = bytes_left.saturating_sub(bytes);
+            match tier {
+                Tier::Disk => self.start_check(now, &entry, job, out),
+                _ => self.check_host(&entry, bytes, &mut job.progress),
+            }
+        }
+        let done = queue.is_empty() && job.cursor.is_none() && job.reading == 0;
+        job.kind = Kind::Verify { tier, queue };
+        done
+    }
+
+    fn check_host(&mut self, entry: &Entry, bytes: u64, progress: &mut Progress) {
+        let held = entry.host.and_then(|(slot, generation)| self.host.hold(slot, generation));
+        let Some(held) = held else { return };
+        progress.done += 1;
+        progress.bytes += bytes;
+        if !self.verify_held(&held) {
+            progress.failed += 1;
+            drop(held);
+            self.host_corrupt(&entry.key);
+        }
+    }
+
+    fn start_check(&mut self, now: Now, entry: &Entry, job: &mut Job, out: &mut Out) {
+        let (Some(at), Some(record)) = (entry.disk, self.record_of(entry)) else { return };
+        let tenant = self.tenant_of(entry.binding);
+        let Ok(into) = self.room(now, record.bytes, tenant, out) else {
+            job.progress.failed += u64::from(self.disk_serving != Some(true));
+            return;
+        };
+        let token = OpToken(self.number());
+        self.ops.insert(token, DiskOp::Check { key: entry.key });
+        job.reading += 1;
+        self.store(StoreOp::Read { token, at, record, into }, out);
+    }
+
+    /// A block that a verification read was right or wrong.
+    pub(crate) fn job_checked(&mut self, key: &BlockKey, right: bool) {
+        let bytes = self.catalog.find(key).map_or(0, |entry| u64::from(self.bytes_of(entry.binding)));
+        let verifying =
+            |job: &&mut Job| matches!(job.kind, Kind::Verify { tier: Tier::Disk, .. }) && job.reading > 0;
+        let Some(job) = self.jobs.iter_mut().find(verifying) else { return };
+        job.reading -= 1;
+        job.progress.done += 1;
+        job.progress.bytes += bytes;
+        job.progress.failed += u64::from(!right);
+    }
+
+    fn passes(&self, entry: &Entry, filter: &Filter) -> bool {
+        let tier = match filter.tier {
+            None => true,
+            Some(Tier::Host) => entry.host.is_some(),
+            Some(Tier::Disk) => entry.disk.is_some(),
+            Some(_) => false,
+        };
+        let tenant = filter.tenant.as_ref().is_none_or(|name| {
+            self.bound(entry.binding).is_some_and(|bound| self.tenants[bound.tenant].name == *name)
+        });
+        tier && tenant
+            && (filter.key_prefix.is_empty() || entry.key.to_string().starts_with(&filter.key_prefix))
+    }
+
+    pub(crate) fn list(
+        &mut self,
+        _now: Now,
+        from: Origin,
+        cursor: u64,
+        count: usize,
+        filter: &Filter,
+        out: &mut Out,
+    ) {
+        let mut blocks: Vec<BlockReport> = Vec::new();
+        let mut cursor = Some(cursor);
+        let mut steps = 0;
+        while blocks.len() < count && cursor.is_some() && steps < 64 {
+            steps += 1;
+            // Small steps, so that a page is not much longer than asked for.
+            let (entries, next) =
+                self.catalog.scan(cursor.unwrap_or(0), (count as u64).clamp(1, BUCKETS_PER_STEP));
+            cursor = next;
+            let shown = entries.iter().filter(|entry| !matches!(entry.state, EntryState::Ghost(_)));
+            blocks.extend(shown.filter(|entry| self.passes(entry, filter)).map(|entry| self.describe(entry)));
+        }
+        self.reply(from, Reply::Listed { blocks, next: cursor }, out);
+    }
+
+    /// Looks for blocks whose time is over, a part of the catalog at a tick.
+    pub(crate) fn expire_some(&mut self, now: Now, out: &mut Out) {
+        let (entries, next) = self.catalog.scan(self.expiry_cursor, 64);
+        self.expiry_cursor = next.unwrap_or(0);
+        for entry in entries.iter().filter(|entry| entry.expires_at != 0) {
+            self.expire_if_due(now, &entry.key, out);
+        }
+    }
+
+    /// Verifies a part of what was adopted, so that direct reads work again soon after a restart.
+    pub(crate) fn verify_adopted(&mut self) {
+        let mut bytes_left = VERIFY_BYTES_PER_STEP;
+        while bytes_left > 0 {
+            let Some((slot, generation)) = self.unverified.pop_front() else { return };
+            let Some(held) = self.host.hold(slot, generation) else { continue };
+            if held.is_verified() {
+                continue;
+            }
+            bytes_left = bytes_left.saturating_sub(held.len() as u64);
+            if !self.verify_held(&held) {
+                let key = held.record().key;
+                drop(held);
+                self.host_corrupt(&key);
+            }
+        }
+    }
+}

@@ -1,0 +1,286 @@
+//! A worker wants blocks: where they are, a lease on them, to be told why they are not there.
+
+use kv_arena::{Entry, EntryState, Held};
+use kv_block::code::Code;
+use kv_block::{BlockKey, Checksum, Fault, LeaseId, MissReason, SlotId, Tier};
+
+use crate::brain::{Brain, Out, Source, Timer, Waiter};
+use crate::io::{BlockReport, BlockState, Found, Grant, Micros, Now, Origin, Reply};
+use crate::pins::Pin;
+
+/// Where a block is, with a hold on it when it is in host memory.
+enum Located {
+    Host(Held),
+    Disk(Entry),
+    Pending,
+    Gone(MissReason),
+}
+
+impl Brain {
+    /// Where a block is now. A block kept from an earlier life is verified here, before its first use.
+    fn locate(&mut self, now: Now, key: &BlockKey, out: &mut Out) -> Located {
+        if self.expire_if_due(now, key, out) {
+            return Located::Gone(MissReason::Expired);
+        }
+        let Some(entry) = self.catalog.find(key) else { return Located::Gone(MissReason::NeverStored) };
+        if let Some((slot, generation)) = entry.host
+            && let Some(held) = self.host.hold(slot, generation)
+        {
+            if held.is_verified() || self.verify_held(&held) {
+                return Located::Host(held);
+            }
+            drop(held);
+            self.host_corrupt(key);
+            return self.locate(now, key, out);
+        }
+        match entry.state {
+            EntryState::Ghost(reason) => Located::Gone(reason),
+            _ if entry.disk.is_some() => Located::Disk(entry),
+            _ if self.pending.contains_key(key) => Located::Pending,
+            _ => Located::Gone(MissReason::NeverStored),
+        }
+    }
+
+    /// Compares an adopted block with its checksum and, when right, opens it to direct readers.
+    pub(crate) fn verify_held(&mut self, held: &Held) -> bool {
+        let record = held.record();
+        let right = Checksum::of(&record.key, held) == record.checksum;
+        if right {
+            self.host.mark_verified(held);
+        }
+        right
+    }
+
+    pub(crate) fn acquire(
+        &mut self,
+        now: Now,
+        from: Origin,
+        deadline: Micros,
+        key: BlockKey,
+        wait: bool,
+        out: &mut Out,
+    ) {
+        self.admission.seen(&key);
+        match self.locate(now, &key, out) {
+            Located::Host(held) => {
+                self.touch_slot(held.id());
+                self.grant(now, from, held, Tier::Host, out);
+            }
+            Located::Gone(reason) => self.miss(from, &key, reason, out),
+            Located::Pending if !wait => self.miss(from, &key, MissReason::NotComplete, out),
+            Located::Disk(_) if !wait => self.miss(from, &key, MissReason::TierTimeout, out),
+            Located::Pending => {
+                self.wait_for(key, Waiter { from, wants_lease: true });
+                self.start_timer(deadline, Timer::Waiter { key, from });
+            }
+            Located::Disk(entry) => match self.onboard(now, &entry, Some(from), out) {
+                Ok(()) => self.start_timer(deadline, Timer::Waiter { key, from }),
+                Err(reason) => self.miss(from, &key, reason, out),
+            },
+        }
+    }
+
+    pub(crate) fn wait_for(&mut self, key: BlockKey, waiter: Waiter) {
+        if let Some(pending) = self.pending.get_mut(&key) {
+            pending.waiters.push(waiter);
+        }
+    }
+
+    /// Gives `from` a lease on a block that it may now read.
+    pub(crate) fn grant(&mut self, now: Now, from: Origin, held: Held, tier: Tier, out: &mut Out) {
+        let record = held.record();
+        let lease = self.lease_number();
+        let leases_max = self.config.leases_per_session_max;
+        let Some(session) = self.sessions.get_mut(&from.session) else { return };
+        if session.leases.len() >= leases_max {
+            let text = format!("the session holds {leases_max} leases, as many as it may");
+            return self.fault(from, Fault::new(Code::TooManyLeases, text), out);
+        }
+        let grant = Grant {
+            lease,
+            slot: held.id(),
+            generation: held.generation(),
+            offset: held.offset(),
+            bytes: record.bytes,
+            checksum: record.checksum,
+            tier,
+        };
+        session.grant(lease, held, now.micros);
+        self.count_hit(&record.key, tier);
+        self.reply(from, Reply::Leased(grant), out);
+    }
+
+    pub(crate) fn count_hit(&mut self, key: &BlockKey, tier: Tier) {
+        self.counters.hit(tier, 1);
+        if let Some(entry) = self.catalog.find(key) {
+            let tenant = self.tenant_of(entry.binding);
+            self.tenants[tenant].hits += 1;
+        }
+    }
+
+    /// A block became readable in host memory: whoever waited for it gets a lease.
+    pub(crate) fn arrived(&mut self, now: Now, key: &BlockKey, held: &Held, tier: Tier, out: &mut Out) {
+        let Some(pending) = self.pending.remove(key) else { return };
+        for waiter in pending.waiters.into_iter().filter(|waiter| waiter.wants_lease) {
+            self.grant(now, waiter.from, held.clone(), tier, out);
+        }
+    }
+
+    pub(crate) fn release(&mut self, from: Origin, leases: &[LeaseId], out: &mut Out) {
+        let Some(session) = self.sessions.get_mut(&from.session) else { return };
+        let done = leases.iter().filter(|lease| session.release(**lease)).count() as u64;
+        let absent = leases.len() as u64 - done;
+        self.reply(from, Reply::Counted { done, kept: 0, absent }, out);
+    }
+
+    pub(crate) fn lookup(&mut self, now: Now, from: Origin, keys: &[BlockKey], all: bool, out: &mut Out) {
+        let mut answers = Vec::with_capacity(keys.len());
+        for key in keys {
+            let found = self.found(now, key, out);
+            match found {
+                Found::In(tier) => self.count_hit(key, tier),
+                Found::Miss(reason) => self.counters.miss(reason),
+            }
+            answers.push(found);
+            if !all && matches!(found, Found::Miss(_)) {
+                break;
+            }
+        }
+        self.reply(from, Reply::Looked(answers), out);
+    }
+
+    fn found(&mut self, now: Now, key: &BlockKey, out: &mut Out) -> Found {
+        match self.locate(now, key, out) {
+            Located::Host(_) => Found::In(Tier::Host),
+            Located::Disk(_) if self.disk_serving == Some(true) => Found::In(Tier::Disk),
+            Located::Disk(_) => Found::Miss(MissReason::TierDegraded),
+            Located::Pending => Found::Miss(MissReason::NotComplete),
+            Located::Gone(reason) => Found::Miss(reason),
+        }
+    }
+
+    pub(crate) fn prefetch(&mut self, now: Now, from: Origin, keys: &[BlockKey], out: &mut Out) {
+        let (mut started, mut resident, mut absent) = (0, 0, 0);
+        for key in keys {
+            match self.locate(now, key, out) {
+                Located::Host(_) => resident += 1,
+                Located::Disk(entry) if self.onboard(now, &entry, None, out).is_ok() => started += 1,
+                _ => absent += 1,
+            }
+        }
+        self.reply(from, Reply::Counted { done: started, kept: resident, absent }, out);
+    }
+
+    pub(crate) fn pin(&mut self, now: Now, from: Origin, keys: &[BlockKey], until: Micros, out: &mut Out) {
+        if until == Micros::NEVER || until <= now.micros {
+            let text = "a pin needs an end in the future";
+            return self.fault(from, Fault::new(Code::BadRequest, text), out);
+        }
+        let (mut done, mut absent) = (0, 0);
+        for key in keys {
+            self.expire_if_due(now, key, out);
+            let entry = self.catalog.find(key).filter(|entry| entry.host.is_some() || entry.disk.is_some());
+            let Some(entry) = entry else {
+                absent += 1;
+                continue;
+            };
+            let bytes = self.bytes_of(entry.binding);
+            let fresh = !self.pins.holds(key);
+            if fresh && self.pins.bytes() + u64::from(bytes) > self.config.pinned_bytes_max {
+                let text = format!(
+                    "{done} of {} blocks pinned; {} bytes are pinned, {} may be",
+                    keys.len(),
+                    self.pins.bytes(),
+                    self.config.pinned_bytes_max
+                );
+                return self.fault(from, Fault::new(Code::TooManyPins, text), out);
+            }
+            let tenant = self.tenant_of(entry.binding);
+            if self.pins.pin(*key, Pin { until, bytes, tenant }) {
+                self.tenants[tenant].pinned_bytes += u64::from(bytes);
+            }
+            done += 1;
+        }
+        self.reply(from, Reply::Counted { done, kept: 0, absent }, out);
+    }
+
+    pub(crate) fn unpin(&mut self, from: Origin, keys: &[BlockKey], out: &mut Out) {
+        let mut done = 0;
+        for key in keys {
+            if self.unpin_one(key) {
+                done += 1;
+            }
+        }
+        self.reply(from, Reply::Counted { done, kept: 0, absent: keys.len() as u64 - done }, out);
+    }
+
+    pub(crate) fn unpin_one(&mut self, key: &BlockKey) -> bool {
+        let Some(pin) = self.pins.unpin(key) else { return false };
+        self.tenants[pin.tenant].pinned_bytes -= u64::from(pin.bytes);
+        true
+    }
+
+    /// Slots that workers read by themselves, as far as their lossy log tells.
+    pub(crate) fn touched(&mut self, slots: &[SlotId]) {
+        for slot in slots {
+            let Some(key) = self.host.key_in(*slot) else { continue };
+            self.touch_slot(*slot);
+            self.admission.seen(&key);
+            self.count_hit(&key, Tier::Host);
+        }
+    }
+
+    pub(crate) fn touch_key(&mut self, key: &BlockKey) {
+        if let Some((slot, _)) = self.catalog.find(key).and_then(|entry| entry.host) {
+            self.touch_slot(slot);
+        }
+    }
+
+    pub(crate) fn touch_slot(&mut self, slot: SlotId) {
+        self.host.touch(slot);
+        if let Some(key) = self.host.key_in(slot) {
+            self.catalog.bump(&key);
+        }
+    }
+
+    pub(crate) fn inspect(&mut self, now: Now, key: &BlockKey, out: &mut Out) -> Option<BlockReport> {
+        self.expire_if_due(now, key, out);
+        let entry = self.catalog.find(key)?;
+        Some(self.describe(&entry))
+    }
+
+    pub(crate) fn describe(&self, entry: &Entry) -> BlockReport {
+        let mut tiers = Vec::new();
+        if entry.host.is_some() {
+            tiers.push(Tier::Host);
+        }
+        if entry.disk.is_some() {
+            tiers.push(Tier::Disk);
+        }
+        let leases = entry.host.map_or(0, |(slot, _)| self.host.holds(slot));
+        BlockReport {
+            key: entry.key,
+            state: match entry.state {
+                EntryState::Present => BlockState::Present,
+                EntryState::Pending => BlockState::Pending,
+                EntryState::Ghost(reason) => BlockState::Gone(reason),
+            },
+            tiers,
+            bytes: self.bytes_of(entry.binding),
+            checksum: entry.checksum,
+            priority: entry.priority,
+            expires_at: entry.expires_at,
+            leases,
+            pinned_until: self.pins.get(&entry.key).map(|pin| pin.until),
+            frequency: entry.frequency,
+            binding: entry.binding,
+            disk: entry.disk,
+            host: entry.host,
+        }
+    }
+
+    /// Whether somebody is bringing this block up already.
+    pub(crate) fn is_onboarding(&self, key: &BlockKey) -> bool {
+        self.pending.get(key).is_some_and(|pending| matches!(pending.source, Source::Onboarding))
+    }
+}

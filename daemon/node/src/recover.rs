@@ -1,0 +1,68 @@
+//! The state that is left after a restart: blocks in host memory that an earlier life sealed, and what the
+//! disk tier's index names.
+//!
+//! Nothing is trusted: host blocks are adopted unverified and summed before their first use, disk blocks are
+//! summed when they are read. Of two disk copies the store has picked the newer already.
+
+use kv_block::{BindingId, DiskLocation, Record};
+
+use crate::brain::Brain;
+use crate::io::{Binding, Now};
+
+impl Brain {
+    /// Enters the blocks that the arena adopted. `bind` gives the binding of a record, making one known if
+    /// need be. Gives the number of blocks taken over.
+    pub fn recover_host(&mut self, now: Now, bind: &mut dyn FnMut(&Record) -> Binding) -> u64 {
+        let mut taken = 0;
+        for (slot, generation, record) in self.host.adopted() {
+            let binding = self.binding_of(&record, bind);
+            let expired = record.expires_at != 0 && record.expires_at <= now.unix;
+            let entered = !expired
+                && self.catalog.find(&record.key).is_none()
+                && self.catalog.publish_host(&record, binding, (slot, generation)).is_ok();
+            let held = self.host.hold(slot, generation);
+            match held {
+                Some(held) if entered => {
+                    self.entered_host(&held, binding, true);
+                    self.unverified.push_back((slot, generation));
+                    taken += 1;
+                }
+                held => {
+                    drop(held);
+                    self.host.retire(slot, generation);
+                }
+            }
+        }
+        taken
+    }
+
+    /// Enters blocks that the disk tier's index names. Gives the number of blocks taken over.
+    pub fn recover_disk(
+        &mut self,
+        now: Now,
+        found: &[(Record, DiskLocation)],
+        bind: &mut dyn FnMut(&Record) -> Binding,
+    ) -> u64 {
+        let mut taken = 0;
+        for (record, at) in found {
+            if record.expires_at != 0 && record.expires_at <= now.unix {
+                continue;
+            }
+            let binding = self.binding_of(record, bind);
+            if self.catalog.recover_disk(record, binding, *at).is_ok() {
+                self.entered_disk(&record.key, binding);
+                taken += 1;
+            }
+        }
+        taken
+    }
+
+    fn binding_of(&mut self, record: &Record, bind: &mut dyn FnMut(&Record) -> Binding) -> BindingId {
+        if let Some(binding) = self.by_tag.get(&record.tag) {
+            return *binding;
+        }
+        let binding = bind(record);
+        self.bind(&binding);
+        binding.id
+    }
+}

@@ -1,0 +1,281 @@
+//! Puts a node together from its plan: opens devices, recovers what is left, starts threads, listens; and
+//! takes it apart again when told to stop.
+//!
+//! ```text
+//!   registry -> per shard: memory -> disk -> brain <- adopted host blocks, then blocks found on disk
+//!            -> threads: shard 0..n (pinned), worker door, control runtime (gRPC, HTTP)
+//!   SIGTERM  -> not ready, no new work -> listeners close -> shards finish -> memory stays for the next life
+//! ```
+
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+
+use anyhow::Context as _;
+use kv_arena::{Adoption, Geometry, HazardSet, MemorySpec, ShardMemory};
+use kv_block::{Epoch, SessionId, ShardId};
+use kv_node::{Brain, BrainConfig, Event, Micros, Now};
+use kv_tiers::catalog::Catalog;
+use kv_tiers::host::{HostTier, Watermarks};
+
+use crate::config::units::{Admission, HugePages, Policy};
+use crate::config::{Config, Loaded};
+use crate::disk;
+use crate::listen::{RunDir, SocketFile};
+use crate::node::{Node, Recovered, TierNotes};
+use crate::plan::{Bounds, Plan, ShardPlan};
+use crate::registry::Registry;
+use crate::sessions::{Door, Sessions};
+use crate::shard::{Letter, Shard, ShardHandle};
+use crate::worker_door::{MemoryFds, StopDoor, WorkerDoor};
+
+/// A node whose threads run.
+pub struct Running {
+    /// What the services ask.
+    pub node: Arc<Node>,
+    /// The gRPC socket, listening.
+    pub grpc: std::os::unix::net::UnixListener,
+    threads: Vec<JoinHandle<()>>,
+    door: Option<(StopDoor, JoinHandle<()>)>,
+    /// Held until the end: the run directory's lock and socket files.
+    _files: (RunDir, [SocketFile; 2]),
+}
+
+/// A shard that is opened and not running yet.
+struct Opened {
+    shard: Shard,
+    handle: ShardHandle,
+    fds: MemoryFds,
+    notes: TierNotes,
+    epoch: Epoch,
+    host_blocks: u64,
+    disk_blocks: u64,
+    remarks: Vec<String>,
+}
+
+/// Opens everything in the plan and starts the shards.
+pub fn start(loaded: &Loaded, plan: &Plan) -> anyhow::Result<Running> {
+    let began = Instant::now();
+    let config = &loaded.config;
+    let run_dir = RunDir::claim(&config.run_dir(), config.listen.socket_mode.0)?;
+    let state_dir = config.disk_dir().unwrap_or_else(|| config.memory_dir());
+    std::fs::create_dir_all(&state_dir).with_context(|| format!("creating {}", state_dir.display()))?;
+    let (registry, note) = Registry::open(Some(state_dir.join("bindings.json")));
+    let mut recovered = Recovered { notes: note.into_iter().collect(), ..Recovered::default() };
+
+    let mut epoch = Epoch(1);
+    let mut opened = Vec::with_capacity(plan.shards.len());
+    for shard in &plan.shards {
+        let one = open_shard(config, plan, shard, &registry, epoch)
+            .with_context(|| format!("opening shard {}", shard.index))?;
+        epoch = epoch.max(one.epoch);
+        opened.push(one);
+    }
+
+    let sessions = Sessions::new(epoch, config.limits.sessions_max as usize + 1);
+    let guest =
+        sessions.open("grpc".into(), Door::Grpc, std::process::id(), None).map_err(anyhow::Error::new)?.id;
+    let mut shards = Vec::new();
+    let mut memory = Vec::new();
+    let mut notes = Vec::new();
+    let mut ready = Vec::new();
+    for (mut one, shard_plan) in opened.into_iter().zip(&plan.shards) {
+        recovered.host_blocks += one.host_blocks;
+        recovered.disk_blocks += one.disk_blocks;
+        recovered.notes.append(&mut one.remarks);
+        for (tenant, bytes_max) in quotas(config, plan) {
+            one.shard.tell(Event::Quota { tenant, bytes_max });
+        }
+        one.shard.tell(Event::Opened { session: guest });
+        shards.push(one.handle);
+        memory.push(one.fds);
+        notes.push(one.notes);
+        ready.push((one.shard, shard_plan.shard_cpus.clone(), shard_plan.index));
+    }
+    let threads = ready
+        .into_iter()
+        .map(|(shard, cpus, index)| spawn(format!("shard-{index}"), cpus, move || shard.run()))
+        .collect::<Result<Vec<_>, _>>()?;
+    recovered.took = began.elapsed();
+
+    let node = Arc::new(Node::new(
+        config.node_name().to_owned(),
+        epoch,
+        shards,
+        registry,
+        sessions,
+        guest,
+        recovered,
+        notes,
+        plan.region_bytes,
+    ));
+    let (grpc, grpc_file) = run_dir.listen_grpc()?.split();
+    let (workers, workers_file) = run_dir.listen_workers()?.split();
+    let (door, stop) = WorkerDoor::new(Arc::clone(&node), Arc::new(config.clone()), memory, workers.into())?;
+    let door = (stop, spawn("worker-door".into(), Vec::new(), move || door.run())?);
+    Ok(Running { node, grpc, threads, door: Some(door), _files: (run_dir, [grpc_file, workers_file]) })
+}
+
+impl Running {
+    /// Ends the threads. Host memory and disk keep what they have.
+    pub fn stop(mut self) {
+        if let Some((stop, thread)) = self.door.take() {
+            stop.stop();
+            let _ = thread.join();
+        }
+        self.node.stop_shards();
+        for thread in self.threads.drain(..) {
+            if thread.join().is_err() {
+                tracing::error!("a shard ended in a panic; its memory is verified at the next start");
+            }
+        }
+    }
+}
+
+fn spawn(
+    name: String,
+    cpus: Vec<u32>,
+    body: impl FnOnce() + Send + 'static,
+) -> std::io::Result<JoinHandle<()>> {
+    std::thread::Builder::new().name(name.clone()).spawn(move || {
+        if !cpus.is_empty()
+            && let Err(error) = kv_arena::numa::pin_current_thread(&cpus)
+        {
+            tracing::warn!(thread = name, ?cpus, %error, "the thread could not be pinned; it runs where it may");
+        }
+        body();
+    })
+}
+
+/// Quota of each configured tenant on one shard, in bytes.
+fn quotas(config: &Config, plan: &Plan) -> Vec<(String, u64)> {
+    let arena: u64 = plan.shards.iter().map(|shard| shard.arena_bytes).sum();
+    let shards = plan.shards.len() as u64;
+    let quota = |tenant: &crate::config::Tenant| tenant.bytes_max.get().map(|size| size.of(arena) / shards);
+    config.tenants.iter().filter_map(|(name, tenant)| Some((name.clone(), quota(tenant)?))).collect()
+}
+
+fn open_shard(
+    config: &Config,
+    plan: &Plan,
+    shard: &ShardPlan,
+    registry: &Registry,
+    epoch_floor: Epoch,
+) -> anyhow::Result<Opened> {
+    let id = ShardId(shard.index);
+    let dir = config.memory_dir();
+    let spec = MemorySpec {
+        dir: dir.clone(),
+        name: format!("shard-{}", shard.index),
+        geometry: Geometry {
+            regions: shard.regions,
+            region_bytes: plan.region_bytes,
+            table_entries_max: shard.table_entries_max,
+        },
+        numa_node: shard.numa_node,
+        huge: match config.host.huge_pages {
+            HugePages::Auto => kv_arena::HugePages::Auto,
+            HugePages::Off => kv_arena::HugePages::Off,
+            HugePages::Required => kv_arena::HugePages::Required,
+        },
+        hugetlbfs_dir: config.host.hugetlbfs_dir.get().map(|path| PathBuf::from(&path.0)),
+    };
+    let mut remarks = Vec::new();
+    // A reboot takes the memory and its epochs; the clock keeps later lives apart from earlier ones.
+    let (mut memory, adoption) = ShardMemory::open(&spec, epoch_floor)?;
+    match &adoption {
+        Adoption::Fresh => tracing::info!(shard = shard.index, "host memory is new"),
+        Adoption::Adopted { previous, slots } => {
+            tracing::info!(shard = shard.index, %previous, slots, "host memory was kept");
+        }
+        Adoption::SetAside { why, to } => {
+            let remark =
+                format!("host memory of shard {} was set aside as {}: {why}", shard.index, to.display());
+            tracing::warn!(shard = shard.index, "{remark}");
+            remarks.push(remark);
+        }
+    }
+    let hazards = HazardSet::adopt(&dir, id)?;
+    let table = memory.take_table()?.context("the catalog table has one writer")?;
+    let catalog = Catalog::new(table, shard.ghosts_max as usize);
+    let host = HostTier::new(
+        memory.slab().clone(),
+        match config.host.policy {
+            Policy::Sieve => kv_tiers::evict::PolicyKind::Sieve,
+            Policy::S3Fifo => kv_tiers::evict::PolicyKind::S3Fifo,
+            Policy::Lru => kv_tiers::evict::PolicyKind::Lru,
+        },
+        Watermarks { low: config.host.free_low_ratio.ratio(), high: config.host.free_high_ratio.ratio() },
+    );
+    let epoch = memory.epoch();
+    let fds = MemoryFds::of(id, shard.numa_node.and_then(|node| u16::try_from(node).ok()), &memory)?;
+    let mut notes = TierNotes {
+        host: memory.notes().to_vec(),
+        numa_node: shard.numa_node.unwrap_or(0),
+        ..TierNotes::default()
+    };
+    let brain = Brain::new(brain_config(config, &plan.bounds, shard, epoch), catalog, host);
+    let (mut one, handle) = Shard::new(id, brain, memory, hazards, plan.bounds.requests_max as usize)?;
+    for bound in registry.all() {
+        one.tell(Event::Bound(bound.binding()));
+    }
+    let now = now();
+    let host_blocks = one.brain_mut().recover_host(now, &mut |record| registry.recovered(record).binding());
+    let mut disk_blocks = 0;
+    if let Some(disk_plan) = &shard.disk {
+        let disk::OpenedDisk { store, mut found } =
+            disk::open(config, disk_plan, &plan.bounds, shard, handle.slab(), handle.waker())?;
+        for batch in found.by_ref() {
+            disk_blocks +=
+                one.brain_mut().recover_disk(now, &batch, &mut |record| registry.recovered(record).binding());
+        }
+        let report = found.finish()?;
+        notes.disk = store.notes();
+        if report.segments_set_aside > 0 {
+            remarks.extend(report.notes);
+        }
+        notes.disk_bytes_max = disk_plan.segment_bytes * u64::from(disk_plan.segments_max);
+        one.set_store(Box::new(store));
+    }
+    tracing::info!(shard = shard.index, host_blocks, disk_blocks, "recovered");
+    Ok(Opened { shard: one, handle, fds, notes, epoch, host_blocks, disk_blocks, remarks })
+}
+
+fn now() -> Now {
+    let unix = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs());
+    Now { micros: Micros(1), unix: u32::try_from(unix).unwrap_or(u32::MAX) }
+}
+
+fn brain_config(config: &Config, bounds: &Bounds, shard: &ShardPlan, epoch: Epoch) -> BrainConfig {
+    use kv_tiers::admit::AdmissionKind;
+    let admission = match config.disk.admission {
+        Admission::Frequency => AdmissionKind::Frequency,
+        Admission::All => AdmissionKind::All,
+        Admission::Never => AdmissionKind::Never,
+    };
+    BrainConfig {
+        shard: ShardId(shard.index),
+        epoch,
+        disk: shard.disk.as_ref().map(|_| admission),
+        leases_per_session_max: config.limits.leases_per_session_max as usize,
+        sessions_max: config.limits.sessions_max as usize,
+        pinned_bytes_max: bounds.pinned_bytes_max,
+        pending_ttl_ms: config.limits.pending_ttl.0.as_millis() as u64,
+        stalled_max: bounds.stalled_max as usize,
+        offloads_max: bounds.offloads_max as usize,
+        onboards_max: bounds.onboards_max as usize,
+        events_kept_max: bounds.events_max as usize,
+    }
+}
+
+/// Tells every shard that a session is over: for sessions that end with this process.
+pub fn end_session(node: &Node, session: SessionId) {
+    for shard in &node.shards {
+        shard.post_surely(Letter::Detach { session });
+    }
+    node.sessions.close(session);
+}
+
+/// How long a drain lets calls under way finish.
+pub const DRAIN_LIMIT: Duration = Duration::from_secs(10);

@@ -1,0 +1,122 @@
+//! Carries the numbers of the shards to the metrics, once a second.
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use kv_node::ShardReport;
+use metrics_exporter_prometheus::PrometheusHandle;
+
+use crate::metrics as m;
+use crate::node::Node;
+use crate::sessions::Door;
+
+const PERIOD: Duration = Duration::from_secs(1);
+
+/// Keeps the metrics up to date for as long as the runtime lives.
+pub async fn follow(node: Arc<Node>, recorder: PrometheusHandle) {
+    let mut beat = tokio::time::interval(PERIOD);
+    beat.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+    loop {
+        beat.tick().await;
+        recorder.run_upkeep();
+        if let Ok(reports) = node.reports(Instant::now() + PERIOD).await {
+            publish(&node, &reports);
+        }
+    }
+}
+
+fn publish(node: &Node, reports: &[ShardReport]) {
+    m::READY.gauge(&[]).set(f64::from(u8::from(!node.is_draining())));
+    for door in [Door::Shm, Door::Grpc] {
+        let count = node.sessions.all().iter().filter(|info| info.door == door).count();
+        m::SESSIONS.gauge(&[door.name()]).set(count as f64);
+    }
+    for (index, report) in reports.iter().enumerate() {
+        let shard = &index.to_string()[..];
+        let set = |metric: &m::Metric, labels: &[&str], value: u64| metric.gauge(labels).set(value as f64);
+        set(&m::EPOCH, &[shard], node.epoch.0);
+        set(&m::TIER_CAPACITY, &[shard, "host"], report.host_bytes_max);
+        set(&m::TIER_USED, &[shard, "host"], report.host_bytes);
+        set(&m::TIER_BLOCKS, &[shard, "host"], report.host_blocks);
+        set(&m::TIER_SERVING, &[shard, "host"], 1);
+        set(&m::PINNED_BYTES, &[shard, "host"], report.pinned_bytes);
+        set(&m::LEASED_BYTES, &[shard, "host"], report.leased_bytes);
+        if let Some(serving) = report.disk_serving {
+            set(&m::TIER_CAPACITY, &[shard, "disk"], node.tier_notes[index].disk_bytes_max);
+            set(&m::TIER_USED, &[shard, "disk"], report.disk_bytes);
+            set(&m::TIER_BLOCKS, &[shard, "disk"], report.disk_blocks);
+            set(&m::TIER_SERVING, &[shard, "disk"], u64::from(serving));
+        }
+        set(&m::PENDING_BLOCKS, &[shard], report.pending);
+        set(&m::CATALOG_ENTRIES, &[shard], report.catalog_entries);
+        set(&m::QUARANTINED_BLOCKS, &[shard], report.quarantined);
+        set(&m::LEASES, &[shard], report.leases);
+        set(&m::TRANSFERS_IN_FLIGHT, &[shard], report.in_flight);
+        set(&m::EVENTS_NUMBER, &[shard], report.event_number);
+    }
+    counters(reports);
+    tenants(reports);
+}
+
+/// Sets counters to the sums over all shards; each only ever grows.
+fn counters(reports: &[ShardReport]) {
+    let sum =
+        |of: fn(&kv_node::Counters) -> u64| reports.iter().map(|report| of(&report.counters)).sum::<u64>();
+    m::PUT_BLOCKS.counter(&["stored"]).absolute(sum(|counters| counters.put_blocks));
+    m::PUT_BLOCKS.counter(&["already"]).absolute(sum(|counters| counters.put_already));
+    m::PUT_BYTES.counter(&[]).absolute(sum(|counters| counters.put_bytes));
+    m::TRANSFER_BLOCKS.counter(&["host", "disk"]).absolute(sum(|counters| counters.offload_blocks));
+    m::TRANSFER_BYTES.counter(&["host", "disk"]).absolute(sum(|counters| counters.offload_bytes));
+    m::TRANSFER_BLOCKS.counter(&["disk", "host"]).absolute(sum(|counters| counters.onboard_blocks));
+    m::TRANSFER_BYTES.counter(&["disk", "host"]).absolute(sum(|counters| counters.onboard_bytes));
+    m::DISK_WRITTEN.counter(&["offload"]).absolute(sum(|counters| counters.offload_bytes));
+    m::DISK_WRITTEN.counter(&["reclaim"]).absolute(sum(|counters| counters.moved_bytes));
+    let mut by_label: std::collections::BTreeMap<(&str, String), u64> = std::collections::BTreeMap::new();
+    for counters in reports.iter().map(|report| &report.counters) {
+        let maps = [
+            (m::LOOKUP_BLOCKS.name, &counters.hits),
+            (m::LOOKUP_MISS.name, &counters.misses),
+            (m::EVICTIONS.name, &counters.evictions),
+            (m::CHECKSUM_FAILURES.name, &counters.checksum_failures),
+            (m::LEASE_RECLAIMS.name, &counters.lease_reclaims),
+        ];
+        for (name, map) in maps {
+            for (label, count) in map {
+                *by_label.entry((name, (*label).to_owned())).or_default() += count;
+            }
+        }
+        for (code, count) in &counters.rejects {
+            *by_label.entry((m::REJECTS.name, code.clone())).or_default() += count;
+        }
+    }
+    for ((name, label), count) in by_label {
+        if let Some(metric) = m::ALL.iter().find(|metric| metric.name == name) {
+            metric.counter(&[&label]).absolute(count);
+        }
+    }
+}
+
+/// The tenants with the most bytes by name, the others together.
+fn tenants(reports: &[ShardReport]) {
+    let mut all: std::collections::BTreeMap<&str, (u64, u64, u64)> = std::collections::BTreeMap::new();
+    for tenant in reports.iter().flat_map(|report| &report.tenants) {
+        let row = all.entry(&tenant.tenant).or_default();
+        *row = (row.0 + tenant.host_bytes, row.1 + tenant.hits, row.2 + tenant.misses);
+    }
+    let named = all.len().min(m::TENANTS_MAX);
+    let mut other = (0, 0, 0);
+    for (index, (tenant, row)) in all.iter().enumerate() {
+        if index < named {
+            m::TENANT_HOST_BYTES.gauge(&[tenant]).set(row.0 as f64);
+            m::TENANT_HITS.counter(&[tenant]).absolute(row.1);
+            m::TENANT_MISSES.counter(&[tenant]).absolute(row.2);
+        } else {
+            other = (other.0 + row.0, other.1 + row.1, other.2 + row.2);
+        }
+    }
+    if all.len() > named {
+        m::TENANT_HOST_BYTES.gauge(&["other"]).set(other.0 as f64);
+        m::TENANT_HITS.counter(&["other"]).absolute(other.1);
+        m::TENANT_MISSES.counter(&["other"]).absolute(other.2);
+    }
+}

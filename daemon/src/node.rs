@@ -1,0 +1,419 @@
+//! The node as the rest of the daemon sees it: every shard behind one set of questions.
+//!
+//! Shards share nothing, so a question about keys goes to all of them and the best answer counts; a question
+//! that must have one home (a store, an announcement) goes to the shard that the key picks.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
+
+use bytes::Bytes;
+use kv_api::convert::Names;
+use kv_arena::Held;
+use kv_block::code::Code;
+use kv_block::{BlockKey, Epoch, Fault, MissReason, SessionId, ShardId, Tier};
+use kv_node::{BlockReport, Event, Found, Grant, Op, Reply, ShardReport};
+
+use crate::registry::{Bound, Registry};
+use crate::sessions::Sessions;
+use crate::shard::{Letter, ReplyTo, ShardHandle};
+
+/// What a start brought back.
+#[derive(Clone, Debug, Default)]
+pub struct Recovered {
+    /// Blocks adopted in host memory.
+    pub host_blocks: u64,
+    /// Blocks found on disk.
+    pub disk_blocks: u64,
+    /// How long it took.
+    pub took: Duration,
+    /// What was set aside or refused, in words.
+    pub notes: Vec<String>,
+}
+
+/// One running node.
+pub struct Node {
+    /// Its name.
+    pub name: String,
+    /// Number of this life.
+    pub epoch: Epoch,
+    /// When this life began.
+    pub started: Instant,
+    /// Its shards, by number.
+    pub shards: Vec<ShardHandle>,
+    /// What blocks mean.
+    pub registry: Registry,
+    /// Who is connected.
+    pub sessions: Sessions,
+    /// The session under which callers without one of their own read.
+    pub guest: SessionId,
+    /// What the start brought back.
+    pub recovered: Recovered,
+    /// What each tier was given: huge pages, engine, directory; by shard.
+    pub tier_notes: Vec<TierNotes>,
+    /// Longest block that a shard can hold, in bytes.
+    pub block_bytes_max: u64,
+    draining: AtomicBool,
+}
+
+/// What an operator should know of a shard's tiers.
+#[derive(Clone, Debug, Default)]
+pub struct TierNotes {
+    /// Host memory.
+    pub host: Vec<String>,
+    /// Disk.
+    pub disk: Vec<String>,
+    /// Bytes the disk tier may use.
+    pub disk_bytes_max: u64,
+    /// NUMA node.
+    pub numa_node: u32,
+}
+
+impl Node {
+    /// A node over running shards.
+    #[allow(clippy::too_many_arguments, reason = "the parts that compose puts together, once")]
+    pub fn new(
+        name: String,
+        epoch: Epoch,
+        shards: Vec<ShardHandle>,
+        registry: Registry,
+        sessions: Sessions,
+        guest: SessionId,
+        recovered: Recovered,
+        tier_notes: Vec<TierNotes>,
+        block_bytes_max: u64,
+    ) -> Self {
+        let draining = AtomicBool::new(false);
+        let started = Instant::now();
+        Self {
+            name,
+            epoch,
+            started,
+            shards,
+            registry,
+            sessions,
+            guest,
+            recovered,
+            tier_notes,
+            block_bytes_max,
+            draining,
+        }
+    }
+
+    /// Whether no new work is taken.
+    pub fn is_draining(&self) -> bool {
+        self.draining.load(Ordering::Acquire)
+    }
+
+    /// Starts or ends draining.
+    pub fn set_draining(&self, draining: bool) {
+        self.draining.store(draining, Ordering::Release);
+    }
+
+    /// Refuses new work while draining.
+    pub fn accepting(&self) -> Result<(), Fault> {
+        if self.is_draining() {
+            let wait = Duration::from_secs(1);
+            return Err(Fault::new(Code::Draining, "the daemon is draining").retry_after(wait));
+        }
+        Ok(())
+    }
+
+    /// The shard that a key is stored on when its worker has no shard of its own.
+    pub fn home(&self, key: &BlockKey) -> &ShardHandle {
+        &self.shards[(key.halves()[1] % self.shards.len() as u64) as usize]
+    }
+
+    /// The shard with this number.
+    pub fn shard(&self, id: ShardId) -> Option<&ShardHandle> {
+        self.shards.get(usize::from(id.0))
+    }
+
+    /// Tells every shard something that it must hear.
+    pub fn tell_all(&self, event: impl Fn() -> Event) {
+        for shard in &self.shards {
+            shard.post_surely(Letter::Tell(event()));
+        }
+    }
+
+    /// Asks one shard and waits for its answer, `deadline` at the latest.
+    pub async fn ask(
+        &self,
+        shard: &ShardHandle,
+        session: SessionId,
+        deadline: Instant,
+        op: Op,
+        body: Bytes,
+    ) -> Result<Reply, Fault> {
+        let (sender, receiver) = tokio::sync::oneshot::channel();
+        let letter = Letter::Ask { session, deadline, op, body, reply: ReplyTo::Once(sender) };
+        post(shard, letter)?;
+        // The shard ends everything at its deadline; a little more tells a sick shard from a slow answer.
+        let limit = deadline.saturating_duration_since(Instant::now()) + Duration::from_millis(250);
+        match tokio::time::timeout(limit, receiver).await {
+            Ok(Ok(Reply::Fault(fault))) => Err(fault),
+            Ok(Ok(reply)) => Ok(reply),
+            Ok(Err(_)) => Err(Fault::new(Code::Draining, "the shard stopped before it answered")),
+            Err(_) => Err(Fault::new(Code::DeadlinePassed, "the shard did not answer in time")),
+        }
+    }
+
+    /// Asks the shards of a long job for their progress.
+    pub fn ask_stream(
+        &self,
+        shard: &ShardHandle,
+        deadline: Instant,
+        op: Op,
+    ) -> Result<tokio::sync::mpsc::UnboundedReceiver<Reply>, Fault> {
+        let (sender, receiver) = tokio::sync::mpsc::unbounded_channel();
+        let reply = ReplyTo::Stream(sender);
+        post(shard, Letter::Ask { session: SessionId(0), deadline, op, body: Bytes::new(), reply })?;
+        Ok(receiver)
+    }
+
+    /// The keys that a request names, checked against the registry.
+    pub fn keys(&self, names: &Names) -> Result<Vec<BlockKey>, Fault> {
+        match names {
+            Names::Keys(keys) => Ok(keys.clone()),
+            Names::Hashes { binding, hashes } => {
+                let bound = self.binding(*binding)?;
+                hashes.iter().map(|hash| bound.key(hash).ok_or_else(|| unknown_binding(*binding))).collect()
+            }
+        }
+    }
+
+    /// The binding with this number.
+    pub fn binding(&self, number: u32) -> Result<Arc<Bound>, Fault> {
+        self.registry.get(number).ok_or_else(|| unknown_binding(number))
+    }
+
+    /// Where each of these blocks is, over all shards.
+    pub async fn lookup(&self, keys: &[BlockKey], all: bool, deadline: Instant) -> Result<Vec<Found>, Fault> {
+        if let [shard] = &self.shards[..] {
+            return self.lookup_on(shard, keys, all, deadline).await;
+        }
+        let mut best = vec![Found::Miss(MissReason::NeverStored); keys.len()];
+        for shard in &self.shards {
+            let found = self.lookup_on(shard, keys, true, deadline).await?;
+            for (best, found) in best.iter_mut().zip(found) {
+                *best = better(*best, found);
+            }
+        }
+        if !all && let Some(first) = best.iter().position(|found| matches!(found, Found::Miss(_))) {
+            best.truncate(first + 1);
+        }
+        Ok(best)
+    }
+
+    async fn lookup_on(
+        &self,
+        shard: &ShardHandle,
+        keys: &[BlockKey],
+        all: bool,
+        deadline: Instant,
+    ) -> Result<Vec<Found>, Fault> {
+        let op = Op::Lookup { keys: keys.to_vec(), all };
+        match self.ask(shard, SessionId(0), deadline, op, Bytes::new()).await? {
+            Reply::Looked(found) => Ok(found),
+            other => Err(unexpected(&other)),
+        }
+    }
+
+    /// The shard that has a block or expects it; its home when none does.
+    pub async fn owner(&self, key: &BlockKey, deadline: Instant) -> Result<&ShardHandle, Fault> {
+        if let [shard] = &self.shards[..] {
+            return Ok(shard);
+        }
+        let mut best = (self.home(key), Found::Miss(MissReason::NeverStored));
+        for shard in &self.shards {
+            let report = self.inspect_on(shard, key, deadline).await?;
+            let found = report.map_or(Found::Miss(MissReason::NeverStored), |report| found_of(&report));
+            if better(best.1, found) != best.1 {
+                best = (shard, found);
+            }
+        }
+        Ok(best.0)
+    }
+
+    /// All that is known of a block, from the shard that knows most.
+    pub async fn inspect(
+        &self,
+        key: &BlockKey,
+        deadline: Instant,
+    ) -> Result<Option<(ShardId, BlockReport)>, Fault> {
+        let shard = self.owner(key, deadline).await?;
+        Ok(self.inspect_on(shard, key, deadline).await?.map(|report| (shard.id, report)))
+    }
+
+    async fn inspect_on(
+        &self,
+        shard: &ShardHandle,
+        key: &BlockKey,
+        deadline: Instant,
+    ) -> Result<Option<BlockReport>, Fault> {
+        match self.ask(shard, SessionId(0), deadline, Op::Inspect { key: *key }, Bytes::new()).await? {
+            Reply::Inspected(report) => Ok(report.map(|report| *report)),
+            other => Err(unexpected(&other)),
+        }
+    }
+
+    /// A lease on one block: the shard that gave it, and the grant or why not.
+    pub async fn acquire(
+        &self,
+        session: SessionId,
+        key: &BlockKey,
+        wait: bool,
+        deadline: Instant,
+    ) -> Result<(ShardId, Result<Grant, MissReason>), Fault> {
+        let shard = self.owner(key, deadline).await?;
+        match self.ask(shard, session, deadline, Op::Acquire { key: *key, wait }, Bytes::new()).await? {
+            Reply::Leased(grant) => Ok((shard.id, Ok(grant))),
+            Reply::Miss(reason) => Ok((shard.id, Err(reason))),
+            other => Err(unexpected(&other)),
+        }
+    }
+
+    /// A hold on the bytes of one block, for as long as the caller copies them out.
+    pub async fn read(
+        &self,
+        session: SessionId,
+        key: &BlockKey,
+        wait: bool,
+        deadline: Instant,
+    ) -> Result<Result<(Held, Tier), MissReason>, Fault> {
+        let (shard, grant) = self.acquire(session, key, wait, deadline).await?;
+        let grant = match grant {
+            Ok(grant) => grant,
+            Err(reason) => return Ok(Err(reason)),
+        };
+        let shard = &self.shards[usize::from(shard.0)];
+        let held = shard.slab().hold(grant.slot, grant.generation);
+        // The hold keeps the block where it is; the lease has done its work.
+        let op = Op::Release { leases: vec![grant.lease] };
+        self.ask(shard, session, deadline, op, Bytes::new()).await?;
+        let held =
+            held.ok_or_else(|| Fault::new(Code::Bug, format!("leased block {key} is not in its slot")))?;
+        Ok(Ok((held, grant.tier)))
+    }
+
+    /// The counters of every shard.
+    pub async fn reports(&self, deadline: Instant) -> Result<Vec<ShardReport>, Fault> {
+        let mut reports = Vec::with_capacity(self.shards.len());
+        for shard in &self.shards {
+            match self.ask(shard, SessionId(0), deadline, Op::Report, Bytes::new()).await? {
+                Reply::Report(report) => reports.push(*report),
+                other => return Err(unexpected(&other)),
+            }
+        }
+        Ok(reports)
+    }
+
+    /// Asks every shard the same and adds the counts up.
+    pub async fn count(
+        &self,
+        session: SessionId,
+        deadline: Instant,
+        op: impl Fn() -> Op,
+    ) -> Result<(u64, u64, u64), Fault> {
+        let mut sum = (0, 0, u64::MAX);
+        for shard in &self.shards {
+            match self.ask(shard, session, deadline, op(), Bytes::new()).await? {
+                Reply::Counted { done, kept, absent } => {
+                    sum = (sum.0 + done, sum.1 + kept, sum.2.min(absent));
+                }
+                other => return Err(unexpected(&other)),
+            }
+        }
+        Ok(sum)
+    }
+
+    /// The fields in which the nearest stored scope of the same tenant differs, when that is why a block
+    /// is missing.
+    pub async fn scope_difference(
+        &self,
+        binding: u32,
+        hash: &kv_block::SequenceHash,
+        deadline: Instant,
+    ) -> Result<Option<Vec<String>>, Fault> {
+        let asked = self.binding(binding)?;
+        let mut nearest: Option<Vec<String>> = None;
+        let others = self.registry.all();
+        let same_tenant = others
+            .iter()
+            .filter(|other| other.id != asked.id && other.kept.scope.tenant == asked.kept.scope.tenant)
+            .take(SCOPES_COMPARED_MAX);
+        for other in same_tenant {
+            let Some(key) = other.key(hash) else { continue };
+            let Some((_, report)) = self.inspect(&key, deadline).await? else { continue };
+            if report.tiers.is_empty() {
+                continue;
+            }
+            let fields = differing(&asked, other);
+            if nearest.as_ref().is_none_or(|known| fields.len() < known.len()) {
+                nearest = Some(fields);
+            }
+        }
+        Ok(nearest)
+    }
+
+    /// Ends every shard; returns when all letters are posted, not when the threads are gone.
+    pub fn stop_shards(&self) {
+        for shard in &self.shards {
+            shard.post_surely(Letter::Stop);
+        }
+    }
+}
+
+/// Scopes of a tenant that an explanation compares with.
+const SCOPES_COMPARED_MAX: usize = 64;
+
+fn differing(asked: &Bound, other: &Bound) -> Vec<String> {
+    let mut fields: Vec<String> =
+        asked.kept.scope.differing_fields(&other.kept.scope).into_iter().map(str::to_owned).collect();
+    if asked.kept.slice != other.kept.slice {
+        fields.push("slice".into());
+    }
+    if asked.kept.block_bytes != other.kept.block_bytes {
+        fields.push("block_bytes".into());
+    }
+    // Equal in all that is kept, and yet another scope: the salt, which is not.
+    if fields.is_empty() {
+        fields.push("salt".into());
+    }
+    fields
+}
+
+fn post(shard: &ShardHandle, letter: Letter) -> Result<(), Fault> {
+    shard.post(letter).map_err(|_| {
+        let wait = Duration::from_millis(10);
+        Fault::new(Code::QueueFull, format!("the mailbox of shard {} is full", shard.id)).retry_after(wait)
+    })
+}
+
+fn unknown_binding(number: u32) -> Fault {
+    Fault::new(Code::UnknownBinding, format!("binding {number} is not registered"))
+}
+
+/// An answer of a kind that the question cannot have.
+pub fn unexpected(reply: &Reply) -> Fault {
+    Fault::new(Code::Bug, format!("a shard gave an answer of the wrong kind: {reply:?}"))
+}
+
+fn found_of(report: &BlockReport) -> Found {
+    match (report.tiers.first(), report.state) {
+        (Some(tier), _) => Found::In(*tier),
+        (None, kv_node::BlockState::Gone(reason)) => Found::Miss(reason),
+        (None, _) => Found::Miss(MissReason::NotComplete),
+    }
+}
+
+/// The better of two answers about one block: faster tier first, then expected, then gone, then unknown.
+fn better(left: Found, right: Found) -> Found {
+    let rank = |found| match found {
+        Found::In(tier) => tier as u8,
+        Found::Miss(MissReason::NotComplete) => 10,
+        Found::Miss(MissReason::NeverStored) => 12,
+        Found::Miss(_) => 11,
+    };
+    if rank(right) < rank(left) { right } else { left }
+}

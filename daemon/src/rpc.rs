@@ -1,0 +1,113 @@
+//! The gRPC services: parse, ask the node, answer. A wrong message stops before it reaches the node.
+
+mod admin;
+mod blocks;
+mod events;
+mod worker;
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use kv_api::fault::to_status;
+use kv_block::Fault;
+use kv_block::code::Code;
+use tonic::{Request, Status};
+
+pub use admin::AdminService;
+pub use blocks::BlocksService;
+pub use events::EventsService;
+pub use worker::WorkerService;
+
+use crate::config::Config;
+use crate::node::Node;
+use crate::peercred::Caller;
+
+/// How long a call may take when the caller does not say.
+const DEADLINE_DEFAULT: Duration = Duration::from_secs(10);
+/// Longest time that a caller may ask for.
+const DEADLINE_MAX: Duration = Duration::from_secs(600);
+
+/// What every service needs.
+#[derive(Clone)]
+pub struct Shared {
+    /// The node.
+    pub node: Arc<Node>,
+    /// The configuration it runs with.
+    pub config: Arc<Config>,
+    /// User of this process.
+    pub own_uid: u32,
+}
+
+impl Shared {
+    /// Lets through whoever may store and read.
+    fn allow_blocks<T>(&self, request: &Request<T>) -> Result<(), Status> {
+        let rights = Caller::of(request).rights(&self.config, self.own_uid);
+        if rights.blocks {
+            return Ok(());
+        }
+        let text = "the caller may not use blocks; add its user id to workers.uids";
+        Err(to_status(&Fault::new(Code::Denied, text)))
+    }
+
+    /// Lets through whoever may administer.
+    fn allow_admin<T>(&self, request: &Request<T>) -> Result<(), Status> {
+        let rights = Caller::of(request).rights(&self.config, self.own_uid);
+        if rights.admin {
+            return Ok(());
+        }
+        let text = "the caller may not administer this daemon; use its Unix socket as its own user, or add the user id to listen.admin_uids";
+        Err(to_status(&Fault::new(Code::Denied, text)))
+    }
+}
+
+/// By when a call must end: what the caller's `grpc-timeout` says, within bounds.
+fn deadline<T>(request: &Request<T>) -> Instant {
+    let header = request.metadata().get("grpc-timeout").and_then(|value| value.to_str().ok());
+    let timeout = header.and_then(parse_timeout).unwrap_or(DEADLINE_DEFAULT);
+    Instant::now() + timeout.min(DEADLINE_MAX)
+}
+
+/// A `grpc-timeout`: at most eight digits and a unit.
+fn parse_timeout(text: &str) -> Option<Duration> {
+    let (digits, unit) = text.split_at_checked(text.len().checked_sub(1)?)?;
+    if digits.is_empty() || digits.len() > 8 {
+        return None;
+    }
+    let count: u64 = digits.parse().ok()?;
+    match unit {
+        "H" => Some(Duration::from_secs(count * 3600)),
+        "M" => Some(Duration::from_secs(count * 60)),
+        "S" => Some(Duration::from_secs(count)),
+        "m" => Some(Duration::from_millis(count)),
+        "u" => Some(Duration::from_micros(count)),
+        "n" => Some(Duration::from_nanos(count)),
+        _ => None,
+    }
+}
+
+/// `wait_ms` of a request, never beyond its deadline. The second value says whether to wait at all.
+fn wait_until(deadline: Instant, wait_ms: u32) -> (Instant, bool) {
+    if wait_ms == 0 {
+        return (deadline, false);
+    }
+    (deadline.min(Instant::now() + Duration::from_millis(wait_ms.into())), true)
+}
+
+/// For `map_err`.
+fn status(fault: Fault) -> Status {
+    to_status(&fault)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn timeouts_are_read_as_grpc_writes_them() {
+        assert_eq!(parse_timeout("250m"), Some(Duration::from_millis(250)));
+        assert_eq!(parse_timeout("99999999H"), Some(Duration::from_secs(99_999_999 * 3600)));
+        for bad in ["", "m", "12", "123456789S", "1x", "-1S", "1é"] {
+            assert_eq!(parse_timeout(bad), None, "{bad}");
+        }
+    }
+}

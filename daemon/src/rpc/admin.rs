@@ -1,0 +1,409 @@
+//! What operators ask: health, tiers, clients, leases, tenants, blocks; purge, verify, drain.
+
+use std::collections::HashMap;
+use std::time::{Duration, Instant};
+
+use bytes::Bytes;
+use kv_api::{convert, v1};
+use kv_block::code::Code;
+use kv_block::{BlockKey, Fault, SessionId, Tier};
+use kv_node::{Event, Filter, Op, Reply, ShardReport};
+use tokio_stream::wrappers::ReceiverStream;
+use tonic::{Request, Response, Status};
+
+use super::blocks::block_info;
+use super::{Shared, deadline, status};
+use crate::node::{Node, unexpected};
+use crate::shard::ShardHandle;
+
+/// Longest purge or verification.
+const JOB_MAX: Duration = Duration::from_secs(3600);
+const PAGE_MAX: u32 = 1000;
+
+/// The `Admin` service.
+pub struct AdminService {
+    /// What every service needs.
+    pub shared: Shared,
+    /// Configuration in force, as TOML.
+    pub config_toml: String,
+    /// Every value with its origin.
+    pub config_values: Vec<v1::ConfigValue>,
+    /// What `kvd --check` prints.
+    pub plan: String,
+}
+
+impl AdminService {
+    async fn reports(&self, until: Instant) -> Result<Vec<ShardReport>, Status> {
+        self.shared.node.reports(until).await.map_err(status)
+    }
+
+    fn tiers(&self, reports: &[ShardReport]) -> Vec<v1::TierInfo> {
+        let mut tiers = Vec::new();
+        for (index, report) in reports.iter().enumerate() {
+            let notes = &self.shared.node.tier_notes[index];
+            let common =
+                v1::TierInfo { shard: index as u32, numa_node: notes.numa_node, ..v1::TierInfo::default() };
+            tiers.push(v1::TierInfo {
+                tier: v1::Tier::Host.into(),
+                bytes_max: report.host_bytes_max,
+                bytes_used: report.host_bytes,
+                bytes_pinned: report.pinned_bytes,
+                blocks: report.host_blocks,
+                state: "ok".into(),
+                notes: notes.host.clone(),
+                bytes_written: report.counters.put_bytes + report.counters.onboard_bytes,
+                evicted_blocks: report.counters.evictions.values().sum(),
+                ..common.clone()
+            });
+            let serving = report.disk_serving;
+            tiers.push(v1::TierInfo {
+                tier: v1::Tier::Disk.into(),
+                bytes_max: notes.disk_bytes_max,
+                bytes_used: report.disk_bytes,
+                blocks: report.disk_blocks,
+                state: serving.map_or("off", |serving| if serving { "ok" } else { "degraded" }).into(),
+                reason: match serving {
+                    None => "disk.dir is not set".into(),
+                    Some(_) => self.shared.node.shards[index].disk_trouble().unwrap_or_default(),
+                },
+                notes: notes.disk.clone(),
+                bytes_written: report.counters.offload_bytes + report.counters.moved_bytes,
+                bytes_read: report.counters.onboard_bytes,
+                ..common
+            });
+        }
+        tiers
+    }
+
+    /// Runs one job on every shard and sends one progress for all.
+    fn run_job(&self, op: impl Fn() -> Op) -> Result<ReceiverStream<Result<v1::Progress, Status>>, Status> {
+        let until = Instant::now() + JOB_MAX;
+        let node = &self.shared.node;
+        let jobs: Result<Vec<_>, Fault> =
+            node.shards.iter().map(|shard: &ShardHandle| node.ask_stream(shard, until, op())).collect();
+        let jobs = jobs.map_err(status)?;
+        let (sender, receiver) = tokio::sync::mpsc::channel(4);
+        tokio::spawn(async move {
+            let mut parts = vec![kv_node::Progress::default(); jobs.len()];
+            for (index, mut job) in jobs.into_iter().enumerate() {
+                while let Some(reply) = job.recv().await {
+                    let finished = match reply {
+                        Reply::Progress(progress) => {
+                            parts[index] = progress;
+                            false
+                        }
+                        Reply::Finished(progress) => {
+                            parts[index] = progress;
+                            true
+                        }
+                        Reply::Fault(fault) => {
+                            let _ = sender.send(Err(status(fault))).await;
+                            return;
+                        }
+                        other => {
+                            let _ = sender.send(Err(status(unexpected(&other)))).await;
+                            return;
+                        }
+                    };
+                    // Progress that nobody has taken yet is not worth waiting for.
+                    let _ = sender.try_send(Ok(sum(&parts, false)));
+                    if finished {
+                        break;
+                    }
+                }
+            }
+            let _ = sender.send(Ok(sum(&parts, true))).await;
+        });
+        Ok(ReceiverStream::new(receiver))
+    }
+}
+
+fn sum(parts: &[kv_node::Progress], finished: bool) -> v1::Progress {
+    let total = |of: fn(&kv_node::Progress) -> u64| parts.iter().map(of).sum();
+    v1::Progress {
+        done: total(|part| part.done),
+        total: total(|part| part.total),
+        failed: total(|part| part.failed),
+        bytes: total(|part| part.bytes),
+        finished,
+    }
+}
+
+fn rss_bytes() -> u64 {
+    let statm = std::fs::read_to_string("/proc/self/statm").unwrap_or_default();
+    let pages: u64 = statm.split(' ').nth(1).and_then(|pages| pages.parse().ok()).unwrap_or(0);
+    pages * rustix::param::page_size() as u64
+}
+
+fn warnings(node: &Node, reports: &[ShardReport]) -> Vec<v1::Warning> {
+    let mut warnings = Vec::new();
+    let mut warn = |code: Code, text: String| warnings.push(v1::Warning { code: code.to_string(), text });
+    for (shard, report) in reports.iter().enumerate() {
+        if report.disk_serving == Some(false) {
+            let why = node.shards[shard].disk_trouble().unwrap_or_default();
+            warn(
+                Code::TierDegraded,
+                format!("shard {shard}: the disk tier is out of service, its blocks miss: {why}"),
+            );
+        }
+        if report.quarantined > 0 {
+            let text = format!(
+                "shard {shard}: {} blocks failed their checksum and are quarantined",
+                report.quarantined
+            );
+            warn(Code::CorruptDisk, text);
+        }
+    }
+    if node.is_draining() {
+        warn(Code::Draining, "the daemon takes no new work".into());
+    }
+    warnings
+}
+
+#[tonic::async_trait]
+impl v1::admin_server::Admin for AdminService {
+    async fn status(
+        &self,
+        request: Request<v1::StatusRequest>,
+    ) -> Result<Response<v1::StatusResponse>, Status> {
+        self.shared.allow_admin(&request)?;
+        let reports = self.reports(deadline(&request)).await?;
+        let node = &self.shared.node;
+        let (mut hits, mut misses) = (HashMap::<String, u64>::new(), HashMap::<String, u64>::new());
+        for counters in reports.iter().map(|report| &report.counters) {
+            for (tier, count) in &counters.hits {
+                *hits.entry((*tier).to_owned()).or_default() += count;
+            }
+            for (reason, count) in &counters.misses {
+                *misses.entry((*reason).to_owned()).or_default() += count;
+            }
+        }
+        let total = |of: fn(&ShardReport) -> u64| reports.iter().map(of).sum::<u64>();
+        let mut warnings = warnings(node, &reports);
+        for note in &node.recovered.notes {
+            warnings.push(v1::Warning { code: Code::SetAside.to_string(), text: note.clone() });
+        }
+        Ok(Response::new(v1::StatusResponse {
+            node: node.name.clone(),
+            version: env!("CARGO_PKG_VERSION").into(),
+            epoch: node.epoch.0,
+            uptime_s: node.started.elapsed().as_secs(),
+            health: if warnings.is_empty() { "ok" } else { "warn" }.into(),
+            warnings,
+            tiers: self.tiers(&reports),
+            shards: node.shards.len() as u32,
+            clients: node.sessions.len() as u32,
+            leases: total(|report| report.leases) as u32,
+            pinned_bytes: total(|report| report.pinned_bytes),
+            blocks: total(|report| report.blocks),
+            pending: total(|report| report.pending),
+            hits,
+            misses,
+            put_blocks: total(|report| report.counters.put_blocks),
+            put_bytes: total(|report| report.counters.put_bytes),
+            checksum_failures: total(|report| report.counters.checksum_failures.values().sum()),
+            quarantined: total(|report| report.quarantined),
+            recovery: Some(v1::Recovery {
+                host_blocks: node.recovered.host_blocks,
+                disk_blocks: node.recovered.disk_blocks,
+                seconds_micro: node.recovered.took.as_micros() as u64,
+                notes: node.recovered.notes.clone(),
+            }),
+            draining: node.is_draining(),
+            disk_bytes_written: total(|report| report.counters.offload_bytes + report.counters.moved_bytes),
+            disk_bytes_hit: total(|report| report.counters.onboard_bytes),
+            in_flight_bytes: total(|report| report.in_flight),
+            rss_bytes: rss_bytes(),
+        }))
+    }
+
+    async fn list_tiers(
+        &self,
+        request: Request<v1::ListTiersRequest>,
+    ) -> Result<Response<v1::ListTiersResponse>, Status> {
+        self.shared.allow_admin(&request)?;
+        let reports = self.reports(deadline(&request)).await?;
+        Ok(Response::new(v1::ListTiersResponse { tiers: self.tiers(&reports) }))
+    }
+
+    async fn list_clients(
+        &self,
+        request: Request<v1::ListClientsRequest>,
+    ) -> Result<Response<v1::ListClientsResponse>, Status> {
+        self.shared.allow_admin(&request)?;
+        let reports = self.reports(deadline(&request)).await?;
+        let clients = self.shared.node.sessions.all().into_iter().map(|info| {
+            let rows =
+                reports.iter().flat_map(|report| &report.sessions).filter(|row| row.session == info.id.0);
+            let mut client = v1::ClientInfo {
+                session: info.id.0,
+                name: info.name,
+                door: info.door.name().into(),
+                pid: info.pid,
+                uid: info.uid.unwrap_or(u32::MAX),
+                connected_s: info.since.elapsed().as_secs(),
+                ..v1::ClientInfo::default()
+            };
+            for row in rows {
+                client.leases += row.leases;
+                client.leased_bytes += row.leased_bytes;
+                client.pending += row.pending;
+                client.puts += row.puts;
+                client.gets += row.gets;
+            }
+            client
+        });
+        Ok(Response::new(v1::ListClientsResponse { clients: clients.collect() }))
+    }
+
+    async fn list_leases(
+        &self,
+        request: Request<v1::ListLeasesRequest>,
+    ) -> Result<Response<v1::ListLeasesResponse>, Status> {
+        self.shared.allow_admin(&request)?;
+        let until = deadline(&request);
+        let session = Some(SessionId(request.into_inner().session)).filter(|session| session.0 != 0);
+        let node = &self.shared.node;
+        let mut leases = Vec::new();
+        for shard in &node.shards {
+            let reply = node.ask(shard, SessionId(0), until, Op::Leases { session }, Bytes::new()).await;
+            let Reply::Leases(rows) = reply.map_err(status)? else { continue };
+            let now = node.started.elapsed().as_micros() as u64;
+            leases.extend(rows.into_iter().map(|row| v1::LeaseInfo {
+                lease: row.lease.0,
+                session: row.session.0,
+                key: Bytes::copy_from_slice(row.key.as_bytes()),
+                shard: shard.id.0.into(),
+                bytes: row.bytes,
+                age_ms: now.saturating_sub(row.since.0) / 1000,
+            }));
+        }
+        Ok(Response::new(v1::ListLeasesResponse { leases }))
+    }
+
+    async fn list_tenants(
+        &self,
+        request: Request<v1::ListTenantsRequest>,
+    ) -> Result<Response<v1::ListTenantsResponse>, Status> {
+        self.shared.allow_admin(&request)?;
+        let reports = self.reports(deadline(&request)).await?;
+        let mut tenants: std::collections::BTreeMap<String, v1::TenantInfo> =
+            std::collections::BTreeMap::new();
+        for row in reports.into_iter().flat_map(|report| report.tenants) {
+            let tenant = tenants.entry(row.tenant.clone()).or_default();
+            tenant.tenant = row.tenant;
+            tenant.host_bytes += row.host_bytes;
+            tenant.disk_bytes += row.disk_bytes;
+            tenant.blocks += row.blocks;
+            tenant.pinned_bytes += row.pinned_bytes;
+            tenant.quota_bytes += row.quota_bytes;
+            tenant.hits += row.hits;
+            tenant.misses += row.misses;
+        }
+        Ok(Response::new(v1::ListTenantsResponse { tenants: tenants.into_values().collect() }))
+    }
+
+    async fn list_blocks(
+        &self,
+        request: Request<v1::ListBlocksRequest>,
+    ) -> Result<Response<v1::ListBlocksResponse>, Status> {
+        self.shared.allow_admin(&request)?;
+        let until = deadline(&request);
+        let request = request.into_inner();
+        let node = &self.shared.node;
+        let bad = |text: String| status(Fault::new(Code::BadRequest, text));
+        let (shard, cursor) = match request.page_token.as_str() {
+            "" => (0, 0),
+            token => token
+                .split_once('.')
+                .and_then(|(shard, cursor)| Some((shard.parse::<usize>().ok()?, cursor.parse::<u64>().ok()?)))
+                .ok_or_else(|| bad(format!("`{token}` is not a page token of this daemon")))?,
+        };
+        let Some(handle) = node.shards.get(shard) else {
+            return Err(bad(format!("there is no shard {shard}")));
+        };
+        let digits = request.key_prefix.to_ascii_lowercase();
+        if digits.len() > 2 * BlockKey::BYTES || !digits.bytes().all(|byte| byte.is_ascii_hexdigit()) {
+            return Err(bad(format!("key prefix `{digits}` is not up to 32 hex digits")));
+        }
+        let filter = Filter {
+            tenant: Some(request.tenant).filter(|tenant| !tenant.is_empty()),
+            tier: convert::tier(request.tier).map_err(status)?,
+            key_prefix: digits,
+        };
+        let count = match request.page_size {
+            0 => 100,
+            size => size.min(PAGE_MAX),
+        };
+        let op = Op::List { cursor, count: count as usize, filter };
+        let reply = node.ask(handle, SessionId(0), until, op, Bytes::new()).await.map_err(status)?;
+        let Reply::Listed { blocks, next } = reply else { return Err(status(unexpected(&reply))) };
+        let next_page_token = match next {
+            Some(next) => format!("{shard}.{next}"),
+            None if shard + 1 < node.shards.len() => format!("{}.0", shard + 1),
+            None => String::new(),
+        };
+        let blocks = blocks.iter().map(|block| block_info(node, handle.id, block)).collect();
+        Ok(Response::new(v1::ListBlocksResponse { blocks, next_page_token }))
+    }
+
+    async fn get_config(
+        &self,
+        request: Request<v1::GetConfigRequest>,
+    ) -> Result<Response<v1::GetConfigResponse>, Status> {
+        self.shared.allow_admin(&request)?;
+        Ok(Response::new(v1::GetConfigResponse {
+            toml: self.config_toml.clone(),
+            values: self.config_values.clone(),
+            plan: self.plan.clone(),
+        }))
+    }
+
+    async fn set_quota(
+        &self,
+        request: Request<v1::SetQuotaRequest>,
+    ) -> Result<Response<v1::SetQuotaResponse>, Status> {
+        self.shared.allow_admin(&request)?;
+        let request = request.into_inner();
+        let share = request.bytes_max / self.shared.node.shards.len() as u64;
+        self.shared.node.tell_all(|| Event::Quota { tenant: request.tenant.clone(), bytes_max: share });
+        Ok(Response::new(v1::SetQuotaResponse {}))
+    }
+
+    type PurgeStream = ReceiverStream<Result<v1::Progress, Status>>;
+
+    async fn purge(&self, request: Request<v1::PurgeRequest>) -> Result<Response<Self::PurgeStream>, Status> {
+        self.shared.allow_admin(&request)?;
+        let request = request.into_inner();
+        if request.tenant.is_empty() != request.all {
+            let text = "name a `tenant`, or say `all`, not both";
+            return Err(status(Fault::new(Code::BadRequest, text)));
+        }
+        let tier = convert::tier(request.tier).map_err(status)?;
+        let filter = Filter { tenant: (!request.all).then_some(request.tenant), tier, ..Filter::default() };
+        let dry_run = request.dry_run;
+        self.run_job(move || Op::Purge { filter: filter.clone(), tier, dry_run }).map(Response::new)
+    }
+
+    type VerifyStream = ReceiverStream<Result<v1::Progress, Status>>;
+
+    async fn verify(
+        &self,
+        request: Request<v1::VerifyRequest>,
+    ) -> Result<Response<Self::VerifyStream>, Status> {
+        self.shared.allow_admin(&request)?;
+        let tier = convert::tier(request.into_inner().tier).map_err(status)?;
+        let Some(tier @ (Tier::Host | Tier::Disk)) = tier else {
+            let text = "field `tier` is host or disk";
+            return Err(status(Fault::new(Code::BadRequest, text)));
+        };
+        self.run_job(move || Op::Verify { tier }).map(Response::new)
+    }
+
+    async fn drain(&self, request: Request<v1::DrainRequest>) -> Result<Response<v1::DrainResponse>, Status> {
+        self.shared.allow_admin(&request)?;
+        let draining = !request.into_inner().stop;
+        self.shared.node.set_draining(draining);
+        Ok(Response::new(v1::DrainResponse { draining }))
+    }
+}

@@ -1,0 +1,451 @@
+//! Blocks over gRPC: the complete and canonical door. Bytes are copied; workers on shared memory do better.
+
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+
+use bytes::{Bytes, BytesMut};
+use kv_api::{convert, v1};
+use kv_arena::Held;
+use kv_block::code::Code;
+use kv_block::{BlockKey, Fault, LeaseId, MissReason, SessionId, ShardId, Tier};
+use kv_node::{BlockReport, BlockState, Found, Keep, Micros, Op, Reply};
+use tokio_stream::wrappers::ReceiverStream;
+use tonic::{Request, Response, Status, Streaming};
+
+use super::{Shared, deadline, status, wait_until};
+use crate::node::{Node, unexpected};
+
+/// Longest piece of a block in one message.
+const CHUNK_BYTES: usize = 1 << 20;
+
+/// The `Blocks` service.
+pub struct BlocksService(pub Shared);
+
+impl BlocksService {
+    fn node(&self) -> &Node {
+        &self.0.node
+    }
+
+    fn names(&self, names: Option<&v1::Names>) -> Result<convert::Names, Fault> {
+        convert::names(names, self.0.config.limits.keys_per_request_max as usize)
+    }
+
+    fn keys(&self, names: Option<&v1::Names>) -> Result<Vec<BlockKey>, Status> {
+        self.names(names).and_then(|names| self.node().keys(&names)).map_err(status)
+    }
+
+    fn one_key(&self, names: Option<&v1::Names>) -> Result<BlockKey, Status> {
+        match self.keys(names)?[..] {
+            [key] => Ok(key),
+            ref keys => {
+                let text = format!("exactly one block is wanted here, {} are named", keys.len());
+                Err(status(Fault::new(Code::BadRequest, text)))
+            }
+        }
+    }
+
+    /// The caller's session, or the guest's when it has none.
+    fn session(&self, number: u64) -> Result<SessionId, Status> {
+        if number == 0 {
+            return Ok(self.node().guest);
+        }
+        self.node().sessions.check(SessionId(number)).map_err(status)?;
+        Ok(SessionId(number))
+    }
+
+    /// A session that can own something: leases and announcements end with it.
+    fn own_session(&self, number: u64) -> Result<SessionId, Status> {
+        if number == 0 {
+            let text = "field `session` is missing; open one with Worker.Open";
+            return Err(status(Fault::new(Code::UnknownSession, text)));
+        }
+        self.session(number)
+    }
+
+    /// Why a block is missing, with the scope fields that differ when that is why.
+    async fn miss(&self, names: &convert::Names, at: usize, reason: MissReason, until: Instant) -> v1::Miss {
+        if let (MissReason::NeverStored, convert::Names::Hashes { binding, hashes }) = (reason, names)
+            && let Some(hash) = hashes.get(at)
+            && let Ok(Some(fields)) = self.node().scope_difference(*binding, hash, until).await
+        {
+            return convert::miss_message(MissReason::ScopeDiffers, fields);
+        }
+        convert::miss_message(reason, Vec::new())
+    }
+}
+
+/// Takes `ttl_s` from now; 0 stays 0.
+fn keep(priority: i32, ttl_s: u32) -> Result<Keep, Fault> {
+    let unix = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs() as u32);
+    let expires_at = if ttl_s == 0 { 0 } else { unix.saturating_add(ttl_s) };
+    Ok(Keep { priority: convert::priority(priority)?, expires_at })
+}
+
+/// A block of the catalog as a message.
+pub(super) fn block_info(node: &Node, shard: ShardId, report: &BlockReport) -> v1::BlockInfo {
+    let bound = node.registry.get(report.binding.0.into());
+    let scope = bound.as_ref().map(|bound| &bound.kept.scope);
+    let pinned_until = report.pinned_until.map_or(0, |until| {
+        let left = until.0.saturating_sub(node.started.elapsed().as_micros() as u64);
+        let unix = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs());
+        unix + left / 1_000_000
+    });
+    let state = match report.state {
+        BlockState::Present => "present".to_owned(),
+        BlockState::Pending => "pending".to_owned(),
+        BlockState::Gone(MissReason::Corrupt) => "quarantined".to_owned(),
+        BlockState::Gone(reason) => format!("gone: {reason}"),
+    };
+    v1::BlockInfo {
+        key: Bytes::copy_from_slice(report.key.as_bytes()),
+        shard: shard.0.into(),
+        tiers: report.tiers.iter().map(|tier| convert::tier_message(*tier).into()).collect(),
+        bytes: report.bytes,
+        checksum: report.checksum.0,
+        priority: convert::priority_message(report.priority).into(),
+        expires_at: report.expires_at.into(),
+        leases: report.leases,
+        pinned_until,
+        frequency: report.frequency.into(),
+        tenant: scope.map_or_else(String::new, |scope| scope.tenant.clone()),
+        model: scope.map_or_else(String::new, |scope| scope.model.clone()),
+        disk_location: report
+            .disk
+            .map_or_else(String::new, |at| format!("segment {} page {}", at.segment(), at.page())),
+        slot: report.host.map_or(0, |(slot, _)| slot.0),
+        generation: report.host.map_or(0, |(_, generation)| generation.0),
+        state,
+    }
+}
+
+#[tonic::async_trait]
+impl v1::blocks_server::Blocks for BlocksService {
+    async fn lookup(
+        &self,
+        request: Request<v1::LookupRequest>,
+    ) -> Result<Response<v1::LookupResponse>, Status> {
+        self.0.allow_blocks(&request)?;
+        let until = deadline(&request);
+        let request = request.into_inner();
+        let names = self.names(request.names.as_ref()).map_err(status)?;
+        let keys = self.node().keys(&names).map_err(status)?;
+        let answers = self.node().lookup(&keys, request.all, until).await.map_err(status)?;
+        let prefix = answers.iter().take_while(|found| matches!(found, Found::In(_))).count() as u32;
+        let mut found = Vec::with_capacity(answers.len());
+        let mut explained = false;
+        for (at, answer) in answers.into_iter().enumerate() {
+            let what = match answer {
+                Found::In(tier) => v1::found::What::Tier(convert::tier_message(tier).into()),
+                // Only the first one is worth a comparison of scopes: the rest follows from it.
+                Found::Miss(reason) if !explained => {
+                    explained = true;
+                    v1::found::What::Miss(self.miss(&names, at, reason, until).await)
+                }
+                Found::Miss(reason) => v1::found::What::Miss(convert::miss_message(reason, Vec::new())),
+            };
+            found.push(v1::Found { what: Some(what) });
+        }
+        Ok(Response::new(v1::LookupResponse { found, prefix }))
+    }
+
+    async fn acquire(
+        &self,
+        request: Request<v1::AcquireRequest>,
+    ) -> Result<Response<v1::AcquireResponse>, Status> {
+        self.0.allow_blocks(&request)?;
+        self.node().accepting().map_err(status)?;
+        let until = deadline(&request);
+        let request = request.into_inner();
+        let session = self.own_session(request.session)?;
+        let names = self.names(request.names.as_ref()).map_err(status)?;
+        let keys = self.node().keys(&names).map_err(status)?;
+        let (until, wait) = wait_until(until, request.wait_ms);
+        // All at once, so that waits overlap.
+        let asked = keys.iter().map(|key| self.node().acquire(session, key, wait, until));
+        let answers = futures_join(asked).await;
+        let mut acquired = Vec::with_capacity(keys.len());
+        for (at, answer) in answers.into_iter().enumerate() {
+            let (shard, grant) = answer.map_err(status)?;
+            let what = match grant {
+                Ok(grant) => v1::acquired::What::Lease(v1::Lease {
+                    lease: grant.lease.0,
+                    shard: shard.0.into(),
+                    slot: grant.slot.0,
+                    generation: grant.generation.0,
+                    offset: grant.offset,
+                    bytes: grant.bytes,
+                    checksum: grant.checksum.0,
+                }),
+                Err(reason) => v1::acquired::What::Miss(self.miss(&names, at, reason, until).await),
+            };
+            acquired.push(v1::Acquired { what: Some(what) });
+        }
+        Ok(Response::new(v1::AcquireResponse { acquired }))
+    }
+
+    async fn release(
+        &self,
+        request: Request<v1::ReleaseRequest>,
+    ) -> Result<Response<v1::ReleaseResponse>, Status> {
+        self.0.allow_blocks(&request)?;
+        let until = deadline(&request);
+        let request = request.into_inner();
+        let session = self.own_session(request.session)?;
+        let leases: Vec<_> = request.leases.into_iter().map(LeaseId).collect();
+        let op = || Op::Release { leases: leases.clone() };
+        let (released, _, _) = self.node().count(session, until, op).await.map_err(status)?;
+        Ok(Response::new(v1::ReleaseResponse { released: released as u32 }))
+    }
+
+    type GetStream = ReceiverStream<Result<v1::GetResponse, Status>>;
+
+    async fn get(&self, request: Request<v1::GetRequest>) -> Result<Response<Self::GetStream>, Status> {
+        self.0.allow_blocks(&request)?;
+        let until = deadline(&request);
+        let request = request.into_inner();
+        let session = self.session(request.session)?;
+        let names = self.names(request.names.as_ref()).map_err(status)?;
+        let key = self.one_key(request.names.as_ref())?;
+        let (until, wait) = wait_until(until, request.wait_ms);
+        let (sender, receiver) = tokio::sync::mpsc::channel(2);
+        match self.node().read(session, &key, wait, until).await.map_err(status)? {
+            Ok((held, tier)) => {
+                tokio::spawn(send_block(sender, key, held, tier));
+            }
+            Err(reason) => {
+                let miss = self.miss(&names, 0, reason, until).await;
+                let what = Some(v1::get_response::What::Miss(miss));
+                let _ = sender.send(Ok(v1::GetResponse { what })).await;
+            }
+        }
+        Ok(Response::new(ReceiverStream::new(receiver)))
+    }
+
+    async fn put(
+        &self,
+        request: Request<Streaming<v1::PutRequest>>,
+    ) -> Result<Response<v1::PutResponse>, Status> {
+        self.0.allow_blocks(&request)?;
+        self.node().accepting().map_err(status)?;
+        let until = deadline(&request);
+        let mut messages = request.into_inner();
+        let bad = |text: String| status(Fault::new(Code::BadRequest, text));
+        let first = messages.message().await?.ok_or_else(|| bad("a put has at least one message".into()))?;
+        let header = first.header.ok_or_else(|| bad("the first message of a put has no `header`".into()))?;
+        let session = self.session(header.session)?;
+        let bound = self.node().binding(header.binding).map_err(status)?;
+        let hash = convert::sequence_hash(&header.sequence_hash).map_err(status)?;
+        let key = bound.key(&hash).ok_or_else(|| {
+            status(Fault::new(
+                Code::UnknownBinding,
+                format!("binding {} has no scope yet; register it", header.binding),
+            ))
+        })?;
+        let keep = keep(header.priority, header.ttl_s).map_err(status)?;
+
+        let bytes = bound.kept.block_bytes;
+        let too_long = |found: usize| {
+            let text =
+                format!("{found} bytes and more offered, blocks of binding {} have {bytes}", header.binding);
+            status(Fault::new(Code::WrongLength, text))
+        };
+        let mut body = BytesMut::with_capacity(bytes as usize);
+        let mut chunk = Some(first.chunk);
+        while let Some(piece) = chunk {
+            if body.len() + piece.len() > bytes as usize {
+                return Err(too_long(body.len() + piece.len()));
+            }
+            body.extend_from_slice(&piece);
+            chunk = messages.message().await?.map(|message| message.chunk);
+        }
+        let op = Op::Put {
+            key,
+            binding: bound.id,
+            source: 0,
+            bytes: body.len() as u32,
+            keep,
+            durable: header.durable,
+        };
+        let node = self.node();
+        let shard = node.owner(&key, until).await.map_err(status)?;
+        match node.ask(shard, session, until, op, body.freeze()).await.map_err(status)? {
+            Reply::Stored { already } => {
+                Ok(Response::new(v1::PutResponse { already, key: Bytes::copy_from_slice(key.as_bytes()) }))
+            }
+            other => Err(status(unexpected(&other))),
+        }
+    }
+
+    async fn reserve(
+        &self,
+        request: Request<v1::ReserveRequest>,
+    ) -> Result<Response<v1::ReserveResponse>, Status> {
+        self.0.allow_blocks(&request)?;
+        self.node().accepting().map_err(status)?;
+        let until = deadline(&request);
+        let request = request.into_inner();
+        let session = self.own_session(request.session)?;
+        let names = self.names(request.names.as_ref()).map_err(status)?;
+        let convert::Names::Hashes { binding, .. } = &names else {
+            let text = "an announcement names its blocks by binding and sequence hash";
+            return Err(status(Fault::new(Code::BadRequest, text)));
+        };
+        let binding = self.node().binding(*binding).map_err(status)?.id;
+        let keep = keep(request.priority, request.ttl_s).map_err(status)?;
+        let mut reserved = Vec::new();
+        for key in self.node().keys(&names).map_err(status)? {
+            let op = Op::Reserve { key, binding, keep, in_place: false };
+            let shard = self.node().owner(&key, until).await.map_err(status)?;
+            match self.node().ask(shard, session, until, op, Bytes::new()).await.map_err(status)? {
+                Reply::Reserved { .. } => reserved.push(true),
+                Reply::AlreadyThere => reserved.push(false),
+                other => return Err(status(unexpected(&other))),
+            }
+        }
+        Ok(Response::new(v1::ReserveResponse { reserved }))
+    }
+
+    async fn abort(&self, request: Request<v1::AbortRequest>) -> Result<Response<v1::AbortResponse>, Status> {
+        self.0.allow_blocks(&request)?;
+        let until = deadline(&request);
+        let request = request.into_inner();
+        let session = self.own_session(request.session)?;
+        let mut aborted = 0;
+        for key in self.keys(request.names.as_ref())? {
+            let shard = self.node().owner(&key, until).await.map_err(status)?;
+            match self.node().ask(shard, session, until, Op::Abort { key }, Bytes::new()).await {
+                Ok(_) => aborted += 1,
+                Err(fault) if fault.code == Code::NotReserved => {}
+                Err(fault) => return Err(status(fault)),
+            }
+        }
+        Ok(Response::new(v1::AbortResponse { aborted }))
+    }
+
+    async fn pin(&self, request: Request<v1::PinRequest>) -> Result<Response<v1::PinResponse>, Status> {
+        self.0.allow_blocks(&request)?;
+        let until = deadline(&request);
+        let request = request.into_inner();
+        if request.ttl_s == 0 {
+            let text = "field `ttl_s` is 0: every pin has an end";
+            return Err(status(Fault::new(Code::BadRequest, text)));
+        }
+        let session = self.session(request.session)?;
+        let keys = self.keys(request.names.as_ref())?;
+        let pin_until = self.node().started.elapsed() + Duration::from_secs(request.ttl_s.into());
+        let op = || Op::Pin { keys: keys.clone(), until: Micros(pin_until.as_micros() as u64) };
+        let (pinned, _, absent) = self.node().count(session, until, op).await.map_err(status)?;
+        Ok(Response::new(v1::PinResponse { pinned: pinned as u32, absent: absent as u32 }))
+    }
+
+    async fn unpin(&self, request: Request<v1::UnpinRequest>) -> Result<Response<v1::UnpinResponse>, Status> {
+        self.0.allow_blocks(&request)?;
+        let until = deadline(&request);
+        let keys = self.keys(request.into_inner().names.as_ref())?;
+        let op = || Op::Unpin { keys: keys.clone() };
+        let (unpinned, _, _) = self.node().count(SessionId(0), until, op).await.map_err(status)?;
+        Ok(Response::new(v1::UnpinResponse { unpinned: unpinned as u32 }))
+    }
+
+    async fn prefetch(
+        &self,
+        request: Request<v1::PrefetchRequest>,
+    ) -> Result<Response<v1::PrefetchResponse>, Status> {
+        self.0.allow_blocks(&request)?;
+        self.node().accepting().map_err(status)?;
+        let until = deadline(&request);
+        let keys = self.keys(request.into_inner().names.as_ref())?;
+        let op = || Op::Prefetch { keys: keys.clone() };
+        let (started, resident, _) = self.node().count(self.node().guest, until, op).await.map_err(status)?;
+        Ok(Response::new(v1::PrefetchResponse { started: started as u32, resident: resident as u32 }))
+    }
+
+    async fn evict(&self, request: Request<v1::EvictRequest>) -> Result<Response<v1::EvictResponse>, Status> {
+        self.0.allow_blocks(&request)?;
+        let until = deadline(&request);
+        let request = request.into_inner();
+        let keys = self.keys(request.names.as_ref())?;
+        let tier = convert::tier(request.tier).map_err(status)?;
+        let op = || Op::Evict { keys: keys.clone(), tier, dry_run: request.dry_run };
+        let (evicted, in_use, absent) = self.node().count(SessionId(0), until, op).await.map_err(status)?;
+        let number = |count: u64| count as u32;
+        Ok(Response::new(v1::EvictResponse {
+            evicted: number(evicted),
+            in_use: number(in_use),
+            absent: number(absent),
+        }))
+    }
+
+    async fn explain(
+        &self,
+        request: Request<v1::ExplainRequest>,
+    ) -> Result<Response<v1::ExplainResponse>, Status> {
+        self.0.allow_blocks(&request)?;
+        let until = deadline(&request);
+        let request = request.into_inner();
+        let names = self.names(request.names.as_ref()).map_err(status)?;
+        let key = self.one_key(request.names.as_ref())?;
+        let known = self.node().inspect(&key, until).await.map_err(status)?;
+        let reason = match known.as_ref().map(|(_, report)| (report.state, report.tiers.first())) {
+            None => Some(MissReason::NeverStored),
+            Some((BlockState::Gone(reason), _)) => Some(reason),
+            Some((BlockState::Pending, None)) => Some(MissReason::NotComplete),
+            Some((_, Some(Tier::Disk))) => {
+                match self.node().lookup(&[key], true, until).await.map_err(status)?[..] {
+                    [Found::Miss(reason)] => Some(reason),
+                    _ => None,
+                }
+            }
+            Some(_) => None,
+        };
+        let miss = match reason {
+            Some(reason) => Some(self.miss(&names, 0, reason, until).await),
+            None => None,
+        };
+        let block = known.map(|(shard, report)| block_info(self.node(), shard, &report));
+        Ok(Response::new(v1::ExplainResponse { key: Bytes::copy_from_slice(key.as_bytes()), miss, block }))
+    }
+}
+
+/// Sends a block in chunks. The bytes are copied out of the arena piece by piece; whoever reads slowly holds
+/// one block, for as long as its stream lives.
+async fn send_block(
+    sender: tokio::sync::mpsc::Sender<Result<v1::GetResponse, Status>>,
+    key: BlockKey,
+    held: Held,
+    tier: Tier,
+) {
+    let record = held.record();
+    let header = v1::GetHeader {
+        bytes: record.bytes,
+        checksum: record.checksum.0,
+        key: Bytes::copy_from_slice(key.as_bytes()),
+        tier: convert::tier_message(tier).into(),
+    };
+    let mut whats = std::iter::once(v1::get_response::What::Header(header)).chain(
+        held.chunks(CHUNK_BYTES).map(|piece| v1::get_response::What::Chunk(Bytes::copy_from_slice(piece))),
+    );
+    for what in &mut whats {
+        if sender.send(Ok(v1::GetResponse { what: Some(what) })).await.is_err() {
+            return;
+        }
+    }
+}
+
+/// Waits for all of them, in order of asking.
+async fn futures_join<T>(futures: impl Iterator<Item = impl Future<Output = T>>) -> Vec<T> {
+    let mut pending: Vec<_> = futures.map(|future| (Box::pin(future), None)).collect();
+    std::future::poll_fn(|context| {
+        let mut ready = true;
+        for (future, output) in &mut pending {
+            if output.is_none() {
+                match future.as_mut().poll(context) {
+                    std::task::Poll::Ready(value) => *output = Some(value),
+                    std::task::Poll::Pending => ready = false,
+                }
+            }
+        }
+        if ready { std::task::Poll::Ready(()) } else { std::task::Poll::Pending }
+    })
+    .await;
+    pending.into_iter().filter_map(|(_, output)| output).collect()
+}

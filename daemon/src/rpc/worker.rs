@@ -1,0 +1,121 @@
+//! Sessions and what their blocks mean.
+
+use std::time::Duration;
+
+use bytes::Bytes;
+use kv_api::{convert, v1};
+use kv_block::code::Code;
+use kv_block::{Fault, SessionId};
+use kv_node::Event;
+use tokio_stream::wrappers::ReceiverStream;
+use tonic::{Request, Response, Status};
+
+use super::{Shared, status};
+use crate::peercred::Caller;
+use crate::sessions::Door;
+use crate::shard::Letter;
+
+/// How often an open stream says that the daemon is there.
+const KEEP_ALIVE: Duration = Duration::from_secs(5);
+const NAME_BYTES_MAX: usize = 128;
+
+/// The `Worker` service.
+pub struct WorkerService(pub Shared);
+
+#[tonic::async_trait]
+impl v1::worker_server::Worker for WorkerService {
+    type OpenStream = ReceiverStream<Result<v1::SessionNotice, Status>>;
+
+    async fn open(&self, request: Request<v1::OpenRequest>) -> Result<Response<Self::OpenStream>, Status> {
+        self.0.allow_blocks(&request)?;
+        let node = self.0.node.clone();
+        node.accepting().map_err(status)?;
+        let (uid, pid) = match Caller::of(&request) {
+            Caller::Process { uid, pid } => (Some(uid), pid.unwrap_or(0)),
+            _ => (None, 0),
+        };
+        let name = request.into_inner().name;
+        if name.len() > NAME_BYTES_MAX {
+            let text = format!("field `name` has {} bytes, {NAME_BYTES_MAX} are allowed", name.len());
+            return Err(status(Fault::new(Code::BadRequest, text)));
+        }
+        let info = node.sessions.open(name, Door::Grpc, pid, uid).map_err(status)?;
+        for shard in &node.shards {
+            shard.post_surely(Letter::Attach { session: info.id, link: None });
+        }
+        let (sender, receiver) = tokio::sync::mpsc::channel(4);
+        tokio::spawn(async move {
+            let mut beat = tokio::time::interval(KEEP_ALIVE);
+            loop {
+                tokio::select! {
+                    _ = beat.tick() => {}
+                    // The stream is gone: that is the session's end.
+                    () = sender.closed() => break,
+                }
+                let notice = v1::SessionNotice {
+                    session: info.id.0,
+                    epoch: node.epoch.0,
+                    draining: node.is_draining(),
+                };
+                // A reader that takes nothing for many beats is as good as gone.
+                if sender.send_timeout(Ok(notice), 4 * KEEP_ALIVE).await.is_err() {
+                    break;
+                }
+            }
+            for shard in &node.shards {
+                shard.post_surely(Letter::Detach { session: info.id });
+            }
+            node.sessions.close(info.id);
+        });
+        Ok(Response::new(ReceiverStream::new(receiver)))
+    }
+
+    async fn register(
+        &self,
+        request: Request<v1::RegisterRequest>,
+    ) -> Result<Response<v1::RegisterResponse>, Status> {
+        self.0.allow_blocks(&request)?;
+        let node = &self.0.node;
+        let request = request.into_inner();
+        if request.session != 0 {
+            node.sessions.check(SessionId(request.session)).map_err(status)?;
+        }
+        let scope = convert::scope(request.scope).map_err(status)?;
+        let slice = convert::slice(request.slice).map_err(status)?;
+        let max = node.block_bytes_max.min(u64::from(u32::MAX));
+        if request.block_bytes == 0 || u64::from(request.block_bytes) > max {
+            let text = format!(
+                "field `block_bytes` is {}; 1 to {max} is allowed (`host.region_bytes`)",
+                request.block_bytes
+            );
+            return Err(status(Fault::new(Code::BadRequest, text)));
+        }
+        let (bound, new) = node.registry.register(&scope, &slice, request.block_bytes).map_err(status)?;
+        if new {
+            node.tell_all(|| Event::Bound(bound.binding()));
+        }
+        Ok(Response::new(v1::RegisterResponse {
+            binding: bound.id.0.into(),
+            scope_id: Bytes::copy_from_slice(scope.id().as_bytes()),
+            epoch: node.epoch.0,
+        }))
+    }
+
+    async fn describe(
+        &self,
+        request: Request<v1::DescribeRequest>,
+    ) -> Result<Response<v1::DescribeResponse>, Status> {
+        self.0.allow_blocks(&request)?;
+        let (node, config) = (&self.0.node, &self.0.config);
+        Ok(Response::new(v1::DescribeResponse {
+            node: node.name.clone(),
+            version: env!("CARGO_PKG_VERSION").into(),
+            epoch: node.epoch.0,
+            shards: node.shards.len() as u32,
+            keys_per_request_max: config.limits.keys_per_request_max,
+            message_bytes_max: config.limits.message_bytes_max.0,
+            worker_socket: config.run_dir().join("worker.sock").display().to_string(),
+            block_bytes_max: node.block_bytes_max.min(u64::from(u32::MAX)) as u32,
+        }))
+    }
+}

@@ -1,0 +1,224 @@
+//! The control runtime: gRPC on the Unix socket and, where configured, on TCP; health and metrics over HTTP;
+//! signals.
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use anyhow::Context as _;
+use kv_api::v1;
+use tokio::signal::unix::{SignalKind, signal};
+use tokio_stream::wrappers::{TcpListenerStream, UnixListenerStream};
+use tonic::service::Routes;
+use tonic::transport::Server;
+use tonic::transport::server::Router;
+
+use crate::compose::{DRAIN_LIMIT, Running};
+use crate::config::Loaded;
+use crate::http::{Check, HealthSource};
+use crate::node::Node;
+use crate::rpc::{AdminService, BlocksService, EventsService, Shared, WorkerService};
+use crate::{gauges, http, metrics, systemd, tls};
+
+/// A loop that has not come around for so long is stuck.
+const STUCK_AFTER: Duration = Duration::from_secs(10);
+
+/// Serves until a signal says stop, then drains.
+pub fn run(
+    loaded: &Loaded,
+    plan: &crate::plan::Plan,
+    plan_text: String,
+    running: Running,
+) -> anyhow::Result<()> {
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(plan.control_threads)
+        .thread_name("control")
+        .enable_all()
+        .build()
+        .context("starting the control runtime")?;
+    let node = Arc::clone(&running.node);
+    let listener = running.grpc.try_clone().context("sharing the gRPC socket")?;
+    let served = runtime.block_on(serve(loaded, plan_text, node, listener));
+    systemd::stopping("stopping shards");
+    running.stop();
+    runtime.shutdown_timeout(Duration::from_secs(1));
+    served
+}
+
+async fn serve(
+    loaded: &Loaded,
+    plan_text: String,
+    node: Arc<Node>,
+    listener: std::os::unix::net::UnixListener,
+) -> anyhow::Result<()> {
+    let config = Arc::new(loaded.config.clone());
+    let recorder = metrics::install(&node.name);
+    let (health_reporter, health_service) = tonic_health::server::health_reporter();
+    for service in ["", "kv.v1.Blocks", "kv.v1.Worker", "kv.v1.Events", "kv.v1.Admin"] {
+        health_reporter.set_service_status(service, tonic_health::ServingStatus::Serving).await;
+    }
+    let shared = Shared {
+        node: Arc::clone(&node),
+        config: Arc::clone(&config),
+        own_uid: rustix::process::geteuid().as_raw(),
+    };
+    let routes = || -> anyhow::Result<Routes> {
+        let message_max = config.limits.message_bytes_max.0 as usize;
+        let admin = AdminService {
+            shared: shared.clone(),
+            config_toml: loaded.print_effective(false),
+            config_values: config_values(loaded),
+            plan: plan_text.clone(),
+        };
+        let reflection = tonic_reflection::server::Builder::configure()
+            .register_encoded_file_descriptor_set(kv_api::DESCRIPTORS)
+            .register_encoded_file_descriptor_set(tonic_health::pb::FILE_DESCRIPTOR_SET)
+            .build_v1()
+            .context("building gRPC reflection")?;
+        let mut routes = Routes::builder();
+        routes
+            .add_service(health_service.clone())
+            .add_service(reflection)
+            .add_service(
+                v1::blocks_server::BlocksServer::new(BlocksService(shared.clone()))
+                    .max_decoding_message_size(message_max),
+            )
+            .add_service(v1::worker_server::WorkerServer::new(WorkerService(shared.clone())))
+            .add_service(v1::events_server::EventsServer::new(EventsService(shared.clone())))
+            .add_service(v1::admin_server::AdminServer::new(admin));
+        Ok(routes.routes())
+    };
+
+    let (stop, stopped) = tokio::sync::watch::channel(false);
+    let end = |mut stopped: tokio::sync::watch::Receiver<bool>| async move {
+        let _ = stopped.wait_for(|stopped| *stopped).await;
+    };
+    let mut servers = tokio::task::JoinSet::new();
+    listener.set_nonblocking(true)?;
+    let unix = UnixListenerStream::new(tokio::net::UnixListener::from_std(listener)?);
+    let router = server(Server::builder(), routes()?);
+    servers.spawn(router.serve_with_incoming_shutdown(unix, end(stopped.clone())));
+    if let Some(address) = config.listen.tcp.get() {
+        let tcp = tokio::net::TcpListener::bind(address.0)
+            .await
+            .with_context(|| format!("listening on {}", address.0))?;
+        let mut builder = Server::builder();
+        if let Some(tls) = tls::load(&config.listen.tls)? {
+            builder = builder.tls_config(tls).context("using the certificates in listen.tls")?;
+        } else if config.listen.insecure {
+            tracing::warn!(address = %address.0, "gRPC over TCP without certificates: whoever reaches it reads and writes every block");
+        }
+        tracing::info!(address = %tcp.local_addr()?, "gRPC over TCP");
+        let router = server(builder, routes()?);
+        servers.spawn(router.serve_with_incoming_shutdown(TcpListenerStream::new(tcp), end(stopped.clone())));
+    }
+    let source = Arc::new(Health { node: Arc::clone(&node), beats: std::sync::Mutex::new(Vec::new()) });
+    if let Some(address) = config.listen.http.get() {
+        let http = http::listen(address.0).await.with_context(|| {
+            format!(
+                "listening on {} for health and metrics; set listen.http to another address, or off",
+                address.0
+            )
+        })?;
+        tracing::info!(address = %http.local_addr()?, "health and metrics over HTTP");
+        let router = http::router(Arc::clone(&source) as Arc<dyn HealthSource>, recorder.clone());
+        tokio::spawn(http::serve(http, router, end(stopped.clone())));
+    }
+    tokio::spawn(gauges::follow(Arc::clone(&node), recorder));
+    tokio::spawn(watchdog(Arc::clone(&source)));
+    let recovered = &node.recovered;
+    tracing::info!(
+        node = node.name,
+        epoch = node.epoch.0,
+        host_blocks = recovered.host_blocks,
+        disk_blocks = recovered.disk_blocks,
+        took_ms = recovered.took.as_millis() as u64,
+        socket = %config.run_dir().join("kvd.sock").display(),
+        "kvd serves"
+    );
+    systemd::ready("serving");
+
+    wait_for_signal().await?;
+    tracing::info!("draining");
+    systemd::stopping("draining");
+    node.set_draining(true);
+    health_reporter.set_service_status("", tonic_health::ServingStatus::NotServing).await;
+    let _ = stop.send(true);
+    let all_ended = async { while servers.join_next().await.is_some() {} };
+    if tokio::time::timeout(DRAIN_LIMIT, all_ended).await.is_err() {
+        tracing::warn!("some calls did not end while draining; their callers see the connection close");
+    }
+    Ok(())
+}
+
+fn server(builder: Server, routes: Routes) -> Router {
+    builder
+        .http2_keepalive_interval(Some(Duration::from_secs(20)))
+        .http2_keepalive_timeout(Some(Duration::from_secs(10)))
+        .http2_max_header_list_size(16 << 10)
+        .max_concurrent_streams(1024)
+        .add_routes(routes)
+}
+
+fn config_values(loaded: &Loaded) -> Vec<v1::ConfigValue> {
+    let values = loaded.values();
+    values.into_iter().map(|(key, value, origin)| v1::ConfigValue { key, value, origin }).collect()
+}
+
+async fn wait_for_signal() -> anyhow::Result<()> {
+    let mut terminate = signal(SignalKind::terminate()).context("watching SIGTERM")?;
+    let mut interrupt = signal(SignalKind::interrupt()).context("watching SIGINT")?;
+    tokio::select! {
+        _ = terminate.recv() => {}
+        _ = interrupt.recv() => {}
+    }
+    Ok(())
+}
+
+/// Tells systemd that the loops come around, as long as they do.
+async fn watchdog(source: Arc<Health>) {
+    let Some(period) = systemd::watchdog_period() else { return };
+    let mut beat = tokio::time::interval(period);
+    loop {
+        beat.tick().await;
+        if source.live().iter().all(|check| check.state.is_ok()) {
+            systemd::alive();
+        }
+    }
+}
+
+/// Health of the node: whether its loops come around, whether it takes work.
+struct Health {
+    node: Arc<Node>,
+    /// Per shard: the last heartbeat seen, and when it was first seen.
+    beats: std::sync::Mutex<Vec<(u64, Instant)>>,
+}
+
+impl HealthSource for Health {
+    fn live(&self) -> Vec<Check> {
+        let mut beats = self.beats.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+        beats.resize(self.node.shards.len(), (u64::MAX, Instant::now()));
+        let rows = self.node.shards.iter().zip(beats.iter_mut());
+        rows.map(|(shard, beat)| {
+            let count = shard.heartbeat();
+            if count != beat.0 {
+                *beat = (count, Instant::now());
+            }
+            let age = beat.1.elapsed();
+            let stuck = age > STUCK_AFTER;
+            let state =
+                if stuck { Err(format!("has not come around for {} s", age.as_secs())) } else { Ok(()) };
+            Check { name: format!("shard-{}", shard.id), state }
+        })
+        .collect()
+    }
+
+    fn ready(&self) -> Vec<Check> {
+        let draining = self.node.is_draining();
+        let state = if draining { Err("draining".to_owned()) } else { Ok(()) };
+        vec![Check { name: "accepting".into(), state }]
+    }
+
+    fn started(&self) -> Vec<Check> {
+        vec![Check { name: "recovered".into(), state: Ok(()) }]
+    }
+}

@@ -1,0 +1,661 @@
+//! One shard: a pinned thread that joins the brain to real memory, rings and the disk.
+//!
+//! ```text
+//!   worker rings --take--> +-------------------------------+ --push--> worker rings
+//!   mailbox (gRPC) ------> | loop: events -> brain -> what | -------> whoever asked over gRPC
+//!   disk completions ----> |       it commands, done here  | --submit-> disk
+//!                          +-------------------------------+
+//! ```
+//! The loop takes what is there, does what follows from it, and sleeps when nothing is left: first it spins
+//! for some microseconds, then it waits on one epoll for the bells of all workers, the mailbox and the disk.
+//! Whatever sleeps on the other side rings the bell; nothing is polled on a timer but the brain's own clock.
+
+use std::collections::{HashMap, VecDeque};
+use std::os::fd::AsFd;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+
+use bytes::Bytes;
+use crossbeam_queue::ArrayQueue;
+use kv_arena::{HazardFile, HazardSet, ShardMemory, Slab, Slot};
+use kv_block::code::Code;
+use kv_block::{Checksum, Fault, LeaseId, SessionId, ShardId};
+use kv_node::{Brain, Command, Event, Keep, Micros, Now, Op, Origin, Reply, RequestId};
+use kv_shm::{Completion, Outcome, Place, Request, ShardEnd, Submission};
+use kv_tiers::store::{BlockStore, StoreDone, StoreOp};
+use rustix::event::epoll::{self, EventData, EventFlags};
+use rustix::event::{EventfdFlags, eventfd};
+
+/// Submissions taken from one worker before the next one gets its turn.
+const TAKE_MAX: usize = 64;
+/// How long the loop looks again before it sleeps.
+const SPIN: Duration = Duration::from_micros(20);
+/// How often the brain sees time pass while nothing else happens that it waits for.
+const TICK: Duration = Duration::from_millis(20);
+/// A deadline of zero still lets the shard do what takes no waiting.
+const DEADLINE_US_MIN: u32 = 1_000;
+const MAILBOX: u64 = 0;
+
+/// A way to wake a sleeping shard. Cheap to clone; any thread may ring it.
+#[derive(Clone)]
+pub struct Waker(Arc<std::os::fd::OwnedFd>);
+
+impl Waker {
+    /// A waker that nobody has rung.
+    pub fn new() -> std::io::Result<Self> {
+        Ok(Self(Arc::new(eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?)))
+    }
+
+    /// Wakes the shard, now or before it next sleeps.
+    pub fn wake(&self) {
+        // The only failure is a counter at its maximum, and then the shard is awake.
+        let _ = rustix::io::write(&*self.0, &1u64.to_ne_bytes());
+    }
+
+    /// What becomes readable when it is rung.
+    pub fn fd(&self) -> &std::os::fd::OwnedFd {
+        &self.0
+    }
+
+    /// Forgets that it was rung.
+    pub fn drain(&self) {
+        let _ = rustix::io::read(&*self.0, &mut [0; 8]);
+    }
+}
+
+/// Where an answer goes.
+pub enum ReplyTo {
+    /// One answer.
+    Once(tokio::sync::oneshot::Sender<Reply>),
+    /// Progress, then the answer.
+    Stream(tokio::sync::mpsc::UnboundedSender<Reply>),
+}
+
+/// What other threads tell a shard.
+pub enum Letter {
+    /// A session began; workers come with their memory and hazards.
+    Attach {
+        /// Its number.
+        session: SessionId,
+        /// Memory shared with the worker; none for gRPC sessions.
+        link: Option<Box<WorkerLink>>,
+    },
+    /// A session ended.
+    Detach {
+        /// Its number.
+        session: SessionId,
+    },
+    /// A request over gRPC.
+    Ask {
+        /// Whose.
+        session: SessionId,
+        /// By when it must end.
+        deadline: Instant,
+        /// What.
+        op: Op,
+        /// Bytes of a put.
+        body: Bytes,
+        /// Where the answer goes.
+        reply: ReplyTo,
+    },
+    /// Something for the brain.
+    Tell(Event),
+    /// Finish what is under way and end the thread.
+    Stop,
+}
+
+/// What a shard keeps of a worker.
+pub struct WorkerLink {
+    /// Rings and staging area.
+    pub end: ShardEnd,
+    /// What it reads by itself.
+    pub hazards: HazardFile,
+    /// Whether it may fill arena slots in place.
+    pub may_write: bool,
+}
+
+/// How other threads reach a shard.
+#[derive(Clone)]
+pub struct ShardHandle {
+    /// Which one.
+    pub id: ShardId,
+    mailbox: Arc<ArrayQueue<Letter>>,
+    waker: Waker,
+    heartbeat: Arc<AtomicU64>,
+    slab: Slab,
+    disk_trouble: Arc<Mutex<Option<String>>>,
+}
+
+impl ShardHandle {
+    /// Leaves a letter; gives it back when the mailbox is full.
+    pub fn post(&self, letter: Letter) -> Result<(), Letter> {
+        self.mailbox.push(letter)?;
+        self.waker.wake();
+        Ok(())
+    }
+
+    /// Leaves a letter that must arrive, waiting for room.
+    pub fn post_surely(&self, mut letter: Letter) {
+        while let Err(back) = self.post(letter) {
+            letter = back;
+            std::thread::sleep(Duration::from_millis(1));
+        }
+    }
+
+    /// A waker for devices.
+    pub fn waker(&self) -> Waker {
+        self.waker.clone()
+    }
+
+    /// How often the loop went round; it does so at least every second.
+    pub fn heartbeat(&self) -> u64 {
+        self.heartbeat.load(Ordering::Relaxed)
+    }
+
+    /// Why the disk tier is out of service; `None` while it serves or there is none.
+    pub fn disk_trouble(&self) -> Option<String> {
+        self.disk_trouble.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// The shard's host memory, to read blocks that a lease holds.
+    pub fn slab(&self) -> &Slab {
+        &self.slab
+    }
+}
+
+/// Everything that a shard's thread owns.
+pub struct Shard {
+    brain: Brain,
+    memory: ShardMemory,
+    slab: Slab,
+    hazards: HazardSet,
+    store: Option<Box<dyn DiskTier>>,
+    disk_trouble: Arc<Mutex<Option<String>>>,
+    serving: bool,
+    mailbox: Arc<ArrayQueue<Letter>>,
+    waker: Waker,
+    heartbeat: Arc<AtomicU64>,
+    epoll: std::os::fd::OwnedFd,
+    workers: HashMap<SessionId, Worker>,
+    asked: HashMap<RequestId, Asked>,
+    next_request: u64,
+    started: Instant,
+    tick_due: Instant,
+    reap_due: Instant,
+    parked: VecDeque<StoreOp>,
+    commands: Vec<Command>,
+    doing: Vec<Command>,
+    completions: Vec<StoreDone>,
+    submissions: Vec<Result<Submission, kv_shm::Malformed>>,
+    stopping: bool,
+}
+
+/// A disk tier that also says how it is.
+pub trait DiskTier: BlockStore {
+    /// Why it is out of service; `None` while it serves.
+    fn trouble(&self) -> Option<String>;
+}
+
+struct Worker {
+    end: ShardEnd,
+    may_write: bool,
+}
+
+enum Asked {
+    Ring { id: u64 },
+    Rpc { body: Bytes, reply: ReplyTo },
+}
+
+impl Shard {
+    /// A shard over opened devices; `mailbox_max` letters may wait.
+    pub fn new(
+        id: ShardId,
+        brain: Brain,
+        memory: ShardMemory,
+        hazards: HazardSet,
+        mailbox_max: usize,
+    ) -> std::io::Result<(Self, ShardHandle)> {
+        let waker = Waker::new()?;
+        let mailbox = Arc::new(ArrayQueue::new(mailbox_max));
+        let heartbeat = Arc::new(AtomicU64::new(0));
+        let slab = memory.slab().clone();
+        let epoll = epoll::create(epoll::CreateFlags::CLOEXEC)?;
+        epoll::add(&epoll, &*waker.0, EventData::new_u64(MAILBOX), EventFlags::IN)?;
+        let handle = ShardHandle {
+            id,
+            mailbox: Arc::clone(&mailbox),
+            waker: waker.clone(),
+            heartbeat: Arc::clone(&heartbeat),
+            slab: slab.clone(),
+            disk_trouble: Arc::new(Mutex::new(None)),
+        };
+        let now = Instant::now();
+        let shard = Self {
+            brain,
+            memory,
+            slab,
+            hazards,
+            store: None,
+            disk_trouble: Arc::clone(&handle.disk_trouble),
+            serving: true,
+            mailbox,
+            waker,
+            heartbeat,
+            epoll,
+            workers: HashMap::new(),
+            asked: HashMap::new(),
+            next_request: 1,
+            started: now,
+            tick_due: now,
+            reap_due: now,
+            parked: VecDeque::new(),
+            commands: Vec::new(),
+            doing: Vec::new(),
+            completions: Vec::new(),
+            submissions: Vec::new(),
+            stopping: false,
+        };
+        Ok((shard, handle))
+    }
+
+    /// Joins the disk tier.
+    pub fn set_store(&mut self, store: Box<dyn DiskTier>) {
+        self.store = Some(store);
+    }
+
+    /// Tells the brain something before the loop starts.
+    pub fn tell(&mut self, event: Event) {
+        let now = self.now();
+        self.brain.handle(now, event, &mut self.commands);
+    }
+
+    /// The brain, before the loop starts.
+    pub fn brain_mut(&mut self) -> &mut Brain {
+        &mut self.brain
+    }
+
+    /// Runs until told to stop. The memory stays behind for the next life.
+    pub fn run(mut self) {
+        let mut idle_since: Option<Instant> = None;
+        while !(self.stopping && self.is_quiet()) {
+            self.heartbeat.fetch_add(1, Ordering::Relaxed);
+            let busy = self.turn();
+            if busy {
+                idle_since = None;
+                continue;
+            }
+            let since = *idle_since.get_or_insert_with(Instant::now);
+            if since.elapsed() < SPIN {
+                std::hint::spin_loop();
+            } else if self.sleep() {
+                idle_since = None;
+            }
+        }
+        tracing::info!(shard = %self.memory.epoch(), "shard stopped; host memory stays");
+    }
+
+    fn is_quiet(&self) -> bool {
+        self.parked.is_empty() && self.store.as_ref().is_none_or(|store| store.usage().in_flight == 0)
+    }
+
+    fn now(&self) -> Now {
+        let unix = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs());
+        Now { micros: self.micros(Instant::now()), unix: u32::try_from(unix).unwrap_or(u32::MAX) }
+    }
+
+    fn micros(&self, at: Instant) -> Micros {
+        Micros(at.saturating_duration_since(self.started).as_micros() as u64 + 1)
+    }
+
+    /// Once around. Says whether there was anything to do.
+    fn turn(&mut self) -> bool {
+        let now = self.now();
+        let mut busy = self.take_letters(now);
+        busy |= self.take_rings(now);
+        busy |= self.take_store(now);
+        let at = Instant::now();
+        if at >= self.tick_due {
+            self.tick_due = at + TICK;
+            self.hear_touches(now);
+            if at >= self.reap_due {
+                self.reap_due = at + Duration::from_secs(1);
+                self.hazards.reap();
+            }
+            self.brain.handle(now, Event::Tick, &mut self.commands);
+        } else if self.brain.next_tick(now.micros).is_some_and(|due| due <= now.micros) {
+            self.brain.handle(now, Event::Tick, &mut self.commands);
+            busy = true;
+        }
+        self.obey(now);
+        if let Some(store) = &mut self.store {
+            store.kick();
+        }
+        busy
+    }
+
+    fn take_letters(&mut self, now: Now) -> bool {
+        let mut taken = 0;
+        while taken < TAKE_MAX {
+            let Some(letter) = self.mailbox.pop() else { break };
+            taken += 1;
+            match letter {
+                Letter::Attach { session, link } => {
+                    self.brain.handle(now, Event::Opened { session }, &mut self.commands);
+                    if let Some(link) = link {
+                        self.attach(session, *link);
+                    }
+                }
+                Letter::Detach { session } => self.detach(now, session),
+                Letter::Ask { session, deadline, op, body, reply } => {
+                    let from = self.origin(session, Asked::Rpc { body, reply });
+                    let deadline = self.micros(deadline);
+                    self.brain.handle(now, Event::Request { from, deadline, op }, &mut self.commands);
+                }
+                Letter::Tell(event) => self.brain.handle(now, event, &mut self.commands),
+                Letter::Stop => self.stopping = true,
+            }
+            self.obey(now);
+        }
+        taken > 0
+    }
+
+    fn origin(&mut self, session: SessionId, asked: Asked) -> Origin {
+        let request = RequestId(self.next_request);
+        self.next_request += 1;
+        self.asked.insert(request, asked);
+        Origin { session, request }
+    }
+
+    fn attach(&mut self, session: SessionId, link: WorkerLink) {
+        let WorkerLink { end, hazards, may_write } = link;
+        let watched =
+            epoll::add(&self.epoll, end.ring.bell().as_fd(), EventData::new_u64(session.0), EventFlags::IN);
+        if let Err(error) = watched {
+            tracing::error!(%session, %error, "a worker's bell cannot be watched; the session is not served");
+            return;
+        }
+        self.hazards.add(hazards);
+        self.workers.insert(session, Worker { end, may_write });
+    }
+
+    fn detach(&mut self, now: Now, session: SessionId) {
+        if let Some(worker) = self.workers.remove(&session) {
+            let _ = epoll::delete(&self.epoll, worker.end.ring.bell().as_fd());
+            self.hazards.remove(session);
+        }
+        self.brain.handle(now, Event::Closed { session }, &mut self.commands);
+    }
+
+    fn take_rings(&mut self, now: Now) -> bool {
+        let mut busy = false;
+        let mut broken = Vec::new();
+        let mut submissions = std::mem::take(&mut self.submissions);
+        let sessions: Vec<SessionId> = self.workers.keys().copied().collect();
+        for session in sessions {
+            let Some(worker) = self.workers.get_mut(&session) else { continue };
+            match worker.end.ring.take(TAKE_MAX, &mut submissions) {
+                Ok(0) => continue,
+                Ok(_) => busy = true,
+                Err(error) => {
+                    tracing::warn!(%session, %error, "a worker wrote nonsense into its ring; its session ends");
+                    broken.push(session);
+                    continue;
+                }
+            }
+            // What was told before a submission was made counts for it: a binding, most of all.
+            self.take_letters(now);
+            for submission in submissions.drain(..) {
+                self.submitted(now, session, submission);
+            }
+            self.obey(now);
+        }
+        self.submissions = submissions;
+        for session in broken {
+            self.detach(now, session);
+            self.obey(now);
+        }
+        busy
+    }
+
+    fn submitted(&mut self, now: Now, session: SessionId, submission: Result<Submission, kv_shm::Malformed>) {
+        let submission = match submission {
+            Ok(submission) => submission,
+            Err(malformed) => {
+                let outcome = Outcome::Fault { code: Code::BadRequest, retry_after_ms: 0 };
+                return self.complete(session, malformed.id, outcome);
+            }
+        };
+        let Submission { id, deadline_us, request } = submission;
+        let deadline = Micros(now.micros.0 + u64::from(deadline_us.max(DEADLINE_US_MIN)));
+        let keep = |priority, ttl_s: u32| Keep {
+            priority,
+            expires_at: if ttl_s == 0 { 0 } else { now.unix.saturating_add(ttl_s) },
+        };
+        let op = match request {
+            Request::Ping => return self.complete(session, id, Outcome::Done),
+            Request::Put { key, binding, offset, bytes, priority, ttl_s, durable } => {
+                Op::Put { key, binding, source: offset, bytes, keep: keep(priority, ttl_s), durable }
+            }
+            Request::Reserve { key, binding, priority, ttl_s, in_place } => {
+                if in_place && !self.workers.get(&session).is_some_and(|worker| worker.may_write) {
+                    let outcome = Outcome::Fault { code: Code::Denied, retry_after_ms: 0 };
+                    return self.complete(session, id, outcome);
+                }
+                Op::Reserve { key, binding, keep: keep(priority, ttl_s), in_place }
+            }
+            Request::Commit { key, offset, bytes, durable } => {
+                Op::Commit { key, source: offset, bytes, durable }
+            }
+            Request::CommitInPlace { key, slot, generation, checksum, durable } => {
+                Op::CommitInPlace { key, slot, generation, checksum, durable }
+            }
+            Request::Abort { key } => Op::Abort { key },
+            Request::Acquire { key, wait } => Op::Acquire { key, wait: wait && deadline_us > 0 },
+            Request::Release { lease } => Op::Release { leases: vec![lease] },
+            Request::Prefetch { key } => Op::Prefetch { keys: vec![key] },
+        };
+        let from = self.origin(session, Asked::Ring { id });
+        self.brain.handle(now, Event::Request { from, deadline, op }, &mut self.commands);
+        self.obey(now);
+    }
+
+    fn take_store(&mut self, now: Now) -> bool {
+        let Some(store) = &mut self.store else { return false };
+        store.poll(&mut self.completions);
+        let trouble = store.trouble();
+        let serving = trouble.is_none();
+        if serving != self.serving {
+            self.serving = serving;
+            match &trouble {
+                Some(why) => {
+                    tracing::warn!(code = %Code::TierDegraded, why, "the disk tier is out of service")
+                }
+                None => tracing::info!("the disk tier serves again"),
+            }
+            *self.disk_trouble.lock().unwrap_or_else(PoisonError::into_inner) = trouble;
+            self.brain.handle(now, Event::StoreHealth { serving }, &mut self.commands);
+        }
+        let busy = !self.completions.is_empty();
+        let mut completions = std::mem::take(&mut self.completions);
+        for done in completions.drain(..) {
+            self.brain.handle(now, Event::Store(done), &mut self.commands);
+            self.obey(now);
+        }
+        self.completions = completions;
+        while let Some(op) = self.parked.pop_front() {
+            if !self.submit(op) {
+                break;
+            }
+        }
+        busy
+    }
+
+    /// False when the disk takes no more for now; the operation waits.
+    fn submit(&mut self, op: StoreOp) -> bool {
+        let Some(store) = &mut self.store else { return false };
+        match store.submit(op) {
+            Ok(()) => true,
+            Err(back) => {
+                self.parked.push_front(back);
+                false
+            }
+        }
+    }
+
+    fn hear_touches(&mut self, now: Now) {
+        let mut slots = Vec::new();
+        self.hazards.drain_touches(&mut slots);
+        if !slots.is_empty() {
+            self.brain.handle(now, Event::Touched(slots), &mut self.commands);
+        }
+    }
+
+    /// Does what the brain commands, and what follows from that, until nothing is left.
+    fn obey(&mut self, now: Now) {
+        while !self.commands.is_empty() {
+            let mut doing = std::mem::replace(&mut self.commands, std::mem::take(&mut self.doing));
+            for command in doing.drain(..) {
+                match command {
+                    Command::Reply { to, reply } => self.answer(to, reply),
+                    Command::Fill { fill, from, source, bytes, key, mut slot } => {
+                        let checksum = self.copy(from, source, bytes, &key, &mut slot);
+                        self.brain.handle(now, Event::Filled { fill, slot, checksum }, &mut self.commands);
+                    }
+                    Command::Store(op) if self.parked.is_empty() => {
+                        self.submit(op);
+                    }
+                    Command::Store(op) => self.parked.push_back(op),
+                    Command::Sweep => {
+                        let freed = self.slab.sweep(&self.hazards);
+                        self.brain.handle(now, Event::Swept { freed }, &mut self.commands);
+                    }
+                }
+            }
+            self.doing = doing;
+        }
+    }
+
+    /// Copies the bytes of a put into its slot. `None` when they are not where the request says.
+    fn copy(
+        &mut self,
+        from: Origin,
+        source: u64,
+        bytes: u32,
+        key: &kv_block::BlockKey,
+        slot: &mut Slot,
+    ) -> Option<Checksum> {
+        match self.asked.get(&from.request)? {
+            Asked::Rpc { body, .. } => (body.len() == bytes as usize).then(|| slot.copy_from(key, body)),
+            Asked::Ring { .. } => {
+                let range = self.workers.get(&from.session)?.end.staging.range(source, bytes).ok()?;
+                Some(slot.copy_with(key, bytes, |at, piece| range.copy_to(at, piece)))
+            }
+        }
+    }
+
+    fn answer(&mut self, to: Origin, reply: Reply) {
+        if let Reply::Progress(_) = reply {
+            if let Some(Asked::Rpc { reply: ReplyTo::Stream(stream), .. }) = self.asked.get(&to.request) {
+                let _ = stream.send(reply);
+            }
+            return;
+        }
+        match self.asked.remove(&to.request) {
+            None => {}
+            // Whoever asked may have gone; then nobody misses the answer. A lease that nobody got comes back
+            // with the session.
+            Some(Asked::Rpc { reply: ReplyTo::Once(sender), .. }) => {
+                if let Err(Reply::Leased(grant)) = sender.send(reply) {
+                    self.give_back(to.session, grant.lease);
+                }
+            }
+            Some(Asked::Rpc { reply: ReplyTo::Stream(stream), .. }) => {
+                let _ = stream.send(reply);
+            }
+            Some(Asked::Ring { id }) => self.complete(to.session, id, outcome(reply)),
+        }
+    }
+
+    fn give_back(&mut self, session: SessionId, lease: LeaseId) {
+        let now = self.now();
+        let from = Origin { session, request: RequestId(0) };
+        let op = Op::Release { leases: vec![lease] };
+        self.brain.handle(now, Event::Request { from, deadline: Micros::NEVER, op }, &mut self.commands);
+    }
+
+    fn complete(&mut self, session: SessionId, id: u64, outcome: Outcome) {
+        let Some(worker) = self.workers.get_mut(&session) else { return };
+        if let Err(error) = worker.end.ring.push(&Completion { id, outcome }) {
+            tracing::error!(%session, %error, "a completion found no room");
+        }
+        worker.end.ring.notify();
+    }
+
+    /// Sleeps until something happens or the brain's clock is due. False when there was no time to.
+    fn sleep(&mut self) -> bool {
+        let now = self.micros(Instant::now());
+        let tick = self.tick_due.saturating_duration_since(Instant::now());
+        let wait = match self.brain.next_tick(now) {
+            Some(due) => tick.min(Duration::from_micros(due.0.saturating_sub(now.0))),
+            // Nothing waits for a moment: the clock may run slower.
+            None => Duration::from_millis(500),
+        };
+        let mut agreed = self.mailbox.is_empty();
+        for worker in self.workers.values() {
+            agreed &= worker.end.ring.doze().unwrap_or(false);
+        }
+        let slept = agreed && !wait.is_zero();
+        if slept {
+            let limit = rustix::event::Timespec::try_from(wait).ok();
+            let mut events = [epoll::Event { flags: EventFlags::empty(), data: EventData::new_u64(0) }; 64];
+            let count = epoll::wait(&self.epoll, &mut events, limit.as_ref()).unwrap_or(0);
+            for event in &events[..count] {
+                match event.data.u64() {
+                    MAILBOX => self.waker.drain(),
+                    session => self.rung(SessionId(session)),
+                }
+            }
+        }
+        for worker in self.workers.values() {
+            worker.end.ring.wake();
+        }
+        slept
+    }
+
+    fn rung(&mut self, session: SessionId) {
+        let Some(worker) = self.workers.get(&session) else { return };
+        if worker.end.ring.bell().drain().is_err() {
+            // Its other end is closed; the door will say so. Until then it must not keep us awake.
+            let _ = epoll::delete(&self.epoll, worker.end.ring.bell().as_fd());
+        }
+    }
+}
+
+/// An answer of the brain in the words of the ring.
+fn outcome(reply: Reply) -> Outcome {
+    match reply {
+        Reply::Stored { already } => Outcome::Stored { already },
+        Reply::AlreadyThere => Outcome::AlreadyThere,
+        Reply::Miss(reason) => Outcome::Miss(reason),
+        Reply::Counted { .. } => Outcome::Done,
+        Reply::Reserved { slot } => {
+            let place = slot.map(|grant| Place {
+                slot: grant.slot,
+                generation: grant.generation,
+                offset: grant.offset,
+            });
+            Outcome::Reserved { place }
+        }
+        Reply::Leased(grant) => {
+            Outcome::Leased { lease: grant.lease, slot: grant.slot, generation: grant.generation }
+        }
+        Reply::Fault(fault) => fault_outcome(&fault),
+        _ => Outcome::Fault { code: Code::Bug, retry_after_ms: 0 },
+    }
+}
+
+fn fault_outcome(fault: &Fault) -> Outcome {
+    let retry_after_ms = fault.retry_after.map_or(0, |wait| wait.as_millis().clamp(1, 60_000) as u32);
+    Outcome::Fault { code: fault.code, retry_after_ms }
+}
