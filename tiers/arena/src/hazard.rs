@@ -2,7 +2,7 @@
 //!
 //! ```text
 //! hazard-<shard>-<session>-<pid>-<start time>[-<n>]  one file per worker session
-//!   0     magic | 8 count | 16 touches | 24 closed | 32 touch head, each u64
+//!   0     magic | 8 count | 16 touches | 24 state | 32 touch head, each u64
 //!   4096  cells: slot:32 generation:32 each, 0 for nothing
 //!   then  touches: a ring of u64 slot ids, written at head, lost when nobody drains it in time
 //! ```
@@ -10,8 +10,9 @@
 //! believes more than a number: `pread` gives short answers where a mapping would give a signal, and a
 //! worker that lies about its own hazards harms itself alone.
 //!
-//! A file outlives the daemon. The next one closes it (`closed = 1`, so that the worker's next read fails
-//! and it connects again), and honours what it still names until that is cleared or the process is gone.
+//! A file opens (state 1) when it is added to the set that sweeps look at, not before: a worker that is
+//! quicker than its shard asks the daemon meanwhile. It outlives the daemon. The next one closes it (state
+//! 2, so that the worker's next read fails and it connects again), and honours what it still names until that is cleared or the process is gone.
 
 use std::fs;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -26,7 +27,7 @@ use crate::word;
 
 pub(crate) const MAGIC: u64 = u64::from_le_bytes(*b"kvdhaz01");
 const COUNT_OFFSET: usize = 8;
-pub(crate) const CLOSED_OFFSET: usize = 24;
+pub(crate) const STATE_OFFSET: usize = 24;
 pub(crate) const HEAD_OFFSET: usize = 32;
 pub(crate) const CELLS_OFFSET: usize = 4096;
 /// Most reads a session may have open at once.
@@ -102,6 +103,8 @@ pub struct HazardFile {
     count: u32,
     /// Touches drained so far.
     drained: u64,
+    /// In a set, now or in an earlier life: from then on the file has to be there for the next one.
+    added: bool,
     /// No longer written by a session of ours; kept for what it still names.
     closed: bool,
     /// The worker's views can see that.
@@ -159,7 +162,7 @@ impl HazardFile {
         header[8..16].copy_from_slice(&u64::from(count).to_le_bytes());
         header[16..].copy_from_slice(&u64::from(TOUCHES).to_le_bytes());
         rustix::io::pwrite(&file, &header, 0).map_err(Error::io("write", &name))?;
-        Ok(Self { owner, file, path, count, drained: 0, closed: false, told: false })
+        Ok(Self { owner, file, path, count, drained: 0, added: false, closed: false, told: false })
     }
 
     /// Whose it is.
@@ -214,14 +217,27 @@ impl HazardFile {
         self.closed = true;
         // A file that was cut short simply grows again. If this fails, the views read on, and their hazards
         // are honoured until the process ends.
-        let written = rustix::io::pwrite(&self.file, &1u64.to_le_bytes(), CLOSED_OFFSET as u64);
-        self.told |= written == Ok(8);
+        let written = self.write_state(word::CLOSED);
+        self.told |= written;
+    }
+
+    fn write_state(&self, state: u64) -> bool {
+        rustix::io::pwrite(&self.file, &state.to_le_bytes(), STATE_OFFSET as u64) == Ok(8)
     }
 
     fn unlink(&self) {
         if let Some(path) = &self.path {
             // Already gone is as good.
             let _ = fs::remove_file(path);
+        }
+    }
+}
+
+impl Drop for HazardFile {
+    fn drop(&mut self) {
+        if !self.added {
+            // Its session never began.
+            self.unlink();
         }
     }
 }
@@ -237,7 +253,7 @@ fn numbers(bytes: &[u8]) -> impl Iterator<Item = u64> + '_ {
 }
 
 /// All hazard files of a shard. What it does not hold, a sweep does not see: make it with [`Self::adopt`]
-/// before the first sweep, and add a session's file before the session gets the descriptor.
+/// before the first sweep.
 #[derive(Debug, Default)]
 pub struct HazardSet {
     files: Vec<HazardFile>,
@@ -271,6 +287,7 @@ impl HazardSet {
                 path: Some(path),
                 count: 0,
                 drained: 0,
+                added: true,
                 closed: false,
                 told: false,
             };
@@ -284,9 +301,16 @@ impl HazardSet {
         Ok(set)
     }
 
-    /// A new session's file.
-    pub fn add(&mut self, file: HazardFile) {
+    /// A new session's file. From here on its worker may read in place.
+    pub fn add(&mut self, mut file: HazardFile) {
+        file.added = true;
         self.files.push(file);
+        // All sweeps before this one are visible to whoever sees the file open.
+        word::before_scan();
+        if let Some(file) = self.files.last() {
+            // Refused, it stays unopened and the worker asks the daemon for every block.
+            let _ = file.write_state(word::OPEN);
+        }
     }
 
     /// The session is over. Its hazards are void if its process is dead; else they are honoured until they
@@ -467,8 +491,8 @@ mod tests {
         set.remove(SessionId(1));
         assert_eq!((set.len(), names(dir.path())), (1, 1), "the process lives and reads");
         let mut closed = [0; 8];
-        rustix::io::pread(&worker, &mut closed, CLOSED_OFFSET as u64).unwrap();
-        assert_eq!(u64::from_le_bytes(closed), 1);
+        rustix::io::pread(&worker, &mut closed, STATE_OFFSET as u64).unwrap();
+        assert_eq!(u64::from_le_bytes(closed), word::CLOSED);
         rustix::io::pwrite(&worker, &[0; 8], CELLS_OFFSET as u64).unwrap();
         assert_eq!((set.reap(), set.len(), names(dir.path())), (0, 0, 0));
     }
@@ -479,7 +503,8 @@ mod tests {
         let (living, idle, dead) = (me(1), me(2), Owner { start_time: 1, ..me(3) });
         let other_shard = Owner { shard: ShardId(3), ..dead };
         for owner in [living, idle, dead, other_shard] {
-            let file = create(dir.path(), owner);
+            let mut file = create(dir.path(), owner);
+            file.added = true;
             write(&file, touches_offset(8), 6);
             if owner != idle {
                 write(&file, CELLS_OFFSET, word::name(SlotId(owner.session.0 as u32), Generation(1)));
@@ -492,6 +517,15 @@ mod tests {
         // The same process in a session that got the same number.
         let again = create(dir.path(), living);
         assert_ne!(again.path, set.files[0].path);
+    }
+
+    #[test]
+    fn a_session_that_never_began_leaves_no_file() {
+        let dir = tempfile::tempdir().unwrap();
+        let file = create(dir.path(), me(1));
+        assert_eq!(names(dir.path()), 1);
+        drop(file);
+        assert_eq!(names(dir.path()), 0);
     }
 
     #[test]

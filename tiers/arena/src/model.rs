@@ -21,7 +21,7 @@ const FIRST: Generation = Generation(1);
 struct Memory {
     word: AtomicU64,
     cells: [AtomicU64; 2],
-    closed: AtomicU64,
+    file: AtomicU64,
     bytes: UnsafeCell<u64>,
 }
 
@@ -31,14 +31,14 @@ impl Memory {
         Arc::new(Self {
             word: AtomicU64::new(Word::new(FIRST, state).0),
             cells: [AtomicU64::new(0), AtomicU64::new(0)],
-            closed: AtomicU64::new(0),
+            file: AtomicU64::new(word::OPEN),
             bytes: UnsafeCell::new(7),
         })
     }
 
     fn read(&self, cell: usize) -> Published {
         let found =
-            word::publish(&self.cells[cell], &self.closed, &self.word, (SLOT, FIRST), SlotState::Sealed);
+            word::publish(&self.cells[cell], &self.file, &self.word, (SLOT, FIRST), SlotState::Sealed);
         if found == Published::Safe {
             self.bytes.with(|bytes| {
                 // SAFETY: what the model proves; loom fails on a writer at the same time.
@@ -108,7 +108,7 @@ fn a_closed_hazard_file_that_names_nothing_can_be_forgotten() {
             let memory = Arc::clone(&memory);
             thread::spawn(move || memory.read(0))
         };
-        memory.closed.store(1, Ordering::Relaxed);
+        memory.file.store(word::CLOSED, Ordering::Relaxed);
         if !memory.is_named() {
             // The file is gone: from here on nobody looks at its cells.
             word::retire(&memory.word, FIRST).unwrap();
@@ -128,7 +128,7 @@ fn an_abandoned_lent_slot_waits_for_its_writer() {
             thread::spawn(move || {
                 let place = (SLOT, FIRST);
                 let found =
-                    word::publish(&memory.cells[0], &memory.closed, &memory.word, place, SlotState::Filling);
+                    word::publish(&memory.cells[0], &memory.file, &memory.word, place, SlotState::Filling);
                 if found == Published::Safe {
                     memory.write(9);
                     word::clear(&memory.cells[0]);
@@ -221,6 +221,28 @@ fn a_sequence_lock_never_mixes_two_writes() {
             }
         }
         writer.join().unwrap();
+    });
+}
+
+#[test]
+fn a_hazard_file_is_used_only_once_the_daemon_looks_at_it() {
+    loom::model(|| {
+        let memory = Memory::new(SlotState::Sealed);
+        memory.file.store(word::UNOPENED, Ordering::Relaxed);
+        let reader = {
+            let memory = Arc::clone(&memory);
+            thread::spawn(move || memory.read(0))
+        };
+        // A sweep that does not know the file: nothing is named.
+        word::retire(&memory.word, FIRST).unwrap();
+        word::before_scan();
+        word::after_scan();
+        word::free(&memory.word);
+        word::take(&memory.word);
+        memory.write(8);
+        word::before_scan();
+        memory.file.store(word::OPEN, Ordering::Relaxed);
+        assert_ne!(reader.join().unwrap(), Published::Safe);
     });
 }
 

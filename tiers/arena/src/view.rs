@@ -19,7 +19,7 @@ use rustix::mm::Advice;
 
 use crate::Error;
 use crate::hazard::{
-    CELLS_OFFSET, CLOSED_OFFSET, HAZARDS_MAX, HEAD_OFFSET, MAGIC, file_bytes, touches_offset,
+    CELLS_OFFSET, HAZARDS_MAX, HEAD_OFFSET, MAGIC, STATE_OFFSET, file_bytes, touches_offset,
 };
 use crate::map::Mapping;
 use crate::meta::{EPOCH_OFFSET, HEADER_BYTES, Header, Layout, epoch_of};
@@ -42,7 +42,8 @@ pub enum Absent {
     Stale,
     /// Every hazard cell of this session is in use.
     HazardsFull,
-    /// The daemon changed the entry each time it was looked at.
+    /// The daemon changed the entry each time it was looked at, or has not opened this session's hazards yet.
+    /// Ask it.
     Contended,
     /// The session this view belongs to is over; connect again.
     Closed,
@@ -152,7 +153,7 @@ impl ShardView {
 
     /// Whether the daemon ended the session this view belongs to.
     pub fn is_closed(&self) -> bool {
-        self.hazard.word(CLOSED_OFFSET).load(Ordering::Acquire) != 0
+        !matches!(self.file_state().load(Ordering::Acquire), word::UNOPENED | word::OPEN)
     }
 
     /// Whether slots may be filled in place.
@@ -270,10 +271,13 @@ impl ShardView {
             return Err(Opening::Absent(Absent::Stale));
         }
         let cell = self.take_cell().ok_or(Opening::Absent(Absent::HazardsFull))?;
-        let closed = self.hazard.word(CLOSED_OFFSET);
         let header = self.header(slot);
-        match word::publish(self.cell(cell), closed, &header[0], (slot, generation), wanted) {
+        match word::publish(self.cell(cell), self.file_state(), &header[0], (slot, generation), wanted) {
             Published::Safe => {}
+            Published::Unopened => {
+                self.free_cell(cell);
+                return Err(Opening::Absent(Absent::Contended));
+            }
             Published::Closed => {
                 self.free_cell(cell);
                 return Err(Opening::Absent(Absent::Closed));
@@ -301,6 +305,10 @@ impl ShardView {
 
     fn cell(&self, cell: u32) -> &AtomicU64 {
         self.hazard.word(CELLS_OFFSET + cell as usize * 8)
+    }
+
+    fn file_state(&self) -> &AtomicU64 {
+        self.hazard.word(STATE_OFFSET)
     }
 
     fn take_cell(&self) -> Option<u32> {

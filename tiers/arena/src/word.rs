@@ -13,7 +13,9 @@
 //!
 //! Why a reader is safe. Reader: `hazard = name; fence(SeqCst); look at word`. Evictor: `word = Retired;
 //! fence(SeqCst); look at hazard`. Sequentially consistent fences are totally ordered, so whoever fences
-//! second sees the other's store. The same argument covers closing a hazard file: `closed = 1; fence; look`.
+//! second sees the other's store. The same argument covers closing a hazard file: `file = CLOSED; fence; look`.
+//! A file is opened only after the daemon counts it among those it looks at; a reader looks at the file's
+//! state before it looks at the word, so it sees every retire that was swept without its file.
 
 use kv_block::{Generation, SlotId};
 
@@ -182,12 +184,21 @@ pub(crate) fn verify(word: &AtomicU64, generation: Generation) -> bool {
     }
 }
 
+/// State of a hazard file: the daemon does not look at it yet.
+pub(crate) const UNOPENED: u64 = 0;
+/// State of a hazard file: what it names is kept.
+pub(crate) const OPEN: u64 = 1;
+/// State of a hazard file: its session is over. What it named then is kept, what it names from now on is not.
+pub(crate) const CLOSED: u64 = 2;
+
 /// What a published hazard turned out to protect.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(crate) enum Published {
     /// The slot is as wanted and stays so until the hazard is cleared.
     Safe,
-    /// The daemon no longer looks at this hazard file.
+    /// The daemon does not look at this hazard file yet.
+    Unopened,
+    /// The daemon no longer looks at it.
     Closed,
     /// The slot is something else by now.
     Changed(Word),
@@ -197,20 +208,21 @@ pub(crate) enum Published {
 /// the cell is empty again.
 pub(crate) fn publish(
     cell: &AtomicU64,
-    closed: &AtomicU64,
+    file: &AtomicU64,
     word: &AtomicU64,
     (slot, generation): (SlotId, Generation),
     wanted: SlotState,
 ) -> Published {
     cell.store(name(slot, generation), Ordering::Relaxed);
     fence(Ordering::SeqCst);
-    let seen = load(word);
-    let result = if closed.load(Ordering::Relaxed) != 0 {
-        Published::Closed
-    } else if seen.is(generation, wanted) {
-        return Published::Safe;
-    } else {
-        Published::Changed(seen)
+    // The file first: what was swept before it opened is seen in the word.
+    let result = match file.load(Ordering::Acquire) {
+        OPEN => match load(word) {
+            seen if seen.is(generation, wanted) => return Published::Safe,
+            seen => Published::Changed(seen),
+        },
+        UNOPENED => Published::Unopened,
+        _ => Published::Closed,
     };
     cell.store(0, Ordering::Release);
     result

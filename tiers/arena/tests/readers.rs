@@ -6,8 +6,9 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use common::{GEOMETRY, connect, entry, key, store};
-use kv_arena::{Absent, EntryState, HazardSet, ShardMemory};
-use kv_block::payload;
+use kv_arena::hazard::Owner;
+use kv_arena::{Absent, EntryState, HazardFile, HazardSet, ShardMemory, ShardView};
+use kv_block::{SessionId, ShardId, payload};
 
 #[test]
 fn readers_meet_the_evictor_and_never_read_a_wrong_byte() {
@@ -73,6 +74,26 @@ fn readers_meet_the_evictor_and_never_read_a_wrong_byte() {
     assert!(!touched.is_empty());
     memory.slab().sweep(&hazards);
     assert_eq!(memory.slab().usage().limbo, 0, "all hazards are cleared");
+}
+
+#[test]
+fn a_worker_quicker_than_its_shard_asks_the_daemon() {
+    let mut memory = ShardMemory::anonymous(GEOMETRY).unwrap();
+    let mut table = memory.take_table().unwrap().unwrap();
+    let owner = Owner { shard: ShardId(0), session: SessionId(1), pid: 1, start_time: 1 };
+    let file = HazardFile::anonymous(owner, 8).unwrap();
+    let (meta, data) = (memory.meta_ro().unwrap(), memory.data_ro().unwrap());
+    let view = ShardView::map(meta, data, file.fd().unwrap()).unwrap();
+    let held = store(memory.slab(), 1, 4096).unwrap();
+    table.set(&entry(&held)).unwrap();
+    assert_eq!(view.read(&key(1)).unwrap_err(), Absent::Contended);
+    assert!(!view.is_closed());
+    let mut hazards = HazardSet::new();
+    hazards.add(file);
+    assert!(view.read(&key(1)).is_ok());
+    hazards.remove(SessionId(1));
+    assert!(view.is_closed());
+    assert_eq!(view.read(&key(1)).unwrap_err(), Absent::Closed);
 }
 
 #[test]
