@@ -8,18 +8,22 @@
 //!                                          (segment, entry, pages)       |      |
 //!                                           removals need no data -------+      v  one commit at a time,
 //!                                                                            of all that is ready:
-//!  completions <-- fdatasync of the files touched <--------------- index pages
+//!  completions <-- fdatasync of the files touched <-- index pages <-- fdatasync of moved data
 //! ```
 //! - **A life begins with its header.** The header that gives a segment its place in the log is durable
 //!   before any entry of that life is written, so nothing that a crash left behind is taken for it later.
 //! - **Group commit.** While one commit is under way, data writes go on and what is done becomes ready; the
 //!   next commit takes all of it. An entry reaches the index only after its data were written.
 //! - **Order.** Entries get their sequence at commit. A removal waits for operations on the same key that
-//!   came before it, and holds up those that came after it, so sequence is the order of submission per key.
+//!   came before it, and holds up those that came after it, so it takes effect where it was submitted.
 //! - **Room.** Writes leave one free segment for each one offered to the node, and one at any time, so the
 //!   moves that empty a segment always find room.
 //! - **Removals outlive what they remove.** They are forgotten with their segment only when no older life is
 //!   left that might hold the block; else they are carried to the end of the log first.
+
+mod append;
+mod reclaim;
+mod watch;
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::time::Duration;
@@ -29,21 +33,8 @@ use kv_block::{BlockKey, DiskLocation, Record};
 use kv_tiers::store::{OpToken, StoreDone, StoreError, StoreOp, StoreUsage};
 
 use crate::health::{Circuit, CircuitLimits};
-use crate::io::{IoDone, IoKind, IoOp, Memory, PROBE_FILE, Pages, Table};
-use crate::segment::{
-    self, ENTRIES_PER_PAGE, ENTRY_BYTES, Entry, Geometry, Header, IndexScan, PAGE_BYTES, StoreId,
-};
-
-/// Entries taken into one commit at most.
-const COMMIT_MAX: usize = 1024;
-/// Segments offered to the node at once at most.
-const OFFERED_MAX: usize = 4;
-/// How often the index of a segment to be offered is read before the segment is given up.
-const OFFER_TRIES: u32 = 3;
-/// After the file system refused a segment, how long until it is asked again.
-const CREATE_RETRY: Duration = Duration::from_secs(30);
-/// Pages of the probe file; the first is its head.
-const PROBE_OFFSET: u64 = PAGE_BYTES as u64;
+use crate::io::{IoDone, IoKind, IoOp, Memory, Pages, Table};
+use crate::segment::{self, ENTRIES_PER_PAGE, Geometry, Header, PAGE_BYTES, StoreId};
 
 /// When an operation counts as durable.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
@@ -282,11 +273,30 @@ enum End {
     Errno(i32),
 }
 
+/// What a commit is doing.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+enum Step {
+    /// Makes the data of moves durable before their entries are written: until the old copy is released,
+    /// a power cut must find one or the other, and not an entry that hides the old copy and has no data.
+    #[default]
+    Data,
+    /// Writes index pages.
+    Index,
+    /// Makes data and index durable.
+    Sync,
+}
+
+#[derive(Default)]
 struct Commit {
+    step: Step,
     appends: Vec<u64>,
+    /// Segments with entries in it, and those of them with moves.
     touched: BTreeSet<u32>,
+    moved_into: BTreeSet<u32>,
+    /// Index pages to be written.
+    pages: BTreeSet<(u32, u32)>,
+    /// Operations of this step that have not ended.
     left: usize,
-    syncing: bool,
     failed: BTreeMap<u32, StoreError>,
 }
 
@@ -681,639 +691,6 @@ impl Log {
         }
     }
 
-    // ---- appending ----
-
-    fn place(&mut self) {
-        while let Some(id) = self.queue.front().copied() {
-            let one = self.appends.get(id).expect("queued appends are in the table");
-            let pages = one.pages();
-            let bytes = u64::from(pages) * PAGE_BYTES as u64;
-            if one.answered {
-                self.queue.pop_front();
-                self.end_append(id, Ok(None));
-                continue;
-            }
-            if self.must_wait(one) {
-                if one.record.is_none() {
-                    self.blocked_removals.insert((one.key, one.number));
-                }
-                self.queue.pop_front();
-                self.blocked.push(id);
-                continue;
-            }
-            if self.data_in_flight > 0 && self.data_in_flight + bytes > self.config.data_in_flight_max {
-                break;
-            }
-            let is_write = matches!(one.kind, AppendKind::Write { .. });
-            match self.room(pages, is_write) {
-                Room::Here => {
-                    self.queue.pop_front();
-                    self.place_one(id, pages);
-                }
-                Room::Wait => break,
-                Room::None => {
-                    self.queue.pop_front();
-                    self.end_append(id, Err(StoreError::Full));
-                }
-            }
-        }
-    }
-
-    /// Whether an operation on the same key has to end first.
-    fn must_wait(&self, one: &Append) -> bool {
-        let before = (one.key, 0)..(one.key, one.number);
-        match one.kind {
-            AppendKind::Remove { .. } => {
-                self.storing.range(before.clone()).next().is_some()
-                    || self.blocked_removals.range(before).next().is_some()
-            }
-            AppendKind::Write { .. } | AppendKind::Move { .. } => {
-                self.blocked_removals.range(before).next().is_some()
-            }
-            AppendKind::Carry { .. } => false,
-        }
-    }
-
-    /// Segments that may still be made.
-    fn makeable(&self) -> usize {
-        if self.now < self.create_again_at {
-            return 0;
-        }
-        (self.config.segments_max as usize).saturating_sub(self.segments.len())
-    }
-
-    /// Segments that are free, or can be.
-    fn spare(&self) -> usize {
-        self.free.len() + self.makeable()
-    }
-
-    /// Segments with the node.
-    fn offered_count(&self) -> usize {
-        let with_node =
-            |one: &&Segment| matches!(one.state, State::Offering | State::Offered | State::Releasing);
-        self.segments.values().filter(with_node).count()
-    }
-
-    fn room(&mut self, pages: u32, is_write: bool) -> Room {
-        let owed = if is_write { self.offered_count().max(1) } else { 0 };
-        if let Some(active) = self.active
-            && self.segments[&active].fits(pages)
-        {
-            return if self.spare() >= owed { Room::Here } else { Room::None };
-        }
-        if self.spare() < owed + 1 {
-            // With very few segments the full one is the only one that can be reclaimed.
-            let reclaimable = |one: &Segment| !matches!(one.state, State::Free | State::Active | State::Lost);
-            if is_write && !self.segments.values().any(reclaimable) {
-                self.seal();
-            }
-            return Room::None;
-        }
-        let Some(next) = self.free.pop_front() else {
-            self.want_segment();
-            return Room::Wait;
-        };
-        self.seal();
-        let order = self.order_next;
-        self.order_next += 1;
-        let segment = self.segment(next);
-        segment.header.order = order;
-        segment.begun = false;
-        segment.state = State::Active;
-        let mut header = header_page(&segment.header);
-        let memory = header.memory(PAGE_BYTES);
-        let what = What::Begin { segment: next, _header: Some(header) };
-        self.start(next, IoKind::Write { offset: 0, memory }, what);
-        self.active = Some(next);
-        Room::Here
-    }
-
-    /// The header of a new life was written, or synced, or neither.
-    fn life_advanced(&mut self, number: u32, op: &IoOp, failure: Option<StoreError>) {
-        let Some(error) = failure else {
-            if matches!(op.kind, IoKind::Sync) {
-                self.segment(number).begun = true;
-            } else {
-                self.start(number, IoKind::Sync, What::Begin { segment: number, _header: None });
-            }
-            return;
-        };
-        if self.active == Some(number) {
-            self.seal();
-        }
-        self.segment(number).failure = Some(error);
-    }
-
-    fn seal(&mut self) {
-        if let Some(active) = self.active.take() {
-            let segment = self.segment(active);
-            segment.state = State::Sealed;
-            if segment.pending == 0 {
-                segment.images.clear();
-            }
-        }
-    }
-
-    fn place_one(&mut self, id: u64, pages: u32) {
-        let number = self.active.expect("room was found in it");
-        let segment = self.segment(number);
-        let (index, page) = (segment.entries_used, segment.page_next);
-        segment.entries_used += 1;
-        segment.page_next += pages;
-        segment.pending += 1;
-        let one = self.appends.get_mut(id).expect("queued appends are in the table");
-        (one.segment, one.index, one.page) = (number, index, page);
-        if pages == 0 {
-            self.ready.push_back(id);
-            return;
-        }
-        let bytes = pages * PAGE_BYTES as u32;
-        let address = match &mut one.kind {
-            AppendKind::Write { bytes } => bytes.as_ptr().cast_mut(),
-            AppendKind::Move { buffer, .. } => buffer.memory(0).address,
-            AppendKind::Remove { .. } | AppendKind::Carry { .. } => unreachable!("removals have no data"),
-        };
-        self.data_in_flight += u64::from(bytes);
-        let offset = u64::from(page) * PAGE_BYTES as u64;
-        self.start(
-            number,
-            IoKind::Write { offset, memory: Memory { address, bytes } },
-            What::Data { append: id },
-        );
-    }
-
-    fn begin_commit(&mut self) {
-        let mut commit = Commit {
-            appends: Vec::new(),
-            touched: BTreeSet::new(),
-            left: 0,
-            syncing: false,
-            failed: BTreeMap::new(),
-        };
-        let mut pages = BTreeSet::new();
-        let mut not_begun = VecDeque::new();
-        while commit.appends.len() < COMMIT_MAX
-            && let Some(id) = self.ready.pop_front()
-        {
-            let one = self.appends.get(id).expect("ready appends are in the table");
-            if one.answered {
-                self.end_append(id, Ok(None));
-                continue;
-            }
-            let (number, index) = (one.segment, one.index);
-            if let Some(error) = self.segments[&number].failure.clone() {
-                self.end_append(id, Err(error));
-                continue;
-            }
-            if !self.segments[&number].begun {
-                not_begun.push_back(id);
-                continue;
-            }
-            let sequence = self.sequence_next;
-            self.sequence_next += 1;
-            let entry = match (&one.kind, one.record) {
-                (AppendKind::Write { .. } | AppendKind::Move { .. }, Some(record)) => {
-                    Entry::Stored { sequence, record, page: one.page }
-                }
-                (AppendKind::Carry { removal, .. }, _) => Entry::Removed {
-                    sequence: removal.sequence,
-                    key: removal.key,
-                    at: removal.at,
-                    carried: true,
-                },
-                (AppendKind::Remove { at }, _) => {
-                    Entry::Removed { sequence, key: one.key, at: Some(*at), carried: false }
-                }
-                (_, None) => unreachable!("writes and moves have a record"),
-            };
-            let segment = self.segment(number);
-            let bytes = entry.encode(&segment.header, index);
-            put_entry(segment, index, &bytes);
-            pages.insert((number, index / ENTRIES_PER_PAGE));
-            commit.touched.insert(number);
-            commit.appends.push(id);
-        }
-        not_begun.append(&mut self.ready);
-        self.ready = not_begun;
-        if commit.appends.is_empty() {
-            return;
-        }
-        commit.left = pages.len();
-        let mut writes = Vec::new();
-        for (number, page) in pages {
-            let image = self.segment(number).images.get_mut(&page).expect("entries were put there");
-            let memory = image.page.memory(PAGE_BYTES);
-            let offset = u64::from(1 + page) * PAGE_BYTES as u64;
-            writes.push((number, IoKind::Write { offset, memory }));
-        }
-        self.stats.commits += 1;
-        self.stats.commit_entries += commit.appends.len() as u64;
-        self.commit = Some(commit);
-        for (segment, kind) in writes {
-            self.start(segment, kind, What::Commit { segment });
-        }
-    }
-
-    /// All operations of the commit's present step have ended.
-    fn commit_advanced(&mut self) {
-        let commit = self.commit.as_mut().expect("called for it");
-        if !commit.syncing && self.config.sync == SyncMode::Always {
-            commit.syncing = true;
-            let failed = &commit.failed;
-            let touched: Vec<_> =
-                commit.touched.iter().copied().filter(|one| !failed.contains_key(one)).collect();
-            commit.left = touched.len();
-            if !touched.is_empty() {
-                for segment in touched {
-                    self.start(segment, IoKind::Sync, What::Commit { segment });
-                }
-                return;
-            }
-        }
-        let commit = self.commit.take().expect("called for it");
-        for id in commit.appends {
-            let one = self.appends.get(id).expect("committed appends are in the table");
-            let (number, index) = (one.segment, one.index);
-            let result = match commit.failed.get(&number) {
-                // A removal needs no place; the one told says that it is there.
-                None if one.record.is_none() => Ok(self.segments[&number].header.location(1)),
-                None => Ok(self.segments[&number].header.location(one.page)),
-                Some(error) => {
-                    let error = error.clone();
-                    put_entry(self.segment(number), index, &[0; ENTRY_BYTES]);
-                    Err(error)
-                }
-            };
-            self.end_append(id, result);
-        }
-        // A place that failed is left alone from now on.
-        if self.active.is_some_and(|active| commit.failed.contains_key(&active)) {
-            self.seal();
-        }
-    }
-
-    /// The one end of every append: its memory goes back, its place is settled, what waited for it goes on.
-    /// `Ok(None)` for one that was given up after it had been answered.
-    fn end_append(&mut self, id: u64, result: Result<Option<DiskLocation>, StoreError>) {
-        let one = self.appends.remove(id).expect("an append ends once");
-        let stored = result.as_ref().is_ok_and(Option::is_some);
-        if one.page != 0 {
-            self.settle_place(&one, stored);
-        }
-        if one.record.is_some() {
-            self.storing.remove(&(one.key, one.number));
-        }
-        let token = one.token;
-        let limit = self.config.slow_limit;
-        let end = |result: Result<Option<DiskLocation>, StoreError>| {
-            result.and_then(|at| at.ok_or(StoreError::Slow { limit }))
-        };
-        match one.kind {
-            AppendKind::Write { bytes } => {
-                if stored {
-                    self.bytes_written += one.record.map_or(0, |record| u64::from(record.bytes));
-                }
-                if !one.answered {
-                    self.done.push(StoreDone::Written { token, bytes, result: end(result) });
-                }
-            }
-            AppendKind::Move { from, buffer } => {
-                if self.spare_buffer.len() < 8 {
-                    self.spare_buffer.push(buffer);
-                }
-                if stored {
-                    self.died(from);
-                }
-                if !one.answered {
-                    self.done.push(StoreDone::Moved { token, result: end(result) });
-                }
-            }
-            AppendKind::Remove { at } => {
-                if stored {
-                    self.died(at);
-                }
-                if !one.answered {
-                    self.done.push(StoreDone::Removed { token, result: end(result).map(|_| ()) });
-                }
-            }
-            AppendKind::Carry { releasing, .. } => {
-                self.stats.removals_carried += u64::from(stored);
-                self.carried(releasing, end(result).map(|_| ()));
-            }
-        }
-        if !self.blocked.is_empty() {
-            self.blocked_removals.clear();
-            let mut again = std::mem::take(&mut self.blocked);
-            again.sort_by_key(|id| self.appends.get(*id).map(|one| one.number));
-            for id in again.into_iter().rev() {
-                self.queue.push_front(id);
-            }
-        }
-    }
-
-    fn settle_place(&mut self, one: &Append, stored: bool) {
-        let segment = self.segment(one.segment);
-        segment.pending -= 1;
-        segment.settle_image(one.index);
-        if stored && one.record.is_some() {
-            segment.blocks += 1;
-            // The node was told that this one failed, so it will never ask for it.
-            segment.live += u32::from(!one.answered);
-        }
-    }
-
-    fn died(&mut self, at: DiskLocation) {
-        if let Some(segment) = self.segments.get_mut(&at.segment()).filter(|one| one.is_at(at)) {
-            segment.live = segment.live.saturating_sub(1);
-        }
-    }
-
-    // ---- segments come and go ----
-
-    fn want_segment(&mut self) {
-        if self.creating.is_some() || !self.free.is_empty() || self.makeable() == 0 {
-            return;
-        }
-        let number =
-            (0..).find(|number| !self.segments.contains_key(number)).expect("fewer segments than numbers");
-        self.generation_newest += 1;
-        self.create(number, self.generation_newest);
-    }
-
-    fn create(&mut self, segment: u32, generation: u64) {
-        let LogConfig { store, geometry, .. } = self.config;
-        let header = Header { store, segment, generation, order: 0, geometry };
-        self.creating = Some(header);
-        self.jobs.push(Job::Create(header));
-    }
-
-    /// The file of a segment was made, and is attached; or it was not.
-    pub(crate) fn created(&mut self, now: Duration, header: &Header, result: Result<(), i32>) {
-        self.now = now;
-        self.creating = None;
-        match result {
-            Ok(()) => {
-                self.segments.insert(header.segment, Segment::new(*header, State::Free));
-                self.free.push_back(header.segment);
-            }
-            Err(errno) => {
-                self.stats.segments_refused += 1;
-                self.create_again_at = now + CREATE_RETRY;
-                let error = StoreError::Io { operation: "allocate", segment: header.segment, errno };
-                if errno == libc::ENOSPC || errno == libc::EDQUOT {
-                    // Not the device's fault: go on with what there is.
-                    self.circuit.health.last_error = Some(error);
-                } else {
-                    self.device_erred(&error);
-                }
-            }
-        }
-    }
-
-    fn is_odd(&self, number: u32) -> bool {
-        let segment = &self.segments[&number];
-        segment.cut || segment.header.geometry != self.config.geometry
-    }
-
-    /// Gives up a free segment's file, which is of no use any more; another is made when one is wanted.
-    fn discard(&mut self, number: u32) {
-        self.segments.remove(&number);
-        self.jobs.push(Job::Delete(number));
-    }
-
-    fn offer(&mut self) {
-        let low = (self.config.segments_max as usize / 16).clamp(1, 8);
-        loop {
-            let offered = self.offered_count();
-            let excess = self.segments.len() > self.config.segments_max as usize;
-            let wanted = self.spare() + offered <= low || (excess && offered == 0);
-            if !wanted || offered >= OFFERED_MAX.min(self.spare().max(1)) {
-                return;
-            }
-            if excess && self.free.len() > 1 {
-                let number = self.free.pop_back().expect("more than one");
-                self.discard(number);
-                continue;
-            }
-            let emptiest =
-                self.segments.iter().filter(|(_, one)| one.state == State::Sealed && one.pending == 0);
-            let victim = emptiest.min_by_key(|(_, one)| (one.live * 8 / one.blocks.max(1), one.header.order));
-            let Some((number, segment)) = victim.map(|(number, one)| (*number, one)) else { return };
-            let length = segment.header.geometry.index_bytes();
-            let mut buffer = Pages::new(length);
-            let memory = buffer.memory(length);
-            self.segment(number).state = State::Offering;
-            let kind = IoKind::Read { offset: PAGE_BYTES as u64, memory };
-            self.start(number, kind, What::Offer { segment: number, buffer });
-        }
-    }
-
-    /// The index of a segment to be offered was read.
-    fn offered(&mut self, number: u32, failed: bool, index: &[u8]) {
-        let segment = self.segment(number);
-        if failed {
-            segment.offer_tries += 1;
-            segment.state = if segment.offer_tries < OFFER_TRIES { State::Sealed } else { State::Lost };
-            return;
-        }
-        let mut scan = IndexScan::default();
-        segment::parse_segment_index(
-            &segment.header,
-            0,
-            &index[..segment.header.geometry.index_bytes()],
-            &mut scan,
-        );
-        scan.entries.sort_by_key(|(_, entry)| entry.sequence());
-        let mut entries = Vec::new();
-        segment.removals.clear();
-        for (_, entry) in scan.entries {
-            match entry {
-                Entry::Stored { record, page, .. } => {
-                    entries.extend(segment.header.location(page).map(|at| (record, at)));
-                }
-                Entry::Removed { sequence, key, at, .. } => {
-                    segment.removals.push(Removal { key, sequence, at });
-                }
-            }
-        }
-        segment.state = State::Offered;
-        self.done.push(StoreDone::Reclaim { segment: number, entries });
-    }
-
-    fn release(&mut self, token: OpToken, number: u32) {
-        let segment = self.segments.get_mut(&number).filter(|one| one.state == State::Offered);
-        let Some(segment) = segment else {
-            self.done.push(StoreDone::Released { token, result: Err(StoreError::Stale { segment: number }) });
-            return;
-        };
-        segment.state = State::Releasing;
-        segment.release = Some(token);
-        let (order, removals) = (segment.header.order, std::mem::take(&mut segment.removals));
-        let older =
-            |one: &Segment| one.header.order > 0 && one.header.order < order && one.state != State::Free;
-        if self.segments.values().any(older) {
-            self.segment(number).carry_left = removals.len() as u32;
-            for removal in &removals {
-                self.numbers += 1;
-                let id = self.appends.insert(Append {
-                    number: self.numbers,
-                    token,
-                    key: removal.key,
-                    record: None,
-                    kind: AppendKind::Carry { releasing: number, removal: *removal },
-                    taken: self.now,
-                    answered: false,
-                    segment: 0,
-                    index: 0,
-                    page: 0,
-                });
-                self.queue.push_back(id);
-            }
-        }
-        self.segment(number).removals = removals;
-        self.try_release(number);
-    }
-
-    fn carried(&mut self, number: u32, result: Result<(), StoreError>) {
-        self.segment(number).carry_left -= 1;
-        match result {
-            Ok(()) => self.try_release(number),
-            Err(error) => self.release_ended(number, Err(error)),
-        }
-    }
-
-    /// Begins the durable end of a released segment's life as soon as nobody reads it any more.
-    fn try_release(&mut self, number: u32) {
-        let segment = self.segment(number);
-        let waits = segment.reads > 0 || segment.carry_left > 0 || segment.release_begun;
-        if segment.state != State::Releasing || segment.release.is_none() || waits {
-            return;
-        }
-        segment.release_begun = true;
-        let next = Header { generation: segment.header.generation + 1, order: 0, ..segment.header };
-        let mut header = header_page(&next);
-        let memory = header.memory(PAGE_BYTES);
-        let what = What::Release { segment: number, _header: Some(header) };
-        self.start(number, IoKind::Write { offset: 0, memory }, what);
-    }
-
-    fn release_advanced(&mut self, number: u32, op: &IoOp, failure: Option<StoreError>) {
-        if let Some(error) = failure {
-            self.release_ended(number, Err(error));
-        } else if !matches!(op.kind, IoKind::Sync) {
-            self.start(number, IoKind::Sync, What::Release { segment: number, _header: None });
-        } else {
-            self.release_ended(number, Ok(()));
-        }
-    }
-
-    fn release_ended(&mut self, number: u32, result: Result<(), StoreError>) {
-        let segment = self.segment(number);
-        let Some(token) = segment.release.take() else { return };
-        segment.release_begun = false;
-        match &result {
-            // The node may ask again. What was carried already is carried twice then, which does no harm.
-            Err(_) => segment.state = State::Offered,
-            Ok(()) => {
-                let header = Header { generation: segment.header.generation + 1, order: 0, ..segment.header };
-                let cut = segment.cut;
-                *segment = Segment { cut, ..Segment::new(header, State::Free) };
-                self.generation_newest = self.generation_newest.max(header.generation);
-                self.stats.segments_released += 1;
-                if self.is_odd(number) || self.segments.len() > self.config.segments_max as usize {
-                    self.discard(number);
-                } else {
-                    self.free.push_back(number);
-                }
-            }
-        }
-        self.done.push(StoreDone::Released { token, result });
-    }
-
-    // ---- time ----
-
-    /// Looks for operations over the time limit.
-    fn watch(&mut self) {
-        let (now, limit) = (self.now, self.config.slow_limit);
-        let was_open = self.circuit.refusal().is_some();
-        for io in self.ios.values_mut() {
-            if !io.overdue && now.saturating_sub(io.began) > limit && !matches!(io.what, What::Probe { .. }) {
-                io.overdue = true;
-                self.circuit.health.overdue += 1;
-                self.circuit.slow(now, limit);
-            }
-        }
-        for one in self.appends.values_mut() {
-            if one.answered || now.saturating_sub(one.taken) <= limit {
-                continue;
-            }
-            let result = || Err(StoreError::Slow { limit });
-            let token = one.token;
-            // Its memory stays with us until the device gives it back; the node gets another hold on it.
-            let done = match &one.kind {
-                AppendKind::Write { bytes } => {
-                    StoreDone::Written { token, bytes: bytes.clone(), result: result() }
-                }
-                AppendKind::Move { .. } => StoreDone::Moved { token, result: result() },
-                AppendKind::Remove { .. } => {
-                    StoreDone::Removed { token, result: Err(StoreError::Slow { limit }) }
-                }
-                AppendKind::Carry { .. } => continue,
-            };
-            one.answered = true;
-            self.done.push(done);
-        }
-        if !was_open {
-            self.refuse_waiting();
-        }
-    }
-
-    /// How long nothing needs to be looked at, if nothing happens.
-    pub(crate) fn quiet_for(&self, now: Duration) -> Duration {
-        let mut wait = Duration::MAX;
-        if self.ios.len() + self.appends.len() > 0 {
-            wait = (self.config.slow_limit / 4).clamp(Duration::from_millis(1), Duration::from_secs(1));
-        }
-        if let Some(probe) = self.circuit.next_probe() {
-            wait = wait.min(probe.saturating_sub(now).max(Duration::from_millis(1)));
-        }
-        wait
-    }
-
-    fn probe(&mut self) {
-        if !self.probe_file {
-            self.circuit.probed(self.now, true);
-            return;
-        }
-        self.probes += 1;
-        let wanted = self.probes ^ self.now.as_nanos() as u64;
-        let mut buffer = Pages::new(PAGE_BYTES);
-        buffer[..8].copy_from_slice(&wanted.to_le_bytes());
-        self.probe_step(buffer, 0, wanted, self.now);
-    }
-
-    /// Write, sync, read, compare.
-    fn probe_step(&mut self, mut buffer: Pages, step: u8, wanted: u64, began: Duration) {
-        let memory = buffer.memory(PAGE_BYTES);
-        let kind = match step {
-            0 => IoKind::Write { offset: PROBE_OFFSET, memory },
-            1 => IoKind::Sync,
-            _ => IoKind::Read { offset: PROBE_OFFSET, memory },
-        };
-        self.start(PROBE_FILE, kind, What::Probe { buffer, step, wanted, began });
-    }
-
-    fn probe_advanced(&mut self, mut buffer: Pages, step: u8, wanted: u64, began: Duration, whole: bool) {
-        if whole && step < 2 {
-            if step == 1 {
-                buffer.fill(0);
-            }
-            self.probe_step(buffer, step + 1, wanted, began);
-        } else {
-            self.circuit.probed(self.now, whole && buffer[..8] == wanted.to_le_bytes());
-        }
-    }
-
     // ---- to be asked ----
 
     /// Takes nothing new; what has not begun is refused.
@@ -1355,12 +732,6 @@ impl Log {
     pub(crate) fn circuit(&mut self) -> &mut Circuit {
         &mut self.circuit
     }
-}
-
-fn put_entry(segment: &mut Segment, index: u32, bytes: &[u8; ENTRY_BYTES]) {
-    let image = segment.images.entry(index / ENTRIES_PER_PAGE).or_insert_with(Image::fresh);
-    let at = (index % ENTRIES_PER_PAGE) as usize * ENTRY_BYTES;
-    image.page[at..at + ENTRY_BYTES].copy_from_slice(bytes);
 }
 
 fn header_page(header: &Header) -> Pages {

@@ -225,6 +225,17 @@ impl SimDisk {
         disk.put_file(name, file);
     }
 
+    /// Flips one bit of a file, counted from its beginning.
+    pub fn flip(&self, name: &str, bit: u64) {
+        let disk = &mut *self.lock();
+        let Some(file) = disk.names.get(name).and_then(|id| disk.files.get_mut(id)) else { return };
+        let mut byte = [0];
+        file.get(bit / 8, &mut byte);
+        byte[0] ^= 1 << (bit % 8);
+        File::put(&mut file.seen, bit / 8, &byte);
+        File::put(&mut file.stable, bit / 8, &byte);
+    }
+
     /// A copy of the disk as it is, with a history of its own.
     pub fn copy(&self) -> Self {
         let disk = self.lock();

@@ -334,7 +334,14 @@ impl SsdStore {
                 })
                 .map_err(|source| Error::Io { what: "start a thread", dir: PathBuf::new(), source })?
         };
-        let wake = ready.recv().unwrap_or(Err(Error::Ended))?;
+        let wake = match ready.recv().unwrap_or(Err(Error::Ended)) {
+            Ok(wake) => wake,
+            Err(error) => {
+                // It has the directory's lock until it has ended.
+                let _ = thread.join();
+                return Err(error);
+            }
+        };
         let store = Self {
             shared,
             driver: Driver::Thread { wake, thread: Some(thread) },
