@@ -277,5 +277,5 @@ pub fn end_session(node: &Node, session: SessionId) {
     node.sessions.close(session);
 }
 
-/// How long a drain lets calls under way finish.
-pub const DRAIN_LIMIT: Duration = Duration::from_secs(10);
+/// How long a drain lets calls under way finish. Connections that are merely open do not end before it.
+pub const DRAIN_LIMIT: Duration = Duration::from_secs(3);

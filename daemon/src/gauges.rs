@@ -28,7 +28,7 @@ pub async fn follow(node: Arc<Node>, recorder: PrometheusHandle) {
 fn publish(node: &Node, reports: &[ShardReport]) {
     m::READY.gauge(&[]).set(f64::from(u8::from(!node.is_draining())));
     for door in [Door::Shm, Door::Grpc] {
-        let count = node.sessions.all().iter().filter(|info| info.door == door).count();
+        let count = node.clients().iter().filter(|info| info.door == door).count();
         m::SESSIONS.gauge(&[door.name()]).set(count as f64);
     }
     for (index, report) in reports.iter().enumerate() {

@@ -84,6 +84,5 @@ fn planned(flags: &Flags, loaded: Loaded) -> Result<Option<(Loaded, plan::Plan, 
 
 fn run(loaded: &Loaded, plan: &plan::Plan, text: String) -> anyhow::Result<()> {
     logging::init(&loaded.config.log).map_err(anyhow::Error::msg)?;
-    let running = compose::start(loaded, plan)?;
-    serve::run(loaded, plan, text, running)
+    serve::run(loaded, plan, text)
 }

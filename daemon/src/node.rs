@@ -15,7 +15,7 @@ use kv_block::{BlockKey, Epoch, Fault, MissReason, SessionId, ShardId, Tier};
 use kv_node::{BlockReport, Event, Found, Grant, Op, Reply, ShardReport};
 
 use crate::registry::{Bound, Registry};
-use crate::sessions::Sessions;
+use crate::sessions::{SessionInfo, Sessions};
 use crate::shard::{Letter, ReplyTo, ShardHandle};
 
 /// What a start brought back.
@@ -98,6 +98,13 @@ impl Node {
             block_bytes_max,
             draining,
         }
+    }
+
+    /// Who is connected, without the daemon's own session.
+    pub fn clients(&self) -> Vec<SessionInfo> {
+        let mut all = self.sessions.all();
+        all.retain(|info| info.id != self.guest);
+        all
     }
 
     /// Whether no new work is taken.

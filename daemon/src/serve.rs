@@ -6,42 +6,63 @@ use std::time::{Duration, Instant};
 
 use anyhow::Context as _;
 use kv_api::v1;
-use tokio::signal::unix::{SignalKind, signal};
+use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio_stream::wrappers::{TcpListenerStream, UnixListenerStream};
 use tonic::service::Routes;
 use tonic::transport::Server;
 use tonic::transport::server::Router;
 
-use crate::compose::{DRAIN_LIMIT, Running};
+use crate::compose::{self, DRAIN_LIMIT};
 use crate::config::Loaded;
 use crate::http::{Check, HealthSource};
 use crate::node::Node;
+use crate::plan::Plan;
 use crate::rpc::{AdminService, BlocksService, EventsService, Shared, WorkerService};
 use crate::{gauges, http, metrics, systemd, tls};
 
 /// A loop that has not come around for so long is stuck.
 const STUCK_AFTER: Duration = Duration::from_secs(10);
 
-/// Serves until a signal says stop, then drains.
-pub fn run(
-    loaded: &Loaded,
-    plan: &crate::plan::Plan,
-    plan_text: String,
-    running: Running,
-) -> anyhow::Result<()> {
+/// Opens the node, serves until a signal says stop, then drains.
+pub fn run(loaded: &Loaded, plan: &Plan, plan_text: String) -> anyhow::Result<()> {
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(plan.control_threads)
         .thread_name("control")
         .enable_all()
         .build()
         .context("starting the control runtime")?;
+    // From here on a signal ends the daemon in order, also while it still recovers.
+    let signals = runtime.block_on(async { Signals::watch() })?;
+    let running = compose::start(loaded, plan)?;
     let node = Arc::clone(&running.node);
     let listener = running.grpc.try_clone().context("sharing the gRPC socket")?;
-    let served = runtime.block_on(serve(loaded, plan_text, node, listener));
+    let served = runtime.block_on(serve(loaded, plan_text, node, listener, signals));
     systemd::stopping("stopping shards");
     running.stop();
     runtime.shutdown_timeout(Duration::from_secs(1));
     served
+}
+
+/// The signals that end the daemon.
+struct Signals {
+    terminate: Signal,
+    interrupt: Signal,
+}
+
+impl Signals {
+    fn watch() -> anyhow::Result<Self> {
+        Ok(Self {
+            terminate: signal(SignalKind::terminate()).context("watching SIGTERM")?,
+            interrupt: signal(SignalKind::interrupt()).context("watching SIGINT")?,
+        })
+    }
+
+    async fn received(&mut self) {
+        tokio::select! {
+            _ = self.terminate.recv() => {}
+            _ = self.interrupt.recv() => {}
+        }
+    }
 }
 
 async fn serve(
@@ -49,6 +70,7 @@ async fn serve(
     plan_text: String,
     node: Arc<Node>,
     listener: std::os::unix::net::UnixListener,
+    mut signals: Signals,
 ) -> anyhow::Result<()> {
     let config = Arc::new(loaded.config.clone());
     let recorder = metrics::install(&node.name);
@@ -137,7 +159,7 @@ async fn serve(
     );
     systemd::ready("serving");
 
-    wait_for_signal().await?;
+    signals.received().await;
     tracing::info!("draining");
     systemd::stopping("draining");
     node.set_draining(true);
@@ -162,16 +184,6 @@ fn server(builder: Server, routes: Routes) -> Router {
 fn config_values(loaded: &Loaded) -> Vec<v1::ConfigValue> {
     let values = loaded.values();
     values.into_iter().map(|(key, value, origin)| v1::ConfigValue { key, value, origin }).collect()
-}
-
-async fn wait_for_signal() -> anyhow::Result<()> {
-    let mut terminate = signal(SignalKind::terminate()).context("watching SIGTERM")?;
-    let mut interrupt = signal(SignalKind::interrupt()).context("watching SIGINT")?;
-    tokio::select! {
-        _ = terminate.recv() => {}
-        _ = interrupt.recv() => {}
-    }
-    Ok(())
 }
 
 /// Tells systemd that the loops come around, as long as they do.

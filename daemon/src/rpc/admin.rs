@@ -192,7 +192,7 @@ impl v1::admin_server::Admin for AdminService {
             warnings,
             tiers: self.tiers(&reports),
             shards: node.shards.len() as u32,
-            clients: node.sessions.len() as u32,
+            clients: node.clients().len() as u32,
             leases: total(|report| report.leases) as u32,
             pinned_bytes: total(|report| report.pinned_bytes),
             blocks: total(|report| report.blocks),
@@ -232,7 +232,7 @@ impl v1::admin_server::Admin for AdminService {
     ) -> Result<Response<v1::ListClientsResponse>, Status> {
         self.shared.allow_admin(&request)?;
         let reports = self.reports(deadline(&request)).await?;
-        let clients = self.shared.node.sessions.all().into_iter().map(|info| {
+        let clients = self.shared.node.clients().into_iter().map(|info| {
             let rows =
                 reports.iter().flat_map(|report| &report.sessions).filter(|row| row.session == info.id.0);
             let mut client = v1::ClientInfo {

@@ -82,9 +82,12 @@ impl Subscription {
             };
             let Some(last) = events.last() else {
                 tokio::select! {
-                    () = tokio::time::sleep(POLL) => continue,
+                    () = tokio::time::sleep(POLL) => {}
                     () = self.sender.closed() => return Ok(()),
                 }
+                // A subscriber resumes from its cursor with the next daemon.
+                self.node.accepting()?;
+                continue;
             };
             number = last.number;
             let shown = events.iter().filter(|event| self.wants(&event.kind)).map(message).collect();

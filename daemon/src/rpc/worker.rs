@@ -46,9 +46,11 @@ impl v1::worker_server::Worker for WorkerService {
         let (sender, receiver) = tokio::sync::mpsc::channel(4);
         tokio::spawn(async move {
             let mut beat = tokio::time::interval(KEEP_ALIVE);
+            let mut look = tokio::time::interval(Duration::from_millis(250));
             loop {
                 tokio::select! {
                     _ = beat.tick() => {}
+                    _ = look.tick() => if !node.is_draining() { continue },
                     // The stream is gone: that is the session's end.
                     () = sender.closed() => break,
                 }
@@ -57,8 +59,9 @@ impl v1::worker_server::Worker for WorkerService {
                     epoch: node.epoch.0,
                     draining: node.is_draining(),
                 };
+                let draining = notice.draining;
                 // A reader that takes nothing for many beats is as good as gone.
-                if sender.send_timeout(Ok(notice), 4 * KEEP_ALIVE).await.is_err() {
+                if sender.send_timeout(Ok(notice), 4 * KEEP_ALIVE).await.is_err() || draining {
                     break;
                 }
             }

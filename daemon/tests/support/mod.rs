@@ -1,0 +1,302 @@
+//! A real daemon for black-box stories: started on directories of its own, killed and started again, gone
+//! with everything it made when the story ends.
+#![allow(dead_code, reason = "each story uses its part")]
+
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
+
+use kv_api::v1;
+use kv_block::{Scope, SequenceHash, Slice, payload};
+use tonic::Status;
+
+/// Directories of one daemon over all its lives.
+pub(crate) struct Home {
+    root: tempfile::TempDir,
+    memory: PathBuf,
+    /// Extra arguments of every life.
+    pub(crate) args: Vec<String>,
+}
+
+impl Home {
+    /// A home with 64 MiB of host memory and a disk of 256 MiB.
+    pub(crate) fn new(name: &str) -> Self {
+        Self::sized(name, "64MiB", Some("256MiB"))
+    }
+
+    /// A home with these sizes; no disk tier without one.
+    pub(crate) fn sized(name: &str, host: &str, disk: Option<&str>) -> Self {
+        let root = tempfile::Builder::new().prefix("kvd-story-").tempdir().expect("a temporary directory");
+        let memory = PathBuf::from(format!("/dev/shm/kvd-story-{name}-{}", std::process::id()));
+        let mut args: Vec<String> = ["--host-bytes", host, "--http", "127.0.0.1:0"].map(String::from).into();
+        args.extend(
+            ["--set", "host.huge_pages=off", "--set", "log.format=text", "--set", "disk.segment_bytes=8MiB"]
+                .map(String::from),
+        );
+        if let Some(bytes) = disk {
+            let dir = root.path().join("data").display().to_string();
+            args.extend(["--data-dir".into(), dir, "--disk-bytes".into(), bytes.into()]);
+        }
+        Self { root, memory, args }
+    }
+
+    /// With one more `--set`.
+    pub(crate) fn set(mut self, setting: &str) -> Self {
+        self.args.extend(["--set".into(), setting.into()]);
+        self
+    }
+
+    pub(crate) fn run_dir(&self) -> PathBuf {
+        self.root.path().join("run")
+    }
+
+    pub(crate) fn data_dir(&self) -> PathBuf {
+        self.root.path().join("data")
+    }
+
+    pub(crate) fn memory_dir(&self) -> &Path {
+        &self.memory
+    }
+
+    pub(crate) fn log(&self) -> String {
+        std::fs::read_to_string(self.root.path().join("log")).unwrap_or_default()
+    }
+
+    /// Starts a life and waits until it serves.
+    pub(crate) fn start(&self) -> Daemon<'_> {
+        let daemon = self.spawn();
+        daemon.wait_until_serving();
+        daemon
+    }
+
+    fn spawn(&self) -> Daemon<'_> {
+        let log =
+            std::fs::OpenOptions::new().create(true).append(true).open(self.root.path().join("log")).unwrap();
+        let child = Command::new(env!("CARGO_BIN_EXE_kvd"))
+            .args(["--run-dir", &self.run_dir().display().to_string()])
+            .args(["--memory-dir", &self.memory.display().to_string()])
+            .args(&self.args)
+            .stdin(Stdio::null())
+            .stdout(Stdio::null())
+            .stderr(log)
+            .spawn()
+            .expect("kvd starts");
+        Daemon { child, home: self }
+    }
+}
+
+impl Drop for Home {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            eprintln!("the daemon's log:\n{}", self.log());
+        }
+        let _ = std::fs::remove_dir_all(&self.memory);
+    }
+}
+
+/// The raw gRPC door of a daemon, for stories about the protocol itself.
+pub(crate) struct Door {
+    pub(crate) runtime: tokio::runtime::Runtime,
+    pub(crate) channel: tonic::transport::Channel,
+}
+
+impl Door {
+    pub(crate) fn of(home: &Home) -> Self {
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+        let socket = home.run_dir().join("kvd.sock");
+        let connect = tower::service_fn(move |_| {
+            let socket = socket.clone();
+            async move {
+                Ok::<_, std::io::Error>(hyper_util::rt::TokioIo::new(
+                    tokio::net::UnixStream::connect(socket).await?,
+                ))
+            }
+        });
+        let endpoint = tonic::transport::Endpoint::from_static("http://kvd").timeout(Duration::from_secs(20));
+        let channel = runtime.block_on(endpoint.connect_with_connector(connect)).expect("connect");
+        Self { runtime, channel }
+    }
+
+    pub(crate) fn blocks(&self) -> v1::blocks_client::BlocksClient<tonic::transport::Channel> {
+        v1::blocks_client::BlocksClient::new(self.channel.clone())
+    }
+
+    pub(crate) fn worker(&self) -> v1::worker_client::WorkerClient<tonic::transport::Channel> {
+        v1::worker_client::WorkerClient::new(self.channel.clone())
+    }
+
+    pub(crate) fn admin(&self) -> v1::admin_client::AdminClient<tonic::transport::Channel> {
+        v1::admin_client::AdminClient::new(self.channel.clone())
+    }
+
+    /// Registers a scope for a tenant and gives its binding number and what names its blocks.
+    pub(crate) fn register(&self, scope: &Scope, block_bytes: u32) -> u32 {
+        self.try_register(scope, block_bytes).expect("register")
+    }
+
+    /// The same, from a daemon that may be gone.
+    pub(crate) fn try_register(&self, scope: &Scope, block_bytes: u32) -> Option<u32> {
+        let request = v1::RegisterRequest {
+            session: 0,
+            scope: Some(kv_api::convert::scope_message(scope)),
+            slice: Some(kv_api::convert::slice_message(&slice())),
+            block_bytes,
+        };
+        Some(self.runtime.block_on(self.worker().register(request)).ok()?.into_inner().binding)
+    }
+
+    /// Stores the block that the number names, its bytes the keystream of its key.
+    pub(crate) fn put(
+        &self,
+        scope: &Scope,
+        binding: u32,
+        number: u64,
+        bytes: u32,
+        durable: bool,
+    ) -> Result<bool, Status> {
+        let hash = SequenceHash::from(number);
+        let mut body = vec![0; bytes as usize];
+        payload::fill(&scope.id().block_key(&hash, &slice()), &mut body);
+        let header = v1::PutHeader {
+            binding,
+            sequence_hash: hash.as_bytes().to_vec().into(),
+            durable,
+            ..v1::PutHeader::default()
+        };
+        let mut messages = vec![v1::PutRequest { header: Some(header), chunk: bytes::Bytes::new() }];
+        messages.extend(
+            body.chunks(1 << 20)
+                .map(|piece| v1::PutRequest { header: None, chunk: bytes::Bytes::copy_from_slice(piece) }),
+        );
+        let put = async { self.blocks().put(tokio_stream::iter(messages)).await };
+        self.runtime.block_on(put).map(|response| response.into_inner().already)
+    }
+
+    /// Reads a block: its bytes checked against the keystream, or why it is missing.
+    pub(crate) fn get(&self, scope: &Scope, binding: u32, number: u64) -> Result<v1::Tier, v1::Miss> {
+        self.try_get(scope, binding, number).expect("the daemon answers")
+    }
+
+    /// The same, from a daemon that may be gone: `None` then.
+    pub(crate) fn try_get(
+        &self,
+        scope: &Scope,
+        binding: u32,
+        number: u64,
+    ) -> Option<Result<v1::Tier, v1::Miss>> {
+        let hash = SequenceHash::from(number);
+        let key = scope.id().block_key(&hash, &slice());
+        self.runtime.block_on(async {
+            let names = v1::Names {
+                binding,
+                sequence_hashes: vec![hash.as_bytes().to_vec().into()],
+                ..v1::Names::default()
+            };
+            let request = v1::GetRequest { session: 0, names: Some(names), wait_ms: 10_000 };
+            let mut stream = self.blocks().get(request).await.ok()?.into_inner();
+            let (mut bytes, mut header) = (Vec::new(), None);
+            while let Some(message) = stream.message().await.ok()? {
+                match message.what.expect("something") {
+                    v1::get_response::What::Header(found) => header = Some(found),
+                    v1::get_response::What::Chunk(piece) => bytes.extend_from_slice(&piece),
+                    v1::get_response::What::Miss(miss) => return Some(Err(miss)),
+                }
+            }
+            let header = header?;
+            if header.bytes as usize != bytes.len() {
+                return None; // the daemon went in the middle
+            }
+            assert_eq!(payload::first_wrong_byte(&key, &bytes), None, "wrong byte in block {number}");
+            Some(Ok(header.tier()))
+        })
+    }
+
+    /// Evicts a block; false when the daemon is gone.
+    pub(crate) fn evict(&self, _scope: &Scope, binding: u32, number: u64) -> bool {
+        let hash = SequenceHash::from(number).as_bytes().to_vec();
+        let names = v1::Names { binding, sequence_hashes: vec![hash.into()], ..v1::Names::default() };
+        let request = v1::EvictRequest { names: Some(names), ..v1::EvictRequest::default() };
+        self.runtime.block_on(async { self.blocks().evict(request).await }).is_ok()
+    }
+
+    pub(crate) fn status(&self) -> v1::StatusResponse {
+        self.runtime.block_on(self.admin().status(v1::StatusRequest {})).expect("status").into_inner()
+    }
+}
+
+/// The whole of a small tensor.
+pub(crate) fn slice() -> Slice {
+    Slice::whole(2, 4)
+}
+
+/// A scope of this tenant.
+pub(crate) fn scope(tenant: &str) -> Scope {
+    Scope {
+        model: "story".into(),
+        tenant: tenant.into(),
+        salt: format!("salt of {tenant}"),
+        block_tokens: 16,
+        ..Scope::default()
+    }
+}
+
+/// One life of a daemon; killed when dropped.
+pub(crate) struct Daemon<'a> {
+    child: Child,
+    home: &'a Home,
+}
+
+impl Daemon<'_> {
+    pub(crate) fn pid(&self) -> u32 {
+        self.child.id()
+    }
+
+    fn wait_until_serving(&self) {
+        let socket = self.home.run_dir().join("worker.sock");
+        let limit = Instant::now() + Duration::from_secs(30);
+        let pid_file = self.home.run_dir().join("kvd.lock");
+        while Instant::now() < limit {
+            let ours =
+                std::fs::read_to_string(&pid_file).is_ok_and(|pid| pid.trim() == self.pid().to_string());
+            let open =
+                || std::os::unix::net::UnixStream::connect(self.home.run_dir().join("kvd.sock")).is_ok();
+            if ours && socket.exists() && open() {
+                return;
+            }
+            std::thread::sleep(Duration::from_millis(5));
+        }
+        panic!("kvd did not serve within 30 s:\n{}", self.home.log());
+    }
+
+    /// Ends it as a crash would.
+    pub(crate) fn kill(mut self) {
+        self.child.kill().expect("kill");
+        self.child.wait().expect("wait");
+    }
+
+    /// Asks it to end and waits for that.
+    pub(crate) fn terminate(mut self) -> std::process::ExitStatus {
+        let pid = rustix::process::Pid::from_child(&self.child);
+        rustix::process::kill_process(pid, rustix::process::Signal::TERM).expect("SIGTERM");
+        let limit = Instant::now() + Duration::from_secs(20);
+        while Instant::now() < limit {
+            if let Some(status) = self.child.try_wait().expect("wait") {
+                return status;
+            }
+            std::thread::sleep(Duration::from_millis(5));
+        }
+        panic!("kvd did not end within 20 s of SIGTERM:\n{}", self.home.log());
+    }
+
+    /// Whether it still runs.
+    pub(crate) fn is_alive(&mut self) -> bool {
+        self.child.try_wait().expect("wait").is_none()
+    }
+}
+
+impl Drop for Daemon<'_> {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
