@@ -1,0 +1,440 @@
+//! Storing blocks: in one go, or announced first and filled while others already wait for them.
+
+use std::ops::{Deref, DerefMut};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use bytes::Bytes;
+use kv_api::{convert, v1};
+use kv_arena::FillGuard;
+use kv_block::code::Code;
+use kv_block::{BindingId, BlockKey, Checksum, Fault, SequenceHash};
+use kv_shm::{Outcome, Place, Request, StagingSlot};
+
+use crate::binding::Binding;
+use crate::error::{Error, bug, timed_out};
+use crate::hub::{Hold, Ticket};
+use crate::options::PutOptions;
+use crate::read::fault;
+use crate::session::{Known, Life, Link, Shm, Way, unix_now};
+use crate::worker::Worker;
+
+/// Longest piece of a block in one gRPC message.
+const CHUNK_BYTES: usize = 1 << 20;
+/// How long to sleep before looking at the staging area again, when another thread may free some of it.
+const STAGING_LOOK: Duration = Duration::from_millis(2);
+
+/// A block is stored.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Stored {
+    /// It was there before; the offered bytes were not needed.
+    pub already: bool,
+}
+
+impl Worker {
+    /// Stores one block.
+    pub fn put(&self, binding: &Binding, hash: &SequenceHash, bytes: &[u8]) -> Result<Stored, Error> {
+        self.put_with(binding, hash, bytes, &PutOptions::default())
+    }
+
+    /// [`Worker::put`] with a say in how it is kept.
+    pub fn put_with(
+        &self,
+        binding: &Binding,
+        hash: &SequenceHash,
+        bytes: &[u8],
+        options: &PutOptions,
+    ) -> Result<Stored, Error> {
+        let mut stored = self.put_many(binding, &[(*hash, bytes)], options)?;
+        stored.pop().unwrap_or_else(|| Err(bug("one block offered, none answered")))
+    }
+
+    /// Stores many blocks, all under way at once; one answer per block, in order. The error is for all.
+    pub fn put_many(
+        &self,
+        binding: &Binding,
+        blocks: &[(SequenceHash, &[u8])],
+        options: &PutOptions,
+    ) -> Result<Vec<Result<Stored, Error>>, Error> {
+        let life = self.life();
+        life.check()?;
+        let number = self.number(&life, binding)?;
+        let asked = Instant::now();
+        let until = asked + self.deadline();
+        let check = |bytes: &[u8]| check_length(binding, bytes.len());
+        let Way::Shm(shm) = &life.way else {
+            let put = |(hash, bytes): &(SequenceHash, &[u8])| {
+                check(bytes)?;
+                self.put_over_grpc(&life, number, hash, bytes, options)
+            };
+            return Ok(blocks.iter().map(put).collect());
+        };
+        let unix = unix_now();
+        // Everything is submitted before anything is waited for; the shard copies meanwhile.
+        let mut answers: Vec<Option<Result<Stored, Error>>> = Vec::with_capacity(blocks.len());
+        let mut tickets: Vec<(usize, Ticket<'_>)> = Vec::new();
+        for (index, (hash, bytes)) in blocks.iter().enumerate() {
+            let key = binding.key(hash);
+            let (at, known) = shm.locate(&key, unix);
+            let link = &shm.links[at];
+            let answer = match check(bytes) {
+                Err(error) => Some(Err(error)),
+                Ok(()) if known == Known::Host && !options.durable => Some(Ok(Stored { already: true })),
+                Ok(()) if bytes.len() as u64 > link.staging.len() => {
+                    Some(self.put_over_grpc(&life, number, hash, bytes, options))
+                }
+                Ok(()) => match submit_put(link, key, number, bytes, options, until) {
+                    Ok(ticket) => {
+                        tickets.push((index, ticket));
+                        None
+                    }
+                    Err(error) => Some(Err(error)),
+                },
+            };
+            answers.push(answer);
+        }
+        for (index, ticket) in tickets {
+            answers[index] = Some(ticket.wait(asked, until).and_then(stored));
+        }
+        Ok(answers
+            .into_iter()
+            .map(|one| one.unwrap_or_else(|| Err(bug("a put without an answer"))))
+            .collect())
+    }
+
+    /// Announces a block and gives room to fill it in. Others can wait for it from now on. `None` when there
+    /// is nothing to do: it is stored, or somebody else has announced it.
+    pub fn reserve(&self, binding: &Binding, hash: &SequenceHash) -> Result<Option<Reservation>, Error> {
+        self.reserve_with(binding, hash, &PutOptions::default())
+    }
+
+    /// [`Worker::reserve`] with a say in how the block is kept.
+    pub fn reserve_with(
+        &self,
+        binding: &Binding,
+        hash: &SequenceHash,
+        options: &PutOptions,
+    ) -> Result<Option<Reservation>, Error> {
+        let life = self.life();
+        life.check()?;
+        let number = self.number(&life, binding)?;
+        let (key, bytes) = (binding.key(hash), binding.block_bytes());
+        let until = Instant::now() + self.deadline();
+        let announced = |room| Reservation {
+            worker: self.clone(),
+            life: Arc::clone(&life),
+            number,
+            hash: *hash,
+            key,
+            options: *options,
+            room: Some(room),
+        };
+        let over_grpc = || announced(Room::Heap(vec![0; bytes as usize]));
+        let Way::Shm(shm) = &life.way else {
+            return Ok(self.reserve_over_grpc(&life, number, hash, options)?.then(over_grpc));
+        };
+        let (link_at, known) = shm.locate(&key, unix_now());
+        if matches!(known, Known::Host | Known::Disk | Known::Pending) {
+            return Ok(None);
+        }
+        let link = &shm.links[link_at];
+        let staged = match shm.may_write {
+            true => None,
+            false if u64::from(bytes) > link.staging.len() => {
+                return Ok(self.reserve_over_grpc(&life, number, hash, options)?.then(over_grpc));
+            }
+            false => Some(stage(link, bytes as usize, until)?),
+        };
+        let asked = Instant::now();
+        let request = Request::Reserve {
+            key,
+            binding: number,
+            priority: options.priority,
+            ttl_s: options.ttl_s(),
+            in_place: shm.may_write,
+        };
+        let ticket = link.hub.submit(request, Hold::Nothing, until)?;
+        link.hub.kick();
+        let place = match ticket.wait(asked, until)? {
+            Outcome::AlreadyThere => return Ok(None),
+            Outcome::Reserved { place } => place,
+            Outcome::Fault { code, retry_after_ms } => return Err(fault(code, retry_after_ms)),
+            other => return Err(bug(format!("a reserve was answered with {other:?}"))),
+        };
+        let room = match (staged, place) {
+            (Some(slot), _) => Room::Staging(link_at, slot),
+            (None, Some(Place { slot, generation, .. })) => match link.view.fill(slot, generation, bytes) {
+                Ok(guard) => Room::InPlace(link_at, guard),
+                Err(absent) => {
+                    link.hub.post(Request::Abort { key });
+                    let text = format!("the reserved slot cannot be opened: {absent:?}");
+                    return Err(Fault::new(Code::QueueFull, text).into());
+                }
+            },
+            (None, None) => return Err(bug("a reservation in place without a place")),
+        };
+        Ok(Some(announced(room)))
+    }
+
+    fn put_over_grpc(
+        &self,
+        life: &Arc<Life>,
+        number: BindingId,
+        hash: &SequenceHash,
+        bytes: &[u8],
+        options: &PutOptions,
+    ) -> Result<Stored, Error> {
+        let header = v1::PutHeader {
+            session: life.session.0,
+            binding: number.0.into(),
+            sequence_hash: Bytes::copy_from_slice(hash.as_bytes()),
+            priority: convert::priority_message(options.priority).into(),
+            ttl_s: options.ttl_s(),
+            durable: options.durable,
+        };
+        let body = Bytes::copy_from_slice(bytes);
+        let mut messages = vec![v1::PutRequest { header: Some(header), chunk: Bytes::new() }];
+        let pieces = (0..body.len()).step_by(CHUNK_BYTES);
+        messages.extend(pieces.map(|at| v1::PutRequest {
+            header: None,
+            chunk: body.slice(at..body.len().min(at + CHUNK_BYTES)),
+        }));
+        let client = self.client();
+        let work = async move {
+            let request = client.request(tokio_stream::iter(messages));
+            let answer = client.within(client.blocks().put(request)).await?;
+            Ok(Stored { already: answer.already })
+        };
+        self.client().call(work).wait()
+    }
+
+    fn reserve_over_grpc(
+        &self,
+        life: &Arc<Life>,
+        number: BindingId,
+        hash: &SequenceHash,
+        options: &PutOptions,
+    ) -> Result<bool, Error> {
+        let message = v1::ReserveRequest {
+            session: life.session.0,
+            names: Some(hash_names(number, hash)),
+            priority: convert::priority_message(options.priority).into(),
+            ttl_s: options.ttl_s(),
+        };
+        let client = self.client();
+        let work = async move {
+            let answer = client.within(client.blocks().reserve(client.request(message))).await?;
+            answer.reserved.first().copied().ok_or_else(|| bug("a reserve without an answer"))
+        };
+        self.client().call(work).wait()
+    }
+}
+
+fn hash_names(number: BindingId, hash: &SequenceHash) -> v1::Names {
+    v1::Names {
+        binding: number.0.into(),
+        sequence_hashes: vec![Bytes::copy_from_slice(hash.as_bytes())],
+        keys: Vec::new(),
+    }
+}
+
+fn check_length(binding: &Binding, bytes: usize) -> Result<(), Error> {
+    let wanted = binding.block_bytes();
+    if bytes == wanted as usize {
+        return Ok(());
+    }
+    let text = format!("{bytes} bytes offered, blocks of this binding have {wanted}");
+    Err(Fault::new(Code::WrongLength, text).into())
+}
+
+/// A staging slot, waiting for one to come back if need be.
+fn stage(link: &Link, bytes: usize, until: Instant) -> Result<StagingSlot, Error> {
+    loop {
+        if let Some(slot) = link.staging.take(bytes) {
+            return Ok(slot);
+        }
+        link.hub.collect();
+        if let Some(slot) = link.staging.take(bytes) {
+            return Ok(slot);
+        }
+        let now = Instant::now();
+        if now >= until {
+            return Err(timed_out("waiting for room in the staging area"));
+        }
+        let look = until.min(now + STAGING_LOOK);
+        if !link.hub.wait_for_any(look) {
+            std::thread::sleep(look.saturating_duration_since(now));
+        }
+    }
+}
+
+fn submit_put<'a>(
+    link: &'a Link,
+    key: BlockKey,
+    binding: BindingId,
+    bytes: &[u8],
+    options: &PutOptions,
+    until: Instant,
+) -> Result<Ticket<'a>, Error> {
+    let mut slot = stage(link, bytes.len(), until)?;
+    slot.copy_from_slice(bytes);
+    let request = Request::Put {
+        key,
+        binding,
+        offset: slot.offset(),
+        bytes: bytes.len() as u32,
+        priority: options.priority,
+        ttl_s: options.ttl_s(),
+        durable: options.durable,
+    };
+    let ticket = link.hub.submit(request, Hold::Staging(slot), until)?;
+    // Costs a look unless the shard sleeps, and it sleeps once.
+    link.hub.kick();
+    Ok(ticket)
+}
+
+fn stored(outcome: Outcome) -> Result<Stored, Error> {
+    match outcome {
+        Outcome::Stored { already } => Ok(Stored { already }),
+        Outcome::AlreadyThere => Ok(Stored { already: true }),
+        Outcome::Fault { code, retry_after_ms } => Err(fault(code, retry_after_ms)),
+        other => Err(bug(format!("a put was answered with {other:?}"))),
+    }
+}
+
+/// Room for one announced block; dereferences to its bytes. Fill it, then commit. Dropping takes the
+/// announcement back.
+#[derive(Debug)]
+pub struct Reservation {
+    worker: Worker,
+    life: Arc<Life>,
+    number: BindingId,
+    hash: SequenceHash,
+    key: BlockKey,
+    options: PutOptions,
+    /// `None` once committed.
+    room: Option<Room>,
+}
+
+#[derive(Debug)]
+enum Room {
+    Staging(usize, StagingSlot),
+    InPlace(usize, FillGuard),
+    Heap(Vec<u8>),
+}
+
+impl Reservation {
+    /// Name of the block.
+    pub fn key(&self) -> BlockKey {
+        self.key
+    }
+
+    /// Whether the bytes are written where they will stay.
+    pub fn is_in_place(&self) -> bool {
+        matches!(self.room, Some(Room::InPlace(..)))
+    }
+
+    /// Stores the bytes; whoever waits for the block gets it.
+    pub fn commit(mut self) -> Result<Stored, Error> {
+        let Some(room) = self.room.take() else { return Err(bug("committed twice")) };
+        let asked = Instant::now();
+        let until = asked + self.worker.deadline();
+        let (key, durable) = (self.key, self.options.durable);
+        let (at, request, hold) = match room {
+            Room::Heap(bytes) => return self.commit_over_grpc(&bytes),
+            Room::Staging(at, slot) => {
+                let (offset, bytes) = (slot.offset(), slot.len() as u32);
+                (at, Request::Commit { key, offset, bytes, durable }, Hold::Staging(slot))
+            }
+            Room::InPlace(at, guard) => {
+                let checksum = Checksum::of(&key, &guard);
+                let (slot, generation) = guard.slot();
+                let request = Request::CommitInPlace { key, slot, generation, checksum, durable };
+                (at, request, Hold::InPlace(guard))
+            }
+        };
+        let link = &shm_of(&self.life)?.links[at];
+        self.life.check()?;
+        let ticket = link.hub.submit(request, hold, until)?;
+        link.hub.kick();
+        stored(ticket.wait(asked, until)?)
+    }
+
+    fn commit_over_grpc(&self, bytes: &[u8]) -> Result<Stored, Error> {
+        self.life.check()?;
+        let put = || self.worker.put_over_grpc(&self.life, self.number, &self.hash, bytes, &self.options);
+        match put() {
+            // A daemon that does not take the put for the announced block: take the announcement back.
+            Err(error) if error.code() == Some(Code::AlreadyReserved) => {
+                self.abort_over_grpc().wait()?;
+                put()
+            }
+            stored => stored,
+        }
+    }
+
+    fn abort_over_grpc(&self) -> crate::Call<()> {
+        let client = self.worker.client();
+        let names = Some(hash_names(self.number, &self.hash));
+        let message = v1::AbortRequest { session: self.life.session.0, names };
+        self.worker.client().call(async move {
+            client.within(client.blocks().abort(client.request(message))).await.map(|_| ())
+        })
+    }
+}
+
+fn shm_of(life: &Life) -> Result<&Shm, Error> {
+    match &life.way {
+        Way::Shm(shm) => Ok(shm),
+        Way::Grpc(_) => Err(bug("a slot without shared memory")),
+    }
+}
+
+impl Deref for Reservation {
+    type Target = [u8];
+    fn deref(&self) -> &[u8] {
+        match &self.room {
+            Some(Room::Staging(_, slot)) => slot,
+            Some(Room::InPlace(_, guard)) => guard,
+            Some(Room::Heap(bytes)) => bytes,
+            None => &[],
+        }
+    }
+}
+
+impl DerefMut for Reservation {
+    fn deref_mut(&mut self) -> &mut [u8] {
+        match &mut self.room {
+            Some(Room::Staging(_, slot)) => slot,
+            Some(Room::InPlace(_, guard)) => guard,
+            Some(Room::Heap(bytes)) => bytes,
+            None => &mut [],
+        }
+    }
+}
+
+impl Drop for Reservation {
+    fn drop(&mut self) {
+        match self.room.take() {
+            None => {}
+            Some(Room::Heap(_)) => drop(self.abort_over_grpc()),
+            Some(Room::Staging(at, slot)) => {
+                // The shard never learned where the bytes are, so the slot may go first.
+                drop(slot);
+                self.abort(at);
+            }
+            Some(Room::InPlace(at, guard)) => {
+                drop(guard);
+                self.abort(at);
+            }
+        }
+    }
+}
+
+impl Reservation {
+    fn abort(&self, at: usize) {
+        if let Ok(shm) = shm_of(&self.life) {
+            shm.links[at].hub.post(Request::Abort { key: self.key });
+        }
+    }
+}
