@@ -178,6 +178,8 @@ pub struct Shard {
     heartbeat: Arc<AtomicU64>,
     epoll: std::os::fd::OwnedFd,
     workers: HashMap<SessionId, Worker>,
+    /// Workers in the order in which they are asked.
+    turns: Vec<SessionId>,
     asked: HashMap<RequestId, Asked>,
     next_request: u64,
     started: Instant,
@@ -244,6 +246,7 @@ impl Shard {
             heartbeat,
             epoll,
             workers: HashMap::new(),
+            turns: Vec::new(),
             asked: HashMap::new(),
             next_request: 1,
             started: now,
@@ -377,10 +380,12 @@ impl Shard {
         }
         self.hazards.add(hazards);
         self.workers.insert(session, Worker { end, may_write });
+        self.turns.push(session);
     }
 
     fn detach(&mut self, now: Now, session: SessionId) {
         if let Some(worker) = self.workers.remove(&session) {
+            self.turns.retain(|other| *other != session);
             let _ = epoll::delete(&self.epoll, worker.end.ring.bell().as_fd());
             self.hazards.remove(session);
         }
@@ -391,8 +396,9 @@ impl Shard {
         let mut busy = false;
         let mut broken = Vec::new();
         let mut submissions = std::mem::take(&mut self.submissions);
-        let sessions: Vec<SessionId> = self.workers.keys().copied().collect();
-        for session in sessions {
+        for at in 0..self.turns.len() {
+            // A session that ends meanwhile shortens the list: whoever is passed over has its turn next time.
+            let Some(session) = self.turns.get(at).copied() else { break };
             let Some(worker) = self.workers.get_mut(&session) else { continue };
             match worker.end.ring.take(TAKE_MAX, &mut submissions) {
                 Ok(0) => continue,

@@ -62,6 +62,20 @@ impl Home {
         std::fs::read_to_string(self.root.path().join("log")).unwrap_or_default()
     }
 
+    /// The address in the log line with these words, once it is there.
+    pub(crate) fn logged_address(&self, words: &str) -> String {
+        let limit = Instant::now() + Duration::from_secs(20);
+        while Instant::now() < limit {
+            let log = self.log();
+            let line = log.lines().rev().find(|line| line.contains(words));
+            if let Some(address) = line.and_then(|line| line.split("address=").nth(1)) {
+                return address.split_whitespace().next().unwrap_or_default().to_owned();
+            }
+            std::thread::sleep(Duration::from_millis(10));
+        }
+        panic!("no line with `{words}` in the log");
+    }
+
     /// Starts a life and waits until it serves.
     pub(crate) fn start(&self) -> Daemon<'_> {
         let daemon = self.spawn();
