@@ -237,10 +237,13 @@ impl Brain {
         if !self.jobs.is_empty() || !self.unverified.is_empty() {
             return Some(now);
         }
-        if !self.stalled.is_empty() || self.host.limbo_len() > 0 {
-            return Some(now.plus_ms(1));
-        }
-        self.timers.first_key_value().map(|((at, _), _)| *at)
+        let timer = self.timers.first_key_value().map(|((at, _), _)| *at);
+        let look_again = match (self.stalled.is_empty(), self.host.limbo_len()) {
+            (false, _) => Some(now.plus_ms(1)),
+            // Nobody waits for the slot: whoever still reads it may take its time.
+            (true, limbo) => (limbo > 0).then(|| now.plus_ms(20)),
+        };
+        [timer, look_again].into_iter().flatten().min()
     }
 
     /// A number that was not given out before in this life.
