@@ -1,0 +1,166 @@
+//! `kvctl bench`: a bounded load of puts, lookups and gets; every byte read back is checked.
+//!
+//! The blocks are of a tenant and scope of their own, of low priority, and are evicted at the end.
+
+mod load;
+
+use std::time::Duration;
+
+use clap::Args;
+use serde_json::json;
+
+use self::load::{Plan, Tally};
+use crate::cli::{Format, Global, Show, parse_block_bytes};
+use crate::exit::{Exit, Failure};
+use crate::out;
+use crate::paint::Paint;
+use crate::structured;
+use crate::table::{Cell, Kind, Look, column, wide};
+use crate::units::{bytes, counted, nanoseconds, parse_bytes, parse_duration};
+
+#[derive(Debug, Args)]
+pub(crate) struct Arguments {
+    /// Blocks put, then read back
+    #[arg(long, value_name = "COUNT", default_value_t = 1_000)]
+    #[arg(value_parser = clap::value_parser!(u32).range(1..=1_000_000))]
+    blocks: u32,
+    /// Length of a block
+    #[arg(long, value_name = "SIZE", default_value = "64KiB", value_parser = parse_block_bytes)]
+    bytes: u32,
+    /// Requests under way at one moment
+    #[arg(long, value_name = "COUNT", default_value_t = 4)]
+    #[arg(value_parser = clap::value_parser!(u32).range(1..=256))]
+    depth: u32,
+    /// Blocks named in one lookup
+    #[arg(long, value_name = "COUNT", default_value_t = 100)]
+    #[arg(value_parser = clap::value_parser!(u32).range(1..=1_000))]
+    batch: u32,
+    /// Each of put, lookup and get ends after this long
+    #[arg(long, default_value = "30s", value_parser = parse_duration)]
+    time: Duration,
+    /// Most bytes the load may fill
+    #[arg(long, value_name = "SIZE", default_value = "1GiB", value_parser = parse_bytes)]
+    bytes_max: u64,
+    /// Leave the blocks there
+    #[arg(long)]
+    keep: bool,
+    #[command(flatten)]
+    show: Show,
+}
+
+pub(crate) async fn run(global: &Global, arguments: Arguments) -> Result<Exit, Failure> {
+    let all = u64::from(arguments.blocks) * u64::from(arguments.bytes);
+    if all > arguments.bytes_max {
+        return Err(Failure::usage(format!(
+            "{} of blocks are more than {}",
+            bytes(all),
+            bytes(arguments.bytes_max)
+        ))
+        .help(format!("they may push others out; if that is meant: --bytes-max {}", bytes(all))));
+    }
+    let plan = Plan {
+        blocks: arguments.blocks,
+        block_bytes: arguments.bytes,
+        depth: arguments.depth,
+        batch: arguments.batch,
+        time: arguments.time,
+        keep: arguments.keep,
+    };
+    let results = load::run(global, plan).await?;
+    let format = arguments.show.output;
+    let text = structured::text(
+        format,
+        false,
+        || json!({ "block_bytes": plan.block_bytes, "depth": plan.depth, "phases": results.iter().map(json).collect::<Vec<_>>() }),
+    );
+    let look = Look { wide: format == Format::Wide, headers: true, paint: Paint::stdout(), now: 0 };
+    out::print(&text.unwrap_or_else(|| match format {
+        Format::Name => PHASES.names(&results),
+        _ => PHASES.table(&results, &look, &mut Vec::new()),
+    }))?;
+    verdict(&results)
+}
+
+/// Wrong bytes fail the bench; what is merely not there does not: the daemon may evict what it likes.
+fn verdict(results: &[Tally]) -> Result<Exit, Failure> {
+    let wrong: u64 = results.iter().map(|result| result.wrong).sum();
+    if wrong > 0 {
+        return Err(Failure::new(
+            Exit::Failure,
+            format!("{} came back with wrong bytes", counted(wrong, "block")),
+        )
+        .help("this must never happen: keep the data directory and report it with `kvctl status -o json`"));
+    }
+    Ok(Exit::Ok)
+}
+
+const PHASES: Kind<Tally> = Kind {
+    noun: "phase",
+    name: |result| result.name.to_owned(),
+    columns: &[
+        column("OP", |result, _| Cell::text(result.name)),
+        column("COUNT", |result, _| Cell::count(result.count())),
+        column("P50", |result, _| time(result.quantile(0.5))),
+        column("P99", |result, _| time(result.quantile(0.99))),
+        column("MAX", |result, _| time(result.quantile(1.0))),
+        column("OPS/S", |result, _| Cell::count(result.per_second(result.count()))),
+        column("BYTES/S", |result, _| Cell::bytes(result.per_second(result.bytes))),
+        column("MISSES", |result, _| Cell::count(result.misses)),
+        column("WRONG", |result, _| Cell::count(result.wrong)),
+        wide("BUSY", |result, _| Cell::count(result.busy)),
+        wide("TIME", |result, _| time(result.wall.as_nanos() as u64)),
+    ],
+};
+
+fn time(ns: u64) -> Cell {
+    Cell::number(ns, nanoseconds(ns))
+}
+
+fn json(result: &Tally) -> serde_json::Value {
+    json!({
+        "op": result.name,
+        "count": result.count(),
+        "p50_ns": result.quantile(0.5),
+        "p99_ns": result.quantile(0.99),
+        "max_ns": result.quantile(1.0),
+        "ops_per_s": result.per_second(result.count()),
+        "bytes_per_s": result.per_second(result.bytes),
+        "misses": result.misses,
+        "wrong": result.wrong,
+        "busy": result.busy,
+        "wall_ns": result.wall.as_nanos() as u64,
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn quantiles_and_rates_come_from_what_was_timed() {
+        let result = Tally {
+            name: "get",
+            latencies_ns: (1..=100).rev().map(|n| n * 1_000).collect(),
+            bytes: 100 << 20,
+            wall: Duration::from_secs(2),
+            misses: 3,
+            ..Default::default()
+        }
+        .sorted();
+        assert_eq!(result.quantile(0.5), 50_000);
+        assert_eq!(result.quantile(0.99), 99_000);
+        assert_eq!(result.quantile(1.0), 100_000);
+        let look = Look { wide: false, headers: false, paint: Paint::plain(), now: 0 };
+        let row = PHASES.table(std::slice::from_ref(&result), &look, &mut Vec::new());
+        assert_eq!(row, "get   100   50.0us   99.0us   100us   50   50.0MiB   3   0\n");
+        assert_eq!(Tally::default().quantile(0.99), 0, "nothing was done");
+    }
+
+    #[test]
+    fn wrong_bytes_fail_and_misses_do_not() {
+        let miss = Tally { misses: 5, ..Default::default() };
+        assert_eq!(verdict(&[miss]), Ok(Exit::Ok));
+        let wrong = Tally { wrong: 1, ..Default::default() };
+        assert_eq!(verdict(&[wrong]).unwrap_err().exit, Exit::Failure);
+    }
+}

@@ -1,0 +1,270 @@
+//! `kvctl describe`: everything about one thing.
+
+use clap::{Args, Subcommand};
+use kv_api::v1;
+use kv_block::Tier;
+
+use crate::cli::{Format, Global, Show};
+use crate::cmd::get::{priority_name, tier_name, tier_names};
+use crate::connect;
+use crate::exit::{Exit, Failure};
+use crate::names;
+use crate::out;
+use crate::structured::{self, Named, hex};
+use crate::table::fields;
+use crate::units::{bytes, count, percent, seconds};
+
+#[derive(Debug, Args)]
+pub(crate) struct Arguments {
+    #[command(subcommand)]
+    what: What,
+}
+
+#[derive(Debug, Subcommand)]
+enum What {
+    /// A tier, of one shard or of all: state, reason, what it runs on
+    Tier {
+        /// host, disk, ... or with the shard: host/0
+        name: String,
+        #[command(flatten)]
+        show: Show,
+    },
+    /// A block: where it is, who holds it
+    Block {
+        /// Key in hex, or its first 8 digits or more
+        key: String,
+        #[command(flatten)]
+        show: Show,
+    },
+    /// A connected worker
+    Client {
+        /// Session number, or the name it gave itself
+        name: String,
+        #[command(flatten)]
+        show: Show,
+    },
+    /// A tenant: bytes, quota, hits
+    Tenant {
+        /// Name as in `kvctl get tenants`
+        name: String,
+        #[command(flatten)]
+        show: Show,
+    },
+}
+
+pub(crate) async fn run(global: &Global, arguments: Arguments) -> Result<Exit, Failure> {
+    match arguments.what {
+        What::Tier { name, show } => {
+            let (tier, shard) = parse_tier(&name)?;
+            let mut daemon = connect::connect(global).await?;
+            let mut answer = daemon.admin.list_tiers(v1::ListTiersRequest {}).await?.into_inner();
+            let number = i32::from(kv_api::convert::tier_message(tier));
+            answer.tiers.retain(|info| info.tier == number && shard.is_none_or(|shard| info.shard == shard));
+            if answer.tiers.is_empty() {
+                return Err(missing("tier", &name, "kvctl get tiers"));
+            }
+            let now = out::now();
+            let text = structured::text(show.output, false, || structured::json(&answer));
+            let names =
+                || answer.tiers.iter().map(|t| format!("tier/{}/{}\n", tier_name(t.tier), t.shard)).collect();
+            let pages =
+                || answer.tiers.iter().map(|info| tier_fields(info, now)).collect::<Vec<_>>().join("\n");
+            out::print(&text.unwrap_or_else(|| if show.output == Format::Name { names() } else { pages() }))?;
+        }
+        What::Block { key, show } => {
+            let mut daemon = connect::connect(global).await?;
+            let key = names::resolve(&mut daemon, &key).await?;
+            let names = names::requests(&[key]).next();
+            let answer = daemon.blocks.explain(v1::ExplainRequest { names }).await?.into_inner();
+            let Some(block) = answer.block.filter(|_| answer.miss.is_none()) else {
+                let reason = answer
+                    .miss
+                    .map_or(String::new(), |miss| format!(": {}", kv_api::convert::miss_reason(&miss)));
+                return Err(Failure::new(Exit::NotFound, format!("block {key} is not here{reason}"))
+                    .help(format!("`kvctl why {key}` says why")));
+            };
+            print(show.output, &block, &format!("block/{key}"), block_fields(&block, out::now()))?;
+        }
+        What::Client { name, show } => {
+            let name = name.strip_prefix("client/").unwrap_or(&name);
+            let mut daemon = connect::connect(global).await?;
+            let clients = daemon.admin.list_clients(v1::ListClientsRequest {}).await?.into_inner().clients;
+            let found = clients.into_iter().find(|c| c.session.to_string() == name || c.name == name);
+            let client = found.ok_or_else(|| missing("client", name, "kvctl get clients"))?;
+            print(show.output, &client, &format!("client/{}", client.session), client_fields(&client))?;
+        }
+        What::Tenant { name, show } => {
+            let name = name.strip_prefix("tenant/").unwrap_or(&name);
+            let mut daemon = connect::connect(global).await?;
+            let tenants = daemon.admin.list_tenants(v1::ListTenantsRequest {}).await?.into_inner().tenants;
+            let found = tenants.into_iter().find(|tenant| tenant.tenant == name);
+            let tenant = found.ok_or_else(|| missing("tenant", name, "kvctl get tenants"))?;
+            print(show.output, &tenant, &format!("tenant/{name}"), tenant_fields(&tenant))?;
+        }
+    }
+    Ok(Exit::Ok)
+}
+
+fn print<M: Named>(format: Format, message: &M, name: &str, text: String) -> Result<(), Failure> {
+    out::answer(format, message, || if format == Format::Name { format!("{name}\n") } else { text })
+}
+
+fn missing(noun: &str, name: &str, list: &str) -> Failure {
+    Failure::new(Exit::NotFound, format!("no {noun} is called `{name}`")).help(format!("`{list}` lists them"))
+}
+
+/// `host`, `host/0` or `tier/host/0`.
+fn parse_tier(text: &str) -> Result<(Tier, Option<u32>), Failure> {
+    let name = text.strip_prefix("tier/").unwrap_or(text);
+    let (name, shard) = name.split_once('/').map_or((name, None), |(name, shard)| (name, Some(shard)));
+    let tier = Tier::ALL.into_iter().find(|tier| tier.name() == name);
+    match (tier, shard.map(str::parse).transpose()) {
+        (Some(tier), Ok(shard)) => Ok((tier, shard)),
+        _ => Err(Failure::usage(format!("`{text}` is not a tier"))
+            .help("tiers are device, host, disk and object; a shard goes behind a slash: disk/0")),
+    }
+}
+
+fn tier_fields(tier: &v1::TierInfo, now: u64) -> String {
+    let since = match tier.since {
+        0 => String::new(),
+        since => format!("{} ago", seconds(now.saturating_sub(since))),
+    };
+    let used = format!(
+        "{} of {} ({})",
+        bytes(tier.bytes_used),
+        bytes(tier.bytes_max),
+        percent(tier.bytes_used, tier.bytes_max)
+    );
+    fields(&[
+        ("Tier", tier_name(tier.tier).into()),
+        ("Shard", tier.shard.to_string()),
+        ("NUMA node", tier.numa_node.to_string()),
+        ("State", tier.state.clone()),
+        ("Reason", tier.reason.clone()),
+        ("Since", since),
+        ("Used", used),
+        ("Pinned", bytes(tier.bytes_pinned)),
+        ("Blocks", count(tier.blocks)),
+        ("Evicted", count(tier.evicted_blocks)),
+        ("Read", bytes(tier.bytes_read)),
+        ("Written", bytes(tier.bytes_written)),
+        ("Notes", tier.notes.join("; ")),
+    ])
+}
+
+/// All that is known of a block.
+pub(crate) fn block_fields(block: &v1::BlockInfo, now: u64) -> String {
+    let until = |at: u64, never: &str| match at {
+        0 => never.to_owned(),
+        at if at <= now => "over".to_owned(),
+        at => format!("in {}", seconds(at - now)),
+    };
+    fields(&[
+        ("Key", hex(&block.key)),
+        ("State", block.state.clone()),
+        ("Tiers", tier_names(&block.tiers)),
+        ("Bytes", format!("{} ({})", count(block.bytes.into()), bytes(block.bytes.into()))),
+        ("Checksum", format!("{:016x}", block.checksum)),
+        ("Tenant", block.tenant.clone()),
+        ("Model", block.model.clone()),
+        ("Priority", priority_name(block.priority).into()),
+        ("Expires", until(block.expires_at, "never")),
+        ("Pin ends", until(block.pinned_until, "not pinned")),
+        ("Leases", count(block.leases.into())),
+        ("Read lately", format!("{} of 3", block.frequency)),
+        ("Host slot", format!("{} generation {} in shard {}", block.slot, block.generation, block.shard)),
+        ("Disk", block.disk_location.clone()),
+    ])
+}
+
+fn client_fields(client: &v1::ClientInfo) -> String {
+    fields(&[
+        ("Session", client.session.to_string()),
+        ("Name", client.name.clone()),
+        ("Door", client.door.clone()),
+        ("Process", format!("{} of uid {}", client.pid, client.uid)),
+        ("Connected", format!("for {}", seconds(client.connected_s))),
+        ("Leases", format!("{} on {}", count(client.leases.into()), bytes(client.leased_bytes))),
+        ("Pending", count(client.pending.into())),
+        ("Puts", count(client.puts)),
+        ("Gets", count(client.gets)),
+    ])
+}
+
+fn tenant_fields(tenant: &v1::TenantInfo) -> String {
+    let quota = match tenant.quota_bytes {
+        0 => "none".into(),
+        quota => {
+            let used = tenant.host_bytes.saturating_add(tenant.disk_bytes);
+            format!("{} ({} used)", bytes(quota), percent(used, quota))
+        }
+    };
+    let lookups = tenant.hits.saturating_add(tenant.misses);
+    fields(&[
+        ("Tenant", tenant.tenant.clone()),
+        ("Blocks", count(tenant.blocks)),
+        ("Host", bytes(tenant.host_bytes)),
+        ("Disk", bytes(tenant.disk_bytes)),
+        ("Pinned", bytes(tenant.pinned_bytes)),
+        ("Quota", quota),
+        ("Hits", format!("{} of {} lookups", percent(tenant.hits, lookups), count(lookups))),
+    ])
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn tiers_are_named_with_or_without_shard() {
+        assert_eq!(parse_tier("host"), Ok((Tier::Host, None)));
+        assert_eq!(parse_tier("tier/disk/3"), Ok((Tier::Disk, Some(3))));
+        for wrong in ["", "dram", "host/x", "host/0/1"] {
+            assert_eq!(parse_tier(wrong).unwrap_err().exit, Exit::Usage, "{wrong}");
+        }
+    }
+
+    #[test]
+    fn a_block_reads_so() {
+        let block = v1::BlockInfo {
+            key: vec![0xab; 16].into(),
+            tiers: vec![v1::Tier::Host.into(), v1::Tier::Disk.into()],
+            bytes: 65_536,
+            checksum: 0xff,
+            priority: v1::Priority::High.into(),
+            pinned_until: 160,
+            tenant: "team-a".into(),
+            state: "present".into(),
+            slot: 9,
+            generation: 2,
+            frequency: 3,
+            ..Default::default()
+        };
+        let wanted = "\
+Key:          abababababababababababababababab
+State:        present
+Tiers:        host,disk
+Bytes:        65,536 (64.0KiB)
+Checksum:     00000000000000ff
+Tenant:       team-a
+Model:        -
+Priority:     high
+Expires:      never
+Pin ends:     in 1m
+Leases:       0
+Read lately:  3 of 3
+Host slot:    9 generation 2 in shard 0
+Disk:         -
+";
+        let text = block_fields(&block, 100);
+        assert_eq!(text, wanted, "\n{text}");
+    }
+
+    #[test]
+    fn a_tenant_without_quota_says_so() {
+        let tenant = v1::TenantInfo { tenant: "a".into(), hits: 3, misses: 1, ..Default::default() };
+        let text = tenant_fields(&tenant);
+        assert!(text.contains("Quota:   none\n") && text.contains("Hits:    75.0% of 4 lookups\n"), "{text}");
+    }
+}

@@ -1,0 +1,49 @@
+//! `kvctl drain`: the daemon stops taking new work; with `--wait` until its workers are gone.
+
+use std::time::{Duration, Instant};
+
+use clap::Args;
+use kv_api::v1;
+
+use crate::cli::Global;
+use crate::connect;
+use crate::exit::{Exit, Failure};
+use crate::out;
+use crate::units::{bytes, counted, parse_duration};
+
+const POLL: Duration = Duration::from_millis(200);
+
+#[derive(Debug, Args)]
+pub(crate) struct Arguments {
+    /// Take new work again
+    #[arg(long, conflicts_with = "wait")]
+    undo: bool,
+    /// Wait so long for workers to leave and I/O to end; exits with 4 if they do not
+    #[arg(long, value_name = "TIME", value_parser = parse_duration)]
+    wait: Option<Duration>,
+}
+
+pub(crate) async fn run(global: &Global, arguments: Arguments) -> Result<Exit, Failure> {
+    let mut daemon = connect::connect(global).await?;
+    let answer = daemon.admin.drain(v1::DrainRequest { stop: arguments.undo }).await?.into_inner();
+    if !answer.draining {
+        out::print("taking new work\n")?;
+        return Ok(if arguments.undo { Exit::Ok } else { Exit::Failure });
+    }
+    out::print("draining: no new work is taken\n")?;
+    let Some(wait) = arguments.wait else { return Ok(Exit::Ok) };
+    let end = Instant::now() + wait;
+    loop {
+        let status = daemon.admin.status(v1::StatusRequest {}).await?.into_inner();
+        if status.clients == 0 && status.in_flight_bytes == 0 {
+            out::print("drained\n")?;
+            return Ok(Exit::Ok);
+        }
+        if Instant::now() >= end {
+            let left = counted(status.clients.into(), "client");
+            let message = format!("{left} and {} in flight are left", bytes(status.in_flight_bytes));
+            return Err(Failure::new(Exit::Degraded, message).help("`kvctl get clients` shows who stays"));
+        }
+        tokio::time::sleep(POLL).await;
+    }
+}

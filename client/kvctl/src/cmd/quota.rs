@@ -1,0 +1,63 @@
+//! `kvctl quota`: how many bytes a tenant may hold, until the next restart.
+
+use clap::{Args, Subcommand};
+use kv_api::v1;
+
+use crate::cli::Global;
+use crate::connect;
+use crate::exit::{Exit, Failure};
+use crate::out;
+use crate::units::{bytes, parse_bytes};
+
+const LASTING: &str = "It lasts until the daemon restarts; write it to the configuration to keep it.";
+
+#[derive(Debug, Args)]
+pub(crate) struct Arguments {
+    #[command(subcommand)]
+    what: What,
+}
+
+#[derive(Debug, Subcommand)]
+enum What {
+    /// Set a tenant's quota
+    #[command(after_help = LASTING)]
+    Set {
+        /// Tenant, such as team-a
+        tenant: String,
+        /// Most bytes it may hold, such as 64GiB; none lifts the quota
+        #[arg(value_parser = parse_quota)]
+        size: u64,
+    },
+}
+
+pub(crate) async fn run(global: &Global, arguments: Arguments) -> Result<Exit, Failure> {
+    let What::Set { tenant, size } = arguments.what;
+    let mut daemon = connect::connect(global).await?;
+    daemon.admin.set_quota(v1::SetQuotaRequest { tenant: tenant.clone(), bytes_max: size }).await?;
+    let quota = if size == 0 { "none".into() } else { bytes(size) };
+    out::print(&format!("quota of {tenant}: {quota}\n"))?;
+    Ok(Exit::Ok)
+}
+
+/// Bytes; 0 is no quota.
+fn parse_quota(text: &str) -> Result<u64, String> {
+    match text {
+        "none" => Ok(0),
+        text => match parse_bytes(text)? {
+            0 => Err("a quota of nothing keeps nothing; `none` lifts the quota".into()),
+            bytes => Ok(bytes),
+        },
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn no_quota_must_be_said_in_words() {
+        assert_eq!(parse_quota("none"), Ok(0));
+        assert_eq!(parse_quota("64GiB"), Ok(64 << 30));
+        assert!(parse_quota("0").unwrap_err().contains("none"));
+    }
+}

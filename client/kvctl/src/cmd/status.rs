@@ -1,0 +1,315 @@
+//! `kvctl status`: the whole health of a daemon in at most 15 lines of 80 columns.
+
+use std::collections::HashMap;
+use std::time::Duration;
+
+use clap::Args;
+use kv_api::v1;
+use kv_block::Tier;
+
+use crate::cli::{Format, Global, Show, Watch};
+use crate::connect;
+use crate::exit::{Exit, Failure, printable};
+use crate::out;
+use crate::paint::{Ink, Paint};
+use crate::structured;
+use crate::table::ink_of;
+use crate::units::{bytes, count, counted, milliseconds, percent, seconds};
+
+const LINES_MAX: usize = 15;
+const COLUMNS_MAX: usize = 80;
+const EXITS: &str = "Exits with 0 when all is well, 4 when something is out of order.";
+
+#[derive(Debug, Args)]
+#[command(after_help = EXITS)]
+pub(crate) struct Arguments {
+    #[command(flatten)]
+    show: Show,
+    #[command(flatten)]
+    pub(crate) watch: Watch,
+}
+
+pub(crate) async fn run(global: &Global, arguments: Arguments) -> Result<Exit, Failure> {
+    let mut daemon = connect::connect(global).await?;
+    let format = arguments.show.output;
+    let stream = arguments.watch.watch.is_some();
+    out::watched(&arguments.watch, async || {
+        let status = daemon.admin.status(v1::StatusRequest {}).await?.into_inner();
+        let exit = if status.health == "ok" { Exit::Ok } else { Exit::Degraded };
+        let text = structured::text(format, stream, || structured::json(&status));
+        let text = text.unwrap_or_else(|| match format {
+            Format::Name => format!("node/{}\n", printable(&status.node)),
+            Format::Wide => page(&status, usize::MAX, usize::MAX, Paint::stdout()),
+            _ => page(&status, LINES_MAX, COLUMNS_MAX, Paint::stdout()),
+        });
+        Ok((text, exit))
+    })
+    .await
+}
+
+/// A line: a label, and words each in its ink.
+struct Line {
+    label: &'static str,
+    words: Vec<(Ink, String)>,
+}
+
+impl Line {
+    fn new(label: &'static str, text: String) -> Self {
+        Self { label, words: vec![(Ink::Plain, text)] }
+    }
+
+    /// At most `columns` wide; what does not fit ends in an ellipsis.
+    fn render(&self, columns: usize, paint: Paint) -> String {
+        let mut text = paint.ink(Ink::Head, &format!("{:9}", self.label));
+        let mut room = columns.saturating_sub(9);
+        for (ink, word) in &self.words {
+            let word = printable(word);
+            let length = word.chars().count();
+            if length > room {
+                let cut: String = word.chars().take(room.saturating_sub(1)).collect();
+                text += &paint.ink(*ink, &format!("{cut}…"));
+                break;
+            }
+            text += &paint.ink(*ink, &word);
+            room -= length;
+        }
+        format!("{}\n", text.trim_end())
+    }
+}
+
+/// The page. Warnings get the lines that the rest leaves.
+fn page(status: &v1::StatusResponse, lines_max: usize, columns: usize, paint: Paint) -> String {
+    let mut rest = tiers(&status.tiers);
+    rest.push(Line::new(
+        "blocks",
+        format!(
+            "{} here, {} arriving; pinned {}",
+            count(status.blocks),
+            count(status.pending),
+            bytes(status.pinned_bytes)
+        ),
+    ));
+    rest.push(Line::new(
+        "workers",
+        format!(
+            "{} with {}; in flight {}",
+            counted(status.clients.into(), "client"),
+            counted(status.leases.into(), "lease"),
+            bytes(status.in_flight_bytes)
+        ),
+    ));
+    rest.extend(lookups(status));
+    let put = format!("{}, {}", counted(status.put_blocks, "block"), bytes(status.put_bytes));
+    rest.push(Line::new("puts", put));
+    if status.disk_bytes_written + status.disk_bytes_hit > 0 {
+        let (written, hit) = (status.disk_bytes_written, status.disk_bytes_hit);
+        let each = if hit == 0 { "-".into() } else { format!("{:.2}", written as f64 / hit as f64) };
+        let text = format!("{} written, {} read in hits: {each} written per hit", bytes(written), bytes(hit));
+        rest.push(Line::new("disk", text));
+    }
+    rest.push(checks(status));
+    rest.extend(status.recovery.as_ref().map(recovery));
+    let mut page = vec![head(status)];
+    let room = lines_max.saturating_sub(page.len() + rest.len());
+    page.extend(warnings(&status.warnings, room));
+    page.extend(rest);
+    page.iter().map(|line| line.render(columns, paint)).collect()
+}
+
+fn head(status: &v1::StatusResponse) -> Line {
+    let draining = if status.draining { ", draining" } else { "" };
+    let text = format!(
+        "  kvd {}, up {}, epoch {}, {}, rss {}{draining}",
+        status.version,
+        seconds(status.uptime_s),
+        status.epoch,
+        counted(status.shards.into(), "shard"),
+        bytes(status.rss_bytes),
+    );
+    let health = (ink_of(&status.health), status.health.to_uppercase());
+    Line {
+        label: "node",
+        words: vec![(Ink::Plain, format!("{}  ", status.node)), health, (Ink::Plain, text)],
+    }
+}
+
+fn warnings(warnings: &[v1::Warning], room: usize) -> Vec<Line> {
+    let line = |warning: &v1::Warning| Line {
+        label: "",
+        words: vec![(Ink::Warn, warning.code.clone()), (Ink::Plain, format!(" {}", warning.text))],
+    };
+    // There is a line for warnings however full the page is, else they would be silent.
+    let room = room.max(1);
+    if warnings.len() <= room {
+        return warnings.iter().map(line).collect();
+    }
+    let (shown, hidden) = warnings.split_at(room - 1);
+    let text = format!("and {} more; see `kvctl status -o wide`", counted(hidden.len() as u64, "warning"));
+    shown.iter().map(line).chain([Line { label: "", words: vec![(Ink::Warn, text)] }]).collect()
+}
+
+/// One line a tier, its shards summed up; the state is that of the worst shard.
+fn tiers(infos: &[v1::TierInfo]) -> Vec<Line> {
+    let mut lines = Vec::new();
+    for tier in Tier::ALL {
+        let number = i32::from(kv_api::convert::tier_message(tier));
+        let shards: Vec<&v1::TierInfo> = infos.iter().filter(|info| info.tier == number).collect();
+        let Some(first) = shards.first() else { continue };
+        let sum = |of: fn(&v1::TierInfo) -> u64| shards.iter().map(|info| of(info)).sum::<u64>();
+        let (used, max) = (sum(|info| info.bytes_used), sum(|info| info.bytes_max));
+        let worst =
+            shards.iter().map(|info| &info.state).find(|state| *state != "ok").unwrap_or(&first.state);
+        let filled =
+            format!("{:7}{:>9} of {:<9}{:>6}  ", tier.name(), bytes(used), bytes(max), percent(used, max));
+        let more = format!("{:>14}", counted(sum(|info| info.blocks), "block"));
+        let label = if lines.is_empty() { "tiers" } else { "" };
+        let words = vec![(Ink::Plain, filled), (ink_of(worst), format!("{worst:9}")), (Ink::Plain, more)];
+        lines.push(Line { label, words });
+    }
+    lines
+}
+
+fn lookups(status: &v1::StatusResponse) -> [Line; 2] {
+    let (hits, misses): (u64, u64) = (status.hits.values().sum(), status.misses.values().sum());
+    let all = hits + misses;
+    let found = format!("{} of {}", percent(hits, all), counted(all, "lookup"));
+    let by = |counts: &HashMap<String, u64>, most: usize| {
+        let mut pairs: Vec<_> = counts.iter().filter(|(_, number)| **number > 0).collect();
+        pairs.sort_by(|a, b| b.1.cmp(a.1).then(a.0.cmp(b.0)));
+        let shares =
+            pairs.into_iter().take(most).map(|(name, number)| format!("{name} {}", percent(*number, all)));
+        shares.collect::<Vec<_>>().join("  ")
+    };
+    let tiers = by(&status.hits, 4);
+    let hits = if tiers.is_empty() { found } else { format!("{found}: {tiers}") };
+    let reasons = by(&status.misses, 3);
+    [Line::new("hits", hits), Line::new("misses", if reasons.is_empty() { "none".into() } else { reasons })]
+}
+
+fn checks(status: &v1::StatusResponse) -> Line {
+    let (failed, aside) = (status.checksum_failures, status.quarantined);
+    let ink = if failed + aside == 0 { Ink::Good } else { Ink::Warn };
+    let text =
+        format!("{}, {} quarantined; none was served", counted(failed, "checksum failure"), count(aside));
+    Line { label: "checks", words: vec![(ink, text)] }
+}
+
+fn recovery(recovery: &v1::Recovery) -> Line {
+    let time = Duration::from_micros(recovery.seconds_micro);
+    let mut text = format!(
+        "brought back {} host and {} disk blocks in {}",
+        count(recovery.host_blocks),
+        count(recovery.disk_blocks),
+        milliseconds(time.as_millis() as u64)
+    );
+    match recovery.notes.as_slice() {
+        [] => {}
+        [one] => text += &format!("; {one}"),
+        [first, more @ ..] => text += &format!("; {first} (+{})", more.len()),
+    }
+    Line::new("start", text)
+}
+
+#[cfg(test)]
+pub(crate) mod tests {
+    use super::*;
+
+    fn tier(tier: v1::Tier, shard: u32, state: &str, used: u64, max: u64) -> v1::TierInfo {
+        v1::TierInfo {
+            tier: tier.into(),
+            shard,
+            state: state.into(),
+            bytes_used: used,
+            bytes_max: max,
+            blocks: 6_017,
+            evicted_blocks: 12,
+            ..Default::default()
+        }
+    }
+
+    fn status() -> v1::StatusResponse {
+        v1::StatusResponse {
+            node: "gpu-a".into(),
+            version: "0.1.0".into(),
+            epoch: 7,
+            uptime_s: 273_600,
+            health: "warn".into(),
+            warnings: vec![v1::Warning {
+                code: "KVD-3001".into(),
+                text: "disk of shard 1: circuit open for 41s; reads are recomputed".into(),
+            }],
+            tiers: vec![
+                tier(v1::Tier::Host, 0, "ok", 1_900 << 20, 2 << 30),
+                tier(v1::Tier::Host, 1, "ok", 1_900 << 20, 2 << 30),
+                tier(v1::Tier::Disk, 0, "ok", 1 << 40, 4 << 40),
+                tier(v1::Tier::Disk, 1, "degraded", 1 << 40, 4 << 40),
+            ],
+            shards: 2,
+            clients: 4,
+            leases: 1,
+            blocks: 24_068,
+            pending: 3,
+            pinned_bytes: 64 << 20,
+            hits: [("host".to_owned(), 610), ("disk".to_owned(), 221)].into(),
+            misses: [("never_stored".to_owned(), 121), ("evicted_capacity".to_owned(), 48)].into(),
+            put_blocks: 30_000,
+            put_bytes: 15 << 30,
+            disk_bytes_written: 3 << 30,
+            disk_bytes_hit: 12 << 30,
+            rss_bytes: 90 << 20,
+            recovery: Some(v1::Recovery {
+                host_blocks: 12_034,
+                disk_blocks: 400_000,
+                seconds_micro: 1_400_000,
+                notes: vec!["shard-1.meta was set aside".into(), "x".into()],
+            }),
+            ..Default::default()
+        }
+    }
+
+    #[test]
+    fn the_page_reads_so() {
+        let wanted = "\
+node     gpu-a  WARN  kvd 0.1.0, up 3d4h, epoch 7, 2 shards, rss 90.0MiB
+         KVD-3001 disk of shard 1: circuit open for 41s; reads are recomputed
+tiers    host      3.7GiB of 4.0GiB    92.8%  ok        12,034 blocks
+         disk      2.0TiB of 8.0TiB    25.0%  degraded  12,034 blocks
+blocks   24,068 here, 3 arriving; pinned 64.0MiB
+workers  4 clients with 1 lease; in flight 0B
+hits     83.1% of 1,000 lookups: host 61.0%  disk 22.1%
+misses   never_stored 12.1%  evicted_capacity 4.8%
+puts     30,000 blocks, 15.0GiB
+disk     3.0GiB written, 12.0GiB read in hits: 0.25 written per hit
+checks   0 checksum failures, 0 quarantined; none was served
+start    brought back 12,034 host and 400,000 disk blocks in 1.4s; shard-1.meta…
+";
+        let page = page(&status(), LINES_MAX, COLUMNS_MAX, Paint::plain());
+        assert_eq!(page, wanted, "\n{page}");
+    }
+
+    #[test]
+    fn however_much_goes_wrong_it_stays_15_lines_of_80_columns() {
+        let mut status = status();
+        status.node = "n".repeat(200);
+        status.draining = true;
+        let warning = |n| v1::Warning { code: format!("KVD-30{n:02}"), text: "words ".repeat(40) };
+        status.warnings = (0..40).map(warning).collect();
+        for shard in 0..8 {
+            for kind in [v1::Tier::Device, v1::Tier::Host, v1::Tier::Disk, v1::Tier::Object] {
+                status.tiers.push(tier(kind, shard, "degraded", u64::MAX >> 9, u64::MAX >> 8));
+            }
+        }
+        status.misses =
+            kv_block::MissReason::ALL.map(|reason| (reason.name().to_owned(), u64::MAX >> 5)).into();
+        let page = page(&status, LINES_MAX, COLUMNS_MAX, Paint::plain());
+        assert!(page.lines().count() <= LINES_MAX, "{page}");
+        assert!(page.lines().all(|line| line.chars().count() <= COLUMNS_MAX), "{page}");
+        assert!(page.contains("more; see `kvctl status -o wide`"), "{page}");
+    }
+
+    #[test]
+    fn an_idle_daemon_divides_by_nothing() {
+        let page = page(&v1::StatusResponse::default(), LINES_MAX, COLUMNS_MAX, Paint::plain());
+        assert!(page.contains("hits     - of 0 lookups\nmisses   none\n"), "{page}");
+    }
+}

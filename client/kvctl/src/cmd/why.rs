@@ -1,0 +1,155 @@
+//! `kvctl why`: why a block is here or not. A miss is an answer, so it exits with 0 either way.
+
+use clap::Args;
+use kv_api::v1;
+use kv_block::{BlockKey, MissReason};
+
+use crate::cli::{Format, Global, Show, parse_block_bytes};
+use crate::cmd::describe::block_fields;
+use crate::cmd::explain::reason_page;
+use crate::connect::{self, Daemon};
+use crate::exit::{Exit, Failure, printable};
+use crate::names::{self, Blocks, Named};
+use crate::out;
+use crate::structured;
+
+#[derive(Debug, Args)]
+pub(crate) struct Arguments {
+    #[command(flatten)]
+    blocks: Blocks,
+    /// With --scope: the block length it would be stored with
+    #[arg(long, value_name = "SIZE", default_value = "64KiB", value_parser = parse_block_bytes)]
+    block_bytes: u32,
+    #[command(flatten)]
+    show: Show,
+}
+
+pub(crate) async fn run(global: &Global, arguments: Arguments) -> Result<Exit, Failure> {
+    let named = arguments.blocks.meaning()?;
+    let mut daemon = connect::connect(global).await?;
+    let keys = arguments.blocks.keys(&mut daemon).await?;
+    let several = keys.len() > 1;
+    for key in keys {
+        let mut answer = explain(&mut daemon, names_of(key)).await?;
+        if let Some(named) = &named
+            && answer
+                .miss
+                .as_ref()
+                .is_some_and(|miss| kv_api::convert::miss_reason(miss) == MissReason::NeverStored)
+        {
+            answer = compare(&mut daemon, named, arguments.block_bytes).await?.unwrap_or(answer);
+        }
+        let format = arguments.show.output;
+        let text = structured::text(format, several, || structured::json(&answer));
+        out::print(&text.unwrap_or_else(|| match format {
+            Format::Name => format!("block/{key}\n"),
+            _ => page(&key, &answer, named.as_ref(), out::now()),
+        }))?;
+    }
+    Ok(Exit::Ok)
+}
+
+fn names_of(key: BlockKey) -> v1::Names {
+    names::requests(&[key]).next().unwrap_or_default()
+}
+
+async fn explain(daemon: &mut Daemon, names: v1::Names) -> Result<v1::ExplainResponse, Failure> {
+    Ok(daemon.blocks.explain(v1::ExplainRequest { names: Some(names) }).await?.into_inner())
+}
+
+/// Asks again by scope: only then can the daemon compare it with the scopes it has blocks of. `None` when
+/// this caller may not register a scope; the plain answer stands then.
+async fn compare(
+    daemon: &mut Daemon,
+    named: &Named,
+    block_bytes: u32,
+) -> Result<Option<v1::ExplainResponse>, Failure> {
+    let open = v1::OpenRequest { name: "kvctl why".into() };
+    let Ok(opened) = daemon.worker.open(open).await else { return Ok(None) };
+    let mut notices = opened.into_inner();
+    let Ok(Some(first)) = notices.message().await else { return Ok(None) };
+    let request = v1::RegisterRequest {
+        session: first.session,
+        scope: Some(kv_api::convert::scope_message(&named.scope)),
+        slice: Some(kv_api::convert::slice_message(&named.slice)),
+        block_bytes,
+    };
+    let Ok(registered) = daemon.worker.register(request).await else { return Ok(None) };
+    let names = v1::Names {
+        binding: registered.into_inner().binding,
+        sequence_hashes: vec![named.hash.as_bytes().to_vec().into()],
+        keys: Vec::new(),
+    };
+    explain(daemon, names).await.map(Some)
+}
+
+/// The answer in words.
+fn page(key: &BlockKey, answer: &v1::ExplainResponse, named: Option<&Named>, now: u64) -> String {
+    let known = answer.block.as_ref().map_or(String::new(), |block| indented(&block_fields(block, now)));
+    let Some(miss) = &answer.miss else {
+        return format!("{key} is here\n{known}");
+    };
+    let reason = kv_api::convert::miss_reason(miss);
+    let (cause, action) = reason_page(reason);
+    let mut text = format!("{key} is not here: {reason}\n  {cause}\n");
+    for field in &miss.fields {
+        text += &match named.and_then(|named| field_value(named, field)) {
+            Some(value) => format!("  differs: {} (here asked for: {value})\n", printable(field)),
+            None => format!("  differs: {}\n", printable(field)),
+        };
+    }
+    text + &format!("  {action}\n") + &known
+}
+
+/// What the caller's scope says in this field. The salt stays a secret.
+fn field_value(named: &Named, field: &str) -> Option<String> {
+    let scope = serde_json::to_value(&named.scope).ok()?;
+    let value = scope.get(field)?;
+    Some(value.as_str().map_or_else(|| value.to_string(), printable))
+}
+
+fn indented(text: &str) -> String {
+    text.lines().map(|line| format!("  {line}\n")).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use kv_block::{Scope, SequenceHash, Slice};
+
+    use super::*;
+
+    #[test]
+    fn a_miss_names_reason_cause_and_way_out() {
+        let miss = kv_api::convert::miss_message(MissReason::EvictedQuota, Vec::new());
+        let answer = v1::ExplainResponse { miss: Some(miss), ..Default::default() };
+        let page = page(&BlockKey([0xab; 16]), &answer, None, 0);
+        let wanted = format!(
+            "{} is not here: evicted_quota\n  Its tenant was over its quota, so the tenant's own coldest blocks \
+             went.\n  Raise the quota: kvctl quota set TENANT SIZE.\n",
+            "ab".repeat(16)
+        );
+        assert_eq!(page, wanted);
+    }
+
+    #[test]
+    fn a_differing_scope_shows_the_fields_and_never_the_salt() {
+        let scope = Scope { dtype: "bf16".into(), salt: "secret".into(), ..Scope::default() };
+        let named = Named { scope, slice: Slice::whole(1, 1), hash: SequenceHash::from(1) };
+        let fields = ["dtype", "block_tokens", "salt"].map(str::to_owned).to_vec();
+        let miss = kv_api::convert::miss_message(MissReason::ScopeDiffers, fields);
+        let answer = v1::ExplainResponse { miss: Some(miss), ..Default::default() };
+        let page = page(&named.key(), &answer, Some(&named), 0);
+        assert!(page.contains("differs: dtype (here asked for: bf16)\n"), "{page}");
+        assert!(page.contains("differs: block_tokens (here asked for: 0)\n"), "{page}");
+        assert!(page.contains("differs: salt\n") && !page.contains("secret"), "{page}");
+    }
+
+    #[test]
+    fn a_hit_shows_where_it_is() {
+        let block = v1::BlockInfo { tiers: vec![v1::Tier::Host.into()], ..Default::default() };
+        let answer = v1::ExplainResponse { block: Some(block), ..Default::default() };
+        let page = page(&BlockKey([1; 16]), &answer, None, 0);
+        assert!(page.starts_with(&format!("{} is here\n  Key:", "01".repeat(16))), "{page}");
+        assert!(page.lines().any(|line| line.split_whitespace().eq(["Tiers:", "host"])), "{page}");
+    }
+}
