@@ -7,20 +7,18 @@
 //!    |                                                        leaves the host
 //!    |                onboard: read, check, seal                      v
 //!    +------------------------------- disk <------------------ admit -+---> gone: a ghost
-//!                                    `store`                 `offload`
+//!                                    `store`, `reclaim`
 //! ```
 //! Nothing here does I/O, keeps time or rolls dice: the node's brain calls, devices are behind
 //! [`store::BlockStore`], and whoever needs the hour is told it. This crate owns the decisions; `kv-arena`
 //! beneath it owns the memory.
 
 pub mod admit;
-pub mod budget;
 pub mod catalog;
 pub mod contract;
 pub mod evict;
 pub mod host;
 pub mod lifecycle;
 pub mod memory;
-pub mod offload;
-pub mod onboard;
+pub mod reclaim;
 pub mod store;

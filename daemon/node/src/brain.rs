@@ -30,6 +30,8 @@ pub struct BrainConfig {
     pub epoch: Epoch,
     /// How admission to disk is decided; `None` without a disk tier.
     pub disk: Option<AdmissionKind>,
+    /// Bytes the disk tier may use.
+    pub disk_bytes_max: u64,
     /// Leases that one session may hold.
     pub leases_per_session_max: usize,
     /// Sessions served at once.

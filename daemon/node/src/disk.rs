@@ -9,6 +9,8 @@ use kv_block::code::Code;
 use kv_block::{
     BindingId, BlockKey, DiskLocation, Fault, Generation, MissReason, Priority, Record, SlotId, Tier,
 };
+use kv_tiers::catalog::is_expired;
+use kv_tiers::reclaim::{MoveLimit, OnSegment, plan_reclaim};
 use kv_tiers::store::{OpToken, StoreDone, StoreError, StoreOp};
 
 use crate::brain::{Brain, DiskOp, Out, Pending, Source, Stalled, Waiter};
@@ -129,7 +131,7 @@ impl Brain {
                     tracing::warn!(%error, "a segment could not be released");
                 }
             }
-            StoreDone::Reclaim { segment, entries } => self.reclaim(segment, &entries, out),
+            StoreDone::Reclaim { segment, entries } => self.reclaim(now, segment, &entries, out),
         }
     }
 
@@ -290,30 +292,32 @@ impl Brain {
     }
 
     /// The store wants a segment back: what is worth it moves, the rest is forgotten.
-    fn reclaim(&mut self, segment: u32, entries: &[(Record, DiskLocation)], out: &mut Out) {
-        // Moving more than half of a segment would gain little room for much writing.
-        let mut moves_left = entries.len().div_ceil(2);
-        let mut moves = 0;
-        for (record, at) in entries {
-            let Some(entry) = self.catalog.find(&record.key).filter(|entry| entry.disk == Some(*at)) else {
-                continue;
-            };
-            let pinned = self.pins.holds(&record.key);
-            let worth = pinned || entry.priority == Priority::High || entry.frequency > 0;
-            if worth && (pinned || moves_left > 0) {
-                moves_left = moves_left.saturating_sub(1);
-                moves += 1;
-                let token = OpToken(self.number());
-                let op = DiskOp::Move { key: record.key, segment, bytes: record.bytes, from: *at };
-                self.ops.insert(token, op);
-                // A block earns its next move by being read again.
-                self.catalog.cool(&record.key);
-                self.store(StoreOp::Move { token, at: *at, record: *record }, out);
-            } else {
-                self.leave_disk(&record.key, MissReason::EvictedReclaim, false, out);
-            }
+    fn reclaim(&mut self, now: Now, segment: u32, entries: &[(Record, DiskLocation)], out: &mut Out) {
+        let alive: u64 = self.tenants.iter().map(|tenant| tenant.disk_bytes).sum();
+        let listed: u64 = entries.iter().map(|(record, _)| u64::from(record.bytes)).sum();
+        let roomy = alive.saturating_mul(2) <= self.config.disk_bytes_max;
+        let limit = if roomy { MoveLimit::All } else { MoveLimit::Bytes(listed / 2) };
+        let plan = plan_reclaim(entries, limit, |record, at| {
+            let entry = self.catalog.find(&record.key).filter(|entry| entry.disk == Some(at))?;
+            Some(OnSegment {
+                in_host: entry.host.is_some(),
+                expired: is_expired(&entry, now.unix),
+                frequency: entry.frequency,
+                pinned: self.pins.holds(&record.key),
+            })
+        });
+        for (record, _) in &plan.drops {
+            self.leave_disk(&record.key, MissReason::EvictedReclaim, false, out);
         }
-        self.reclaims.insert(segment, moves);
+        self.reclaims.insert(segment, plan.moves.len());
+        for (record, at) in plan.moves {
+            let token = OpToken(self.number());
+            let op = DiskOp::Move { key: record.key, segment, bytes: record.bytes, from: at };
+            self.ops.insert(token, op);
+            // A block earns its next move by being read again.
+            self.catalog.cool(&record.key);
+            self.store(StoreOp::Move { token, at, record }, out);
+        }
         self.release_if_empty(segment, out);
     }
 
