@@ -166,6 +166,7 @@ impl ShardHandle {
 
 /// Everything that a shard's thread owns.
 pub struct Shard {
+    id: ShardId,
     brain: Brain,
     memory: ShardMemory,
     slab: Slab,
@@ -234,6 +235,7 @@ impl Shard {
         };
         let now = Instant::now();
         let shard = Self {
+            id,
             brain,
             memory,
             slab,
@@ -295,7 +297,7 @@ impl Shard {
                 idle_since = None;
             }
         }
-        tracing::info!(shard = %self.memory.epoch(), "shard stopped; host memory stays");
+        tracing::info!(shard = %self.id, epoch = %self.memory.epoch(), "shard stopped; host memory stays");
     }
 
     fn is_quiet(&self) -> bool {
