@@ -8,13 +8,13 @@ use bytes::Bytes;
 use kv_api::{convert, v1};
 use kv_arena::FillGuard;
 use kv_block::code::Code;
-use kv_block::{BindingId, BlockKey, Checksum, Fault, SequenceHash};
+use kv_block::{BindingId, BlockKey, Checksum, Fault, FaultKind, SequenceHash};
 use kv_shm::{Outcome, Place, Request, StagingSlot};
 
 use crate::binding::Binding;
 use crate::error::{Error, bug, timed_out};
 use crate::hub::{Hold, Ticket};
-use crate::options::PutOptions;
+use crate::options::{DEADLINE_MAX, PutOptions};
 use crate::read::fault;
 use crate::session::{Known, Life, Link, Shm, Way, unix_now};
 use crate::worker::Worker;
@@ -226,7 +226,20 @@ impl Worker {
             let answer = client.within(client.blocks().reserve(client.request(message))).await?;
             answer.reserved.first().copied().ok_or_else(|| bug("a reserve without an answer"))
         };
-        self.client().call(work).wait()
+        let reserved = self.client().call(work).wait();
+        if reserved.as_ref().is_err_and(|error| error.kind() == FaultKind::Timeout) {
+            // It may yet be done, and nobody would fill it. Twice: the first may overtake the reserve.
+            let client = self.client().with_deadline(DEADLINE_MAX);
+            let (session, names) = (life.session.0, hash_names(number, hash));
+            self.client().runtime().spawn(async move {
+                for wait in [0, 200] {
+                    tokio::time::sleep(Duration::from_millis(wait)).await;
+                    let message = v1::AbortRequest { session, names: Some(names.clone()) };
+                    let _ = client.within(client.blocks().abort(client.request(message))).await;
+                }
+            });
+        }
+        reserved
     }
 }
 
