@@ -23,9 +23,10 @@ use rustix::event::{EventfdFlags, eventfd};
 use crate::files::SegmentFile;
 use crate::io::{BlockIo, IoDone, IoKind, IoOp, Memory, PROBE_FILE, Waker, errno};
 
-/// Memory is registered in pieces of this length: pinning takes a while, and the kernel takes no more than
-/// 1 GiB at once. A multiple of the arena's regions, so that no block lies across two pieces.
-const PIECE_BYTES: usize = 256 << 20;
+/// Memory is registered in pieces of this length: pinning one takes some 20 ms, during which nothing else is
+/// done, and the kernel takes no more than 1 GiB at once. A multiple of the arena's usual regions; a block
+/// that lies across two pieces goes unregistered.
+const PIECE_BYTES: usize = 64 << 20;
 /// Completion token of the armed eventfd read; no operation has it.
 const WAKE: u64 = u64::MAX;
 

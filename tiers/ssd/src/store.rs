@@ -15,6 +15,7 @@
 //!
 //! A simulated disk runs the same log without threads, inside `poll`, so that a seed tells all.
 
+use std::collections::VecDeque;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, mpsc};
@@ -42,6 +43,8 @@ pub const SEGMENTS_MIN: u64 = 4;
 const DATA_IN_FLIGHT_MAX: u64 = 128 << 20;
 /// Batches of recovered blocks that may wait for the node.
 const RECOVERED_AHEAD: usize = 64;
+/// How long blocks are checked before the device is given its next operations.
+const CHECK_LIMIT: Duration = Duration::from_micros(200);
 /// Files registered with the kernel at most.
 const FILE_SLOTS_MAX: u32 = 1 << 14;
 
@@ -76,7 +79,9 @@ pub struct SsdConfig {
     pub engine: Engine,
     /// CPUs of the store's threads; empty means any.
     pub cpus: Vec<u32>,
-    /// How long an operation may take before it counts as slow.
+    /// How long an operation may take before it counts as slow. A write, move or removal ends then, with
+    /// [`StoreError::Slow`], and what the device still uses of its memory stays held. A read owns its slot
+    /// alone, so it ends when the device gives that back, and is right if it is late.
     pub slow_limit: Duration,
     /// When an operation counts as durable.
     pub sync: SyncMode,
@@ -301,6 +306,7 @@ impl SsdStore {
         })?;
         let directory: Arc<dyn Directory> = Arc::new(directory);
         let mut notes = directory.notes();
+        notes.extend(raise_file_limit(log_config.segments_max));
         let fresh = || fresh_format(&config.node);
         let format =
             format::establish(&*directory, fresh, &mut notes).map_err(failed("write the format file"))?;
@@ -522,6 +528,25 @@ impl Drop for Ended {
     }
 }
 
+/// Makes room for an open file per segment; a note when there is none.
+fn raise_file_limit(segments: u32) -> Option<String> {
+    use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
+    // Sockets, memory files and the like of the rest of the daemon.
+    let wanted = u64::from(segments) + 1024;
+    let Rlimit { current, maximum } = getrlimit(Resource::Nofile);
+    if current.is_none_or(|current| current >= wanted) {
+        return None;
+    }
+    let raised = maximum.map_or(wanted, |maximum| maximum.min(wanted));
+    let set = setrlimit(Resource::Nofile, Rlimit { current: Some(raised), maximum });
+    (set.is_err() || raised < wanted).then(|| {
+        format!(
+            "{segments} segments need as many open files and the limit is {raised}; raise `ulimit -n` \
+             (LimitNOFILE={wanted}) or choose longer segments, else blocks beyond it are not there"
+        )
+    })
+}
+
 fn fresh_format(node: &str) -> Format {
     let mut store = [0; 16];
     // An identity that only has to differ from other stores': without randomness, the time has to do.
@@ -570,7 +595,9 @@ struct Machine {
     log: Log,
     engine: Box<dyn BlockIo>,
     clerk: Clerk,
-    ended: Vec<IoDone>,
+    /// Completions not looked at yet.
+    ended: VecDeque<IoDone>,
+    taken: Vec<IoDone>,
 }
 
 impl Machine {
@@ -597,7 +624,7 @@ impl Machine {
         let probe_file = probe.map(|file| engine.attach(PROBE_FILE, file)).is_ok();
         let log = Log::new(config, made.segments, made.sequence_next, made.order_next, probe_file);
         let clerk = Clerk::new(directory, threaded.then(|| engine.waker()));
-        let machine = Self { log, engine, clerk, ended: Vec::new() };
+        let machine = Self { log, engine, clerk, ended: VecDeque::new(), taken: Vec::new() };
         send(Message::End(Ok(made.report)));
         Some(machine)
     }
@@ -638,10 +665,19 @@ impl Machine {
         unsafe { self.engine.submit(&mut self.log.io) };
     }
 
+    /// Waits for the engine, then looks at what has ended: not at all of it when that takes long, for the
+    /// device should get its next operations first.
     fn finish(&mut self, wait: Duration) {
-        self.engine.completions(wait, &mut self.ended);
-        for one in self.ended.drain(..) {
-            self.log.completed(self.engine.now(), one);
+        let wait = if self.ended.is_empty() { wait } else { Duration::ZERO };
+        self.engine.completions(wait, &mut self.taken);
+        self.ended.extend(self.taken.drain(..));
+        let began = self.engine.now();
+        while let Some(one) = self.ended.pop_front() {
+            let now = self.engine.now();
+            self.log.completed(now, one);
+            if now - began > CHECK_LIMIT {
+                break;
+            }
         }
     }
 

@@ -240,7 +240,7 @@ fn run(seed: u64, reorder: bool, config: &SsdConfig, power_cuts: bool, steps: Ve
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig { cases: 192, ..ProptestConfig::default() })]
+    #![proptest_config(ProptestConfig { cases: 192, failure_persistence: None, ..ProptestConfig::default() })]
 
     #[test]
     fn no_history_loses_or_falsifies_a_block(

@@ -198,8 +198,8 @@ impl Log {
         let Some(token) = segment.release.take() else { return };
         segment.release_begun = false;
         match &result {
-            // The node may ask again. What was carried already is carried twice then, which does no harm.
-            Err(_) => segment.state = State::Offered,
+            // It will be offered again. What was carried already is carried twice then, which does no harm.
+            Err(_) => segment.state = State::Sealed,
             Ok(()) => {
                 let header = Header { generation: segment.header.generation + 1, order: 0, ..segment.header };
                 let cut = segment.cut;

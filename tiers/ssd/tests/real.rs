@@ -1,5 +1,5 @@
-//! A real process on the real file system, killed with SIGKILL in the middle of writing, again and again:
-//! what it acknowledged is there, and nothing read is wrong.
+//! The real file system: a process killed with SIGKILL in the middle of writing, again and again (what it
+//! acknowledged is there, and nothing read is wrong), two owners, registered memory.
 
 mod common;
 
@@ -10,7 +10,7 @@ use std::process::{Command, Stdio};
 use std::time::Duration;
 
 use common::{Found, MIB, Node, key, number};
-use kv_ssd::{Error, SsdConfig, SsdStore};
+use kv_ssd::{Engine, Error, SsdConfig, SsdStore};
 use kv_tiers::store::{BlockStore, StoreDone, StoreError};
 
 const CHILD_DIR: &str = "KV_SSD_KILL_DIR";
@@ -145,4 +145,25 @@ fn a_directory_in_use_is_refused() {
     assert!(matches!(second, Error::InUse { .. }), "{second}");
     drop(node);
     open(dir.path());
+}
+
+#[test]
+fn blocks_pass_through_registered_memory() {
+    for engine in [Engine::Auto, Engine::Threads] {
+        let dir = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
+        let memory = common::memory();
+        let config = SsdConfig { arenas: vec![memory.slab().clone()], engine, ..config(dir.path()) };
+        let (store, recovered) = SsdStore::open(config, Box::new(|| {})).unwrap();
+        recovered.finish().unwrap();
+        let mut node = Node::over(memory, store);
+        let mut alive = Found::new();
+        for n in 0..100 {
+            let (record, at) = node.write(n, 1 + n as u32 * 1_777).unwrap();
+            alive.insert(record.key, (record, at));
+        }
+        for (record, at) in alive.values() {
+            assert_eq!(node.read(record, *at), Ok(()));
+        }
+        eprintln!("{engine:?}: {:?}", node.store.notes());
+    }
 }
