@@ -1,5 +1,6 @@
 //! The one door to the daemon: where it is, how to get in, and what to say when nobody opens.
 
+use std::future::Future;
 use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -7,105 +8,102 @@ use std::time::Duration;
 use kv_api::v1::admin_client::AdminClient;
 use kv_api::v1::blocks_client::BlocksClient;
 use kv_api::v1::worker_client::WorkerClient;
-use tonic::transport::{Certificate, Channel, ClientTlsConfig, Endpoint, Identity};
+use kv_block::code::Code;
+use kv_block::place::GRPC_SOCKET;
+use kv_client::{Client, ClientOptions, Endpoint, Error, Tls};
+use tonic::transport::Channel;
+use tonic::{Request, Response, Status};
 
 use crate::cli::Global;
 use crate::exit::{Exit, Failure};
 
-/// Largest answer taken: a full page of blocks with long names fits many times.
-const MESSAGE_BYTES_MAX: usize = 16 << 20;
+/// Given to the daemon's own answer to arrive after the daemon's deadline.
+const GRACE: Duration = Duration::from_millis(200);
 
-/// Where a daemon listens.
-#[derive(Clone, PartialEq, Eq, Debug)]
-pub(crate) enum Address {
-    /// A Unix socket.
-    Socket(PathBuf),
-    /// `http://host:port` or `https://host:port`.
-    Url(String),
-}
-
-impl std::fmt::Display for Address {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        match self {
-            Self::Socket(path) => write!(f, "{}", path.display()),
-            Self::Url(url) => f.write_str(url),
+/// Where the daemon is looked for: `--endpoint`, else the usual places.
+pub(crate) fn endpoint(global: &Global) -> Result<Endpoint, Failure> {
+    let Some(text) = global.endpoint.as_deref() else { return Ok(Endpoint::local()) };
+    let path = text.strip_prefix("unix://").or_else(|| text.strip_prefix("unix:"));
+    if let Some(path) = path.or_else(|| text.contains('/').then_some(text).filter(|t| !t.contains("://"))) {
+        return Ok(Endpoint::Socket(path.into()));
+    }
+    let uri = text.to_owned();
+    match text.split_once("://") {
+        Some(("http", _)) => Ok(Endpoint::Uri { uri, tls: None }),
+        Some(("https", _)) => {
+            let ca = global.ca.clone().ok_or_else(|| {
+                Failure::usage("https needs to know who signed the daemon's certificate")
+                    .help("add --ca FILE")
+            })?;
+            let identity = global.cert.clone().zip(global.key.clone());
+            Ok(Endpoint::Uri { uri, tls: Some(Tls { ca, identity, name: global.server_name.clone() }) })
         }
+        _ => Err(Failure::usage(format!("`{text}` is not an endpoint"))
+            .help("write a socket path like /run/kvd/kvd.sock, or https://host:port")),
     }
 }
 
-impl Address {
-    /// What `--endpoint` says, or the first socket there is in the usual places.
-    pub(crate) fn of(endpoint: Option<&str>) -> Result<Self, Failure> {
-        match endpoint {
-            Some(text) => Self::parse(text),
-            None => Ok(Self::Socket(usual_socket(&usual_sockets(), Path::exists))),
+/// The socket behind an endpoint on this machine.
+pub(crate) fn socket(endpoint: &Endpoint) -> Option<PathBuf> {
+    match endpoint {
+        Endpoint::Socket(path) if path.extension().is_some_and(|extension| extension == "sock") => {
+            Some(path.clone())
         }
-    }
-
-    fn parse(text: &str) -> Result<Self, Failure> {
-        let socket = text.strip_prefix("unix://").or_else(|| text.strip_prefix("unix:"));
-        if let Some(path) =
-            socket.or_else(|| text.contains('/').then_some(text).filter(|t| !t.contains("://")))
-        {
-            return Ok(Self::Socket(path.into()));
-        }
-        if text.starts_with("http://") || text.starts_with("https://") {
-            return Ok(Self::Url(text.to_owned()));
-        }
-        Err(Failure::usage(format!("`{text}` is not an endpoint"))
-            .help("write a socket path like /run/kvd/kvd.sock, or https://host:port"))
+        Endpoint::Socket(path) => Some(path.join(GRPC_SOCKET)),
+        Endpoint::Uri { .. } => None,
     }
 }
 
-/// Where daemons listen when nobody says otherwise, in the order they are looked for.
-fn usual_sockets() -> Vec<PathBuf> {
-    let user = std::env::var_os("XDG_RUNTIME_DIR").map(|dir| PathBuf::from(dir).join("kvd/kvd.sock"));
-    let own = format!("/tmp/kvd-{}/kvd.sock", rustix::process::getuid().as_raw());
-    std::iter::once("/run/kvd/kvd.sock".into()).chain(user).chain([own.into()]).collect()
-}
-
-fn usual_socket(candidates: &[PathBuf], exists: impl Fn(&Path) -> bool) -> PathBuf {
-    candidates.iter().find(|path| exists(path)).unwrap_or(&candidates[0]).clone()
-}
-
-/// A daemon that answered the door.
+/// A daemon that answered the door. Every call ends at `--timeout`.
 pub(crate) struct Daemon {
-    pub(crate) admin: AdminClient<Channel>,
-    pub(crate) blocks: BlocksClient<Channel>,
-    pub(crate) worker: WorkerClient<Channel>,
+    pub(crate) client: Client,
+    timeout: Duration,
+}
+
+impl Daemon {
+    pub(crate) fn admin(&self) -> AdminClient<Channel> {
+        self.client.admin()
+    }
+
+    pub(crate) fn blocks(&self) -> BlocksClient<Channel> {
+        self.client.blocks()
+    }
+
+    pub(crate) fn sessions(&self) -> WorkerClient<Channel> {
+        self.client.sessions()
+    }
+
+    /// A request that tells the daemon how long it has.
+    pub(crate) fn request<T>(&self, message: T) -> Request<T> {
+        let mut request = Request::new(message);
+        request.set_timeout(self.timeout);
+        request
+    }
+
+    /// The answer, or what is said when it does not come.
+    pub(crate) async fn within<T>(
+        &self,
+        call: impl Future<Output = Result<Response<T>, Status>>,
+    ) -> Result<T, Failure> {
+        match tokio::time::timeout(self.timeout + GRACE, call).await {
+            Ok(answer) => Ok(answer?.into_inner()),
+            Err(_) => Err(silent()),
+        }
+    }
 }
 
 /// Connects, within `--timeout`.
 pub(crate) async fn connect(global: &Global) -> Result<Daemon, Failure> {
-    let address = Address::of(global.endpoint.as_deref())?;
-    let endpoint = match &address {
-        Address::Socket(path) => {
-            knock(path, global.timeout).await?;
-            Endpoint::from_shared(format!("unix:{}", path.display()))
-        }
-        Address::Url(url) => Endpoint::from_shared(url.clone()),
-    };
-    let mut endpoint = endpoint
-        .map_err(|error| Failure::usage(format!("`{address}` is not an endpoint: {error}")))?
-        .connect_timeout(global.timeout)
-        .timeout(global.timeout);
-    if let Address::Url(url) = &address
-        && url.starts_with("https://")
-    {
-        endpoint = endpoint.tls_config(tls(global)?).map_err(|error| {
-            Failure::usage(format!("the certificates cannot be used: {}", causes(&error)))
-                .help("--ca, --cert and --key name PEM files")
-        })?;
+    let endpoint = endpoint(global)?;
+    if let Some(path) = socket(&endpoint) {
+        knock(&path, global.timeout).await?;
     }
-    let channel = endpoint.connect().await.map_err(|error| {
-        Failure::new(Exit::Unreachable, format!("cannot connect to {address}: {}", causes(&error)))
-            .help("see whether kvd listens there; `kvctl doctor` looks at this machine")
+    let options = ClientOptions { endpoint, deadline: global.timeout };
+    let client = Client::connect(options).await.map_err(|error| match error {
+        Error::Fault(fault) if fault.code == Code::DeadlinePassed => silent(),
+        error => error.into(),
     })?;
-    Ok(Daemon {
-        admin: AdminClient::new(channel.clone()).max_decoding_message_size(MESSAGE_BYTES_MAX),
-        blocks: BlocksClient::new(channel.clone()).max_decoding_message_size(MESSAGE_BYTES_MAX),
-        worker: WorkerClient::new(channel),
-    })
+    Ok(Daemon { client, timeout: global.timeout })
 }
 
 /// Opens the socket once by hand: the errno tells what is wrong, which the layers above would bury.
@@ -125,64 +123,63 @@ async fn knock(path: &Path, timeout: Duration) -> Result<(), Failure> {
             }
             _ => unreachable(format!("cannot connect to {shown}: {error}")).help("see `kvctl doctor`"),
         }),
-        Err(_) => Err(unreachable(format!("{shown} does not take the connection in time"))
-            .help("the daemon hangs or is swamped: see `journalctl -u kvd`")),
+        Err(_) => Err(silent()),
     }
 }
 
-fn tls(global: &Global) -> Result<ClientTlsConfig, Failure> {
-    let read = |path: &Path| {
-        std::fs::read(path)
-            .map_err(|error| Failure::usage(format!("cannot read {}: {error}", path.display())))
-    };
-    let mut config = ClientTlsConfig::new();
-    if let Some(path) = &global.ca {
-        config = config.ca_certificate(Certificate::from_pem(read(path)?));
-    }
-    if let (Some(cert), Some(key)) = (&global.cert, &global.key) {
-        config = config.identity(Identity::from_pem(read(cert)?, read(key)?));
-    }
-    if let Some(name) = &global.server_name {
-        config = config.domain_name(name);
-    }
-    Ok(config)
+/// Nothing came in time.
+fn silent() -> Failure {
+    Failure::new(Exit::Unreachable, "the daemon did not answer in time")
+        .help("allow more with --timeout 60s; `journalctl -u kvd` may tell what keeps it")
 }
 
-/// An error with all its sources: transport errors say little by themselves.
-fn causes(error: &dyn std::error::Error) -> String {
-    let mut text = error.to_string();
-    let mut source = error.source();
-    while let Some(error) = source {
-        let more = error.to_string();
-        if !text.contains(&more) {
-            text = format!("{text}: {more}");
+impl From<Error> for Failure {
+    fn from(error: Error) -> Self {
+        match error {
+            Error::Fault(fault) => fault.into(),
+            Error::Option { .. } => Self::usage(error.to_string()).help("see `kvctl options`"),
         }
-        source = error.source();
     }
-    text
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
 
-    #[test]
-    fn endpoints_are_sockets_or_urls() {
-        for text in ["unix:///run/kvd.sock", "unix:/run/kvd.sock", "/run/kvd.sock"] {
-            assert_eq!(Address::parse(text), Ok(Address::Socket("/run/kvd.sock".into())));
-        }
-        assert_eq!(Address::parse("./kvd.sock"), Ok(Address::Socket("./kvd.sock".into())));
-        let url = "https://node:7411";
-        assert_eq!(Address::parse(url), Ok(Address::Url(url.into())));
-        for wrong in ["node:7411", "ftp://node", ""] {
-            assert_eq!(Address::parse(wrong).unwrap_err().exit, Exit::Usage, "{wrong}");
+    fn global(endpoint: &str) -> Global {
+        Global {
+            endpoint: Some(endpoint.into()),
+            timeout: Duration::from_secs(1),
+            ca: None,
+            cert: None,
+            key: None,
+            server_name: None,
         }
     }
 
     #[test]
-    fn the_first_socket_there_is_wins_and_the_system_one_is_named_when_there_is_none() {
-        let candidates = [PathBuf::from("/run/a"), PathBuf::from("/home/b")];
-        assert_eq!(usual_socket(&candidates, |path| path.ends_with("b")), Path::new("/home/b"));
-        assert_eq!(usual_socket(&candidates, |_| false), Path::new("/run/a"));
+    fn endpoints_are_sockets_or_urls() {
+        for text in ["unix:///run/kvd.sock", "unix:/run/kvd.sock", "/run/kvd.sock"] {
+            assert_eq!(endpoint(&global(text)), Ok(Endpoint::Socket("/run/kvd.sock".into())));
+        }
+        let directory = endpoint(&global("/run/kvd")).unwrap();
+        assert_eq!(socket(&directory), Some("/run/kvd/kvd.sock".into()));
+        let url = "http://127.0.0.1:7411";
+        assert_eq!(endpoint(&global(url)), Ok(Endpoint::Uri { uri: url.into(), tls: None }));
+        for wrong in ["node:7411", "ftp://node", "", "https://no-authority:1"] {
+            assert_eq!(endpoint(&global(wrong)).unwrap_err().exit, Exit::Usage, "{wrong}");
+        }
+    }
+
+    #[test]
+    fn https_takes_certificates_from_the_flags() {
+        let global = Global {
+            ca: Some("ca.pem".into()),
+            cert: Some("c.pem".into()),
+            key: Some("k.pem".into()),
+            ..global("https://node:1")
+        };
+        let Ok(Endpoint::Uri { tls: Some(tls), .. }) = endpoint(&global) else { panic!("no tls") };
+        assert_eq!(tls.identity, Some(("c.pem".into(), "k.pem".into())));
     }
 }

@@ -11,8 +11,6 @@ use kv_block::{BlockKey, Scope, SequenceHash, Slice};
 use crate::connect::Daemon;
 use crate::exit::{Exit, Failure};
 
-/// Keys in one request; a daemon takes at least as many.
-const KEYS_PER_REQUEST: usize = 1_000;
 /// Shortest beginning of a key that may stand for it.
 const PREFIX_DIGITS_MIN: usize = 8;
 
@@ -81,7 +79,7 @@ impl Blocks {
     }
 
     /// The keys of all blocks named.
-    pub(crate) async fn keys(&self, daemon: &mut Daemon) -> Result<Vec<BlockKey>, Failure> {
+    pub(crate) async fn keys(&self, daemon: &Daemon) -> Result<Vec<BlockKey>, Failure> {
         if let Some(named) = self.meaning()? {
             return Ok(vec![named.key()]);
         }
@@ -104,9 +102,9 @@ impl Blocks {
     }
 }
 
-/// Requests that name `keys`, each no larger than a daemon takes.
-pub(crate) fn requests(keys: &[BlockKey]) -> impl Iterator<Item = v1::Names> {
-    keys.chunks(KEYS_PER_REQUEST).map(|chunk| v1::Names {
+/// What requests name `keys` with, `max` of them in each.
+pub(crate) fn requests(keys: &[BlockKey], max: usize) -> impl Iterator<Item = v1::Names> {
+    keys.chunks(max.max(1)).map(|chunk| v1::Names {
         keys: chunk.iter().map(|key| key.as_bytes().to_vec().into()).collect(),
         ..Default::default()
     })
@@ -134,13 +132,23 @@ fn typed(text: &str) -> Result<Typed, Failure> {
 }
 
 /// The key that `text` stands for; asks the daemon when only its beginning was given.
-pub(crate) async fn resolve(daemon: &mut Daemon, text: &str) -> Result<BlockKey, Failure> {
+pub(crate) async fn resolve(daemon: &Daemon, text: &str) -> Result<BlockKey, Failure> {
     let prefix = match typed(text)? {
         Typed::Key(key) => return Ok(key),
         Typed::Prefix(prefix) => prefix,
     };
-    let request = v1::ListBlocksRequest { page_size: 2, key_prefix: prefix.clone(), ..Default::default() };
-    let found = daemon.admin.list_blocks(request).await?.into_inner().blocks;
+    let mut request =
+        v1::ListBlocksRequest { page_size: 2, key_prefix: prefix.clone(), ..Default::default() };
+    let mut found = Vec::new();
+    // A page ends with its shard: an empty one is not the end.
+    loop {
+        let page = daemon.within(daemon.admin().list_blocks(daemon.request(request.clone()))).await?;
+        found.extend(page.blocks);
+        if page.next_page_token.is_empty() || found.len() > 1 {
+            break;
+        }
+        request.page_token = page.next_page_token;
+    }
     match found.as_slice() {
         [one] => kv_api::convert::key(&one.key).map_err(Failure::from),
         [] => Err(Failure::new(Exit::NotFound, format!("no block's key begins with {prefix}"))
@@ -227,8 +235,8 @@ mod tests {
 
     #[test]
     fn long_lists_are_split_into_requests() {
-        let keys = vec![BlockKey([1; 16]); KEYS_PER_REQUEST * 2 + 1];
-        let sizes: Vec<usize> = requests(&keys).map(|names| names.keys.len()).collect();
-        assert_eq!(sizes, [KEYS_PER_REQUEST, KEYS_PER_REQUEST, 1]);
+        let keys = [BlockKey([1; 16]); 9];
+        let sizes: Vec<usize> = requests(&keys, 4).map(|names| names.keys.len()).collect();
+        assert_eq!(sizes, [4, 4, 1]);
     }
 }

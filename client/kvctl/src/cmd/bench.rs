@@ -11,6 +11,7 @@ use serde_json::json;
 
 use self::load::{Plan, Tally};
 use crate::cli::{Format, Global, Show, parse_block_bytes};
+use crate::connect;
 use crate::exit::{Exit, Failure};
 use crate::out;
 use crate::paint::Paint;
@@ -27,20 +28,23 @@ pub(crate) struct Arguments {
     /// Length of a block
     #[arg(long, value_name = "SIZE", default_value = "64KiB", value_parser = parse_block_bytes)]
     bytes: u32,
-    /// Requests under way at one moment
-    #[arg(long, value_name = "COUNT", default_value_t = 4)]
+    /// Threads that ask at the same time
+    #[arg(long, value_name = "COUNT", default_value_t = 1)]
     #[arg(value_parser = clap::value_parser!(u32).range(1..=256))]
-    depth: u32,
+    threads: u32,
     /// Blocks named in one lookup
     #[arg(long, value_name = "COUNT", default_value_t = 100)]
     #[arg(value_parser = clap::value_parser!(u32).range(1..=1_000))]
     batch: u32,
-    /// Each of put, lookup and get ends after this long
+    /// Each kind of operation ends after this long
     #[arg(long, default_value = "30s", value_parser = parse_duration)]
     time: Duration,
     /// Most bytes the load may fill
     #[arg(long, value_name = "SIZE", default_value = "1GiB", value_parser = parse_bytes)]
     bytes_max: u64,
+    /// Over gRPC even where shared memory could be had
+    #[arg(long)]
+    grpc: bool,
     /// Leave the blocks there
     #[arg(long)]
     keep: bool,
@@ -61,29 +65,30 @@ pub(crate) async fn run(global: &Global, arguments: Arguments) -> Result<Exit, F
     let plan = Plan {
         blocks: arguments.blocks,
         block_bytes: arguments.bytes,
-        depth: arguments.depth,
+        threads: arguments.threads,
         batch: arguments.batch,
         time: arguments.time,
+        grpc: arguments.grpc,
         keep: arguments.keep,
     };
-    let results = load::run(global, plan).await?;
+    let daemon = connect::connect(global).await?;
+    let (door, tallies) = load::run(&daemon.client, plan).await?;
     let format = arguments.show.output;
-    let text = structured::text(
-        format,
-        false,
-        || json!({ "block_bytes": plan.block_bytes, "depth": plan.depth, "phases": results.iter().map(json).collect::<Vec<_>>() }),
-    );
+    let text = structured::text(format, false, || {
+        let operations: Vec<_> = tallies.iter().map(json).collect();
+        json!({ "door": door, "block_bytes": plan.block_bytes, "threads": plan.threads, "operations": operations })
+    });
     let look = Look { wide: format == Format::Wide, headers: true, paint: Paint::stdout(), now: 0 };
     out::print(&text.unwrap_or_else(|| match format {
-        Format::Name => PHASES.names(&results),
-        _ => PHASES.table(&results, &look, &mut Vec::new()),
+        Format::Name => OPERATIONS.names(&tallies),
+        _ => OPERATIONS.table(&tallies, &look, &mut Vec::new()),
     }))?;
-    verdict(&results)
+    verdict(&tallies)
 }
 
 /// Wrong bytes fail the bench; what is merely not there does not: the daemon may evict what it likes.
-fn verdict(results: &[Tally]) -> Result<Exit, Failure> {
-    let wrong: u64 = results.iter().map(|result| result.wrong).sum();
+fn verdict(tallies: &[Tally]) -> Result<Exit, Failure> {
+    let wrong: u64 = tallies.iter().map(|tally| tally.wrong).sum();
     if wrong > 0 {
         return Err(Failure::new(
             Exit::Failure,
@@ -94,21 +99,21 @@ fn verdict(results: &[Tally]) -> Result<Exit, Failure> {
     Ok(Exit::Ok)
 }
 
-const PHASES: Kind<Tally> = Kind {
-    noun: "phase",
-    name: |result| result.name.to_owned(),
+const OPERATIONS: Kind<Tally> = Kind {
+    noun: "operation",
+    name: |tally| tally.name.to_owned(),
     columns: &[
-        column("OP", |result, _| Cell::text(result.name)),
-        column("COUNT", |result, _| Cell::count(result.count())),
-        column("P50", |result, _| time(result.quantile(0.5))),
-        column("P99", |result, _| time(result.quantile(0.99))),
-        column("MAX", |result, _| time(result.quantile(1.0))),
-        column("OPS/S", |result, _| Cell::count(result.per_second(result.count()))),
-        column("BYTES/S", |result, _| Cell::bytes(result.per_second(result.bytes))),
-        column("MISSES", |result, _| Cell::count(result.misses)),
-        column("WRONG", |result, _| Cell::count(result.wrong)),
-        wide("BUSY", |result, _| Cell::count(result.busy)),
-        wide("TIME", |result, _| time(result.wall.as_nanos() as u64)),
+        column("OP", |tally, _| Cell::text(tally.name)),
+        column("COUNT", |tally, _| Cell::count(tally.count())),
+        column("P50", |tally, _| time(tally.quantile(0.5))),
+        column("P99", |tally, _| time(tally.quantile(0.99))),
+        column("MAX", |tally, _| time(tally.quantile(1.0))),
+        column("OPS/S", |tally, _| Cell::count(tally.per_second(tally.count()))),
+        column("BYTES/S", |tally, _| Cell::bytes(tally.per_second(tally.bytes))),
+        column("MISSES", |tally, _| Cell::count(tally.misses)),
+        column("WRONG", |tally, _| Cell::count(tally.wrong)),
+        wide("BUSY", |tally, _| Cell::count(tally.busy)),
+        wide("SPENT", |tally, _| time(tally.spent.as_nanos() as u64)),
     ],
 };
 
@@ -116,19 +121,19 @@ fn time(ns: u64) -> Cell {
     Cell::number(ns, nanoseconds(ns))
 }
 
-fn json(result: &Tally) -> serde_json::Value {
+fn json(tally: &Tally) -> serde_json::Value {
     json!({
-        "op": result.name,
-        "count": result.count(),
-        "p50_ns": result.quantile(0.5),
-        "p99_ns": result.quantile(0.99),
-        "max_ns": result.quantile(1.0),
-        "ops_per_s": result.per_second(result.count()),
-        "bytes_per_s": result.per_second(result.bytes),
-        "misses": result.misses,
-        "wrong": result.wrong,
-        "busy": result.busy,
-        "wall_ns": result.wall.as_nanos() as u64,
+        "op": tally.name,
+        "count": tally.count(),
+        "p50_ns": tally.quantile(0.5),
+        "p99_ns": tally.quantile(0.99),
+        "max_ns": tally.quantile(1.0),
+        "ops_per_s": tally.per_second(tally.count()),
+        "bytes_per_s": tally.per_second(tally.bytes),
+        "misses": tally.misses,
+        "wrong": tally.wrong,
+        "busy": tally.busy,
+        "spent_ns": tally.spent.as_nanos() as u64,
     })
 }
 
@@ -138,20 +143,20 @@ mod tests {
 
     #[test]
     fn quantiles_and_rates_come_from_what_was_timed() {
-        let result = Tally {
+        let tally = Tally {
             name: "get",
             latencies_ns: (1..=100).rev().map(|n| n * 1_000).collect(),
             bytes: 100 << 20,
-            wall: Duration::from_secs(2),
+            spent: Duration::from_secs(2),
             misses: 3,
             ..Default::default()
         }
         .sorted();
-        assert_eq!(result.quantile(0.5), 50_000);
-        assert_eq!(result.quantile(0.99), 99_000);
-        assert_eq!(result.quantile(1.0), 100_000);
+        assert_eq!(tally.quantile(0.5), 50_000);
+        assert_eq!(tally.quantile(0.99), 99_000);
+        assert_eq!(tally.quantile(1.0), 100_000);
         let look = Look { wide: false, headers: false, paint: Paint::plain(), now: 0 };
-        let row = PHASES.table(std::slice::from_ref(&result), &look, &mut Vec::new());
+        let row = OPERATIONS.table(std::slice::from_ref(&tally), &look, &mut Vec::new());
         assert_eq!(row, "get   100   50.0us   99.0us   100us   50   50.0MiB   3   0\n");
         assert_eq!(Tally::default().quantile(0.99), 0, "nothing was done");
     }

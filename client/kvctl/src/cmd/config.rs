@@ -47,8 +47,9 @@ pub(crate) async fn run(global: &Global, arguments: Arguments) -> Result<Exit, F
     match arguments.what {
         What::Check { file } => check(&file),
         What::Print { effective, origin, plan, show } => {
-            let mut daemon = connect::connect(global).await?;
-            let answer = daemon.admin.get_config(v1::GetConfigRequest {}).await?.into_inner();
+            let daemon = connect::connect(global).await?;
+            let answer =
+                daemon.within(daemon.admin().get_config(daemon.request(v1::GetConfigRequest {}))).await?;
             out::answer(show.output, &answer, || match (plan, effective && !origin) {
                 (true, _) => answer.plan.clone(),
                 (_, true) => answer.toml.clone(),

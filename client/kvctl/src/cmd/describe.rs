@@ -56,8 +56,9 @@ pub(crate) async fn run(global: &Global, arguments: Arguments) -> Result<Exit, F
     match arguments.what {
         What::Tier { name, show } => {
             let (tier, shard) = parse_tier(&name)?;
-            let mut daemon = connect::connect(global).await?;
-            let mut answer = daemon.admin.list_tiers(v1::ListTiersRequest {}).await?.into_inner();
+            let daemon = connect::connect(global).await?;
+            let mut answer =
+                daemon.within(daemon.admin().list_tiers(daemon.request(v1::ListTiersRequest {}))).await?;
             let number = i32::from(kv_api::convert::tier_message(tier));
             answer.tiers.retain(|info| info.tier == number && shard.is_none_or(|shard| info.shard == shard));
             if answer.tiers.is_empty() {
@@ -72,10 +73,11 @@ pub(crate) async fn run(global: &Global, arguments: Arguments) -> Result<Exit, F
             out::print(&text.unwrap_or_else(|| if show.output == Format::Name { names() } else { pages() }))?;
         }
         What::Block { key, show } => {
-            let mut daemon = connect::connect(global).await?;
-            let key = names::resolve(&mut daemon, &key).await?;
-            let names = names::requests(&[key]).next();
-            let answer = daemon.blocks.explain(v1::ExplainRequest { names }).await?.into_inner();
+            let daemon = connect::connect(global).await?;
+            let key = names::resolve(&daemon, &key).await?;
+            let names = names::requests(&[key], 1).next();
+            let answer =
+                daemon.within(daemon.blocks().explain(daemon.request(v1::ExplainRequest { names }))).await?;
             let Some(block) = answer.block.filter(|_| answer.miss.is_none()) else {
                 let reason = answer
                     .miss
@@ -87,16 +89,22 @@ pub(crate) async fn run(global: &Global, arguments: Arguments) -> Result<Exit, F
         }
         What::Client { name, show } => {
             let name = name.strip_prefix("client/").unwrap_or(&name);
-            let mut daemon = connect::connect(global).await?;
-            let clients = daemon.admin.list_clients(v1::ListClientsRequest {}).await?.into_inner().clients;
+            let daemon = connect::connect(global).await?;
+            let clients = daemon
+                .within(daemon.admin().list_clients(daemon.request(v1::ListClientsRequest {})))
+                .await?
+                .clients;
             let found = clients.into_iter().find(|c| c.session.to_string() == name || c.name == name);
             let client = found.ok_or_else(|| missing("client", name, "kvctl get clients"))?;
             print(show.output, &client, &format!("client/{}", client.session), client_fields(&client))?;
         }
         What::Tenant { name, show } => {
             let name = name.strip_prefix("tenant/").unwrap_or(&name);
-            let mut daemon = connect::connect(global).await?;
-            let tenants = daemon.admin.list_tenants(v1::ListTenantsRequest {}).await?.into_inner().tenants;
+            let daemon = connect::connect(global).await?;
+            let tenants = daemon
+                .within(daemon.admin().list_tenants(daemon.request(v1::ListTenantsRequest {})))
+                .await?
+                .tenants;
             let found = tenants.into_iter().find(|tenant| tenant.tenant == name);
             let tenant = found.ok_or_else(|| missing("tenant", name, "kvctl get tenants"))?;
             print(show.output, &tenant, &format!("tenant/{name}"), tenant_fields(&tenant))?;

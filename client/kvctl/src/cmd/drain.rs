@@ -24,8 +24,10 @@ pub(crate) struct Arguments {
 }
 
 pub(crate) async fn run(global: &Global, arguments: Arguments) -> Result<Exit, Failure> {
-    let mut daemon = connect::connect(global).await?;
-    let answer = daemon.admin.drain(v1::DrainRequest { stop: arguments.undo }).await?.into_inner();
+    let daemon = connect::connect(global).await?;
+    let answer = daemon
+        .within(daemon.admin().drain(daemon.request(v1::DrainRequest { stop: arguments.undo })))
+        .await?;
     if !answer.draining {
         out::print("taking new work\n")?;
         return Ok(if arguments.undo { Exit::Ok } else { Exit::Failure });
@@ -34,7 +36,7 @@ pub(crate) async fn run(global: &Global, arguments: Arguments) -> Result<Exit, F
     let Some(wait) = arguments.wait else { return Ok(Exit::Ok) };
     let end = Instant::now() + wait;
     loop {
-        let status = daemon.admin.status(v1::StatusRequest {}).await?.into_inner();
+        let status = daemon.within(daemon.admin().status(daemon.request(v1::StatusRequest {}))).await?;
         if status.clients == 0 && status.in_flight_bytes == 0 {
             out::print("drained\n")?;
             return Ok(Exit::Ok);

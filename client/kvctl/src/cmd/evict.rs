@@ -30,17 +30,17 @@ pub(crate) struct Arguments {
 }
 
 pub(crate) async fn run(global: &Global, arguments: Arguments) -> Result<Exit, Failure> {
-    let mut daemon = connect::connect(global).await?;
-    let keys = arguments.blocks.keys(&mut daemon).await?;
+    let daemon = connect::connect(global).await?;
+    let keys = arguments.blocks.keys(&daemon).await?;
     if !arguments.dry_run {
         let from = arguments.tier.map_or("every tier", Tier::name);
         ask::confirm(&format!("evict {} from {from}", counted(keys.len() as u64, "block")), arguments.yes)?;
     }
     let tier = arguments.tier.map_or(v1::Tier::Unspecified, kv_api::convert::tier_message).into();
     let mut total = v1::EvictResponse::default();
-    for names in names::requests(&keys) {
+    for names in names::requests(&keys, daemon.client.keys_per_request_max()) {
         let request = v1::EvictRequest { names: Some(names), tier, dry_run: arguments.dry_run };
-        let answer = daemon.blocks.evict(request).await?.into_inner();
+        let answer = daemon.within(daemon.blocks().evict(daemon.request(request))).await?;
         total.evicted += answer.evicted;
         total.in_use += answer.in_use;
         total.absent += answer.absent;

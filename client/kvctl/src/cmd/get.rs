@@ -68,14 +68,16 @@ struct Leases {
 }
 
 pub(crate) async fn run(global: &Global, arguments: Arguments) -> Result<Exit, Failure> {
-    let mut daemon = connect::connect(global).await?;
+    let daemon = connect::connect(global).await?;
     match arguments.what {
         What::Tiers(listing) => {
             list(
                 &listing,
                 &TIERS,
                 |r: &mut v1::ListTiersResponse| &mut r.tiers,
-                async || Ok(daemon.admin.list_tiers(v1::ListTiersRequest {}).await?.into_inner()),
+                async || {
+                    daemon.within(daemon.admin().list_tiers(daemon.request(v1::ListTiersRequest {}))).await
+                },
             )
             .await
         }
@@ -84,7 +86,11 @@ pub(crate) async fn run(global: &Global, arguments: Arguments) -> Result<Exit, F
                 &listing,
                 &CLIENTS,
                 |r: &mut v1::ListClientsResponse| &mut r.clients,
-                async || Ok(daemon.admin.list_clients(v1::ListClientsRequest {}).await?.into_inner()),
+                async || {
+                    daemon
+                        .within(daemon.admin().list_clients(daemon.request(v1::ListClientsRequest {})))
+                        .await
+                },
             )
             .await
         }
@@ -93,7 +99,11 @@ pub(crate) async fn run(global: &Global, arguments: Arguments) -> Result<Exit, F
                 &listing,
                 &LEASES,
                 |r: &mut v1::ListLeasesResponse| &mut r.leases,
-                async || Ok(daemon.admin.list_leases(v1::ListLeasesRequest { session }).await?.into_inner()),
+                async || {
+                    daemon
+                        .within(daemon.admin().list_leases(daemon.request(v1::ListLeasesRequest { session })))
+                        .await
+                },
             )
             .await
         }
@@ -102,11 +112,15 @@ pub(crate) async fn run(global: &Global, arguments: Arguments) -> Result<Exit, F
                 &listing,
                 &TENANTS,
                 |r: &mut v1::ListTenantsResponse| &mut r.tenants,
-                async || Ok(daemon.admin.list_tenants(v1::ListTenantsRequest {}).await?.into_inner()),
+                async || {
+                    daemon
+                        .within(daemon.admin().list_tenants(daemon.request(v1::ListTenantsRequest {})))
+                        .await
+                },
             )
             .await
         }
-        What::Blocks(arguments) => blocks(&mut daemon, &arguments).await,
+        What::Blocks(arguments) => blocks(&daemon, &arguments).await,
     }
 }
 
@@ -149,7 +163,7 @@ fn look(listing: &Listing, now: u64, paint: Paint) -> Look {
 }
 
 /// Lists blocks. What can be shown page by page is: a daemon has millions.
-async fn blocks(daemon: &mut Daemon, arguments: &Blocks) -> Result<Exit, Failure> {
+async fn blocks(daemon: &Daemon, arguments: &Blocks) -> Result<Exit, Failure> {
     let listing = &arguments.listing;
     let whole = listing.sort_by.is_some()
         || listing.watch.watch.is_some()
@@ -188,7 +202,7 @@ async fn blocks(daemon: &mut Daemon, arguments: &Blocks) -> Result<Exit, Failure
 
 /// Hands page after page to `take`, up to the limit. Gives the token of what is left, empty at the end.
 async fn pages(
-    daemon: &mut Daemon,
+    daemon: &Daemon,
     arguments: &Blocks,
     mut take: impl FnMut(Vec<v1::BlockInfo>) -> Result<(), Failure>,
 ) -> Result<String, Failure> {
@@ -202,7 +216,7 @@ async fn pages(
     };
     loop {
         request.page_size = left.min(PAGE.into()) as u32;
-        let mut page = daemon.admin.list_blocks(request.clone()).await?.into_inner();
+        let mut page = daemon.within(daemon.admin().list_blocks(daemon.request(request.clone()))).await?;
         page.blocks.truncate(request.page_size as usize);
         left -= page.blocks.len() as u64;
         take(page.blocks)?;

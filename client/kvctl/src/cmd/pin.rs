@@ -28,12 +28,12 @@ pub(crate) async fn run(global: &Global, arguments: Arguments) -> Result<Exit, F
         .ok()
         .filter(|ttl| *ttl > 0)
         .ok_or_else(|| Failure::usage("a pin lasts from one second to 136 years").help("write --ttl 30m"))?;
-    let mut daemon = connect::connect(global).await?;
-    let keys = arguments.blocks.keys(&mut daemon).await?;
+    let daemon = connect::connect(global).await?;
+    let keys = arguments.blocks.keys(&daemon).await?;
     let mut total = v1::PinResponse::default();
-    for names in names::requests(&keys) {
+    for names in names::requests(&keys, daemon.client.keys_per_request_max()) {
         let request = v1::PinRequest { names: Some(names), ttl_s, session: 0 };
-        let answer = daemon.blocks.pin(request).await?.into_inner();
+        let answer = daemon.within(daemon.blocks().pin(daemon.request(request))).await?;
         total.pinned += answer.pinned;
         total.absent += answer.absent;
     }

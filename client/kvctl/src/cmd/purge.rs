@@ -39,7 +39,7 @@ pub(crate) async fn run(global: &Global, arguments: Arguments) -> Result<Exit, F
         let what = what(arguments.tenant.as_deref(), arguments.tier);
         ask::confirm(&format!("purge {what}"), arguments.yes)?;
     }
-    let mut daemon = connect::connect(global).await?;
+    let daemon = connect::connect(global).await?;
     let request = v1::PurgeRequest {
         // A tier's purge is one of all tenants.
         all: arguments.all || arguments.tenant.is_none(),
@@ -47,7 +47,7 @@ pub(crate) async fn run(global: &Global, arguments: Arguments) -> Result<Exit, F
         tier: arguments.tier.map_or(v1::Tier::Unspecified, kv_api::convert::tier_message).into(),
         dry_run: arguments.dry_run,
     };
-    let stream = daemon.admin.purge(request).await?.into_inner();
+    let stream = daemon.within(daemon.admin().purge(request)).await?;
     let last = progress::follow("purging", stream, global.timeout).await?;
     out::answer(arguments.show.output, &last, || text(&last, arguments.dry_run))?;
     if last.failed > 0 {

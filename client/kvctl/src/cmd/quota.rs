@@ -32,8 +32,14 @@ enum What {
 
 pub(crate) async fn run(global: &Global, arguments: Arguments) -> Result<Exit, Failure> {
     let What::Set { tenant, size } = arguments.what;
-    let mut daemon = connect::connect(global).await?;
-    daemon.admin.set_quota(v1::SetQuotaRequest { tenant: tenant.clone(), bytes_max: size }).await?;
+    let daemon = connect::connect(global).await?;
+    daemon
+        .within(
+            daemon
+                .admin()
+                .set_quota(daemon.request(v1::SetQuotaRequest { tenant: tenant.clone(), bytes_max: size })),
+        )
+        .await?;
     let quota = if size == 0 { "none".into() } else { bytes(size) };
     out::print(&format!("quota of {tenant}: {quota}\n"))?;
     Ok(Exit::Ok)

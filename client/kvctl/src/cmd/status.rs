@@ -30,11 +30,11 @@ pub(crate) struct Arguments {
 }
 
 pub(crate) async fn run(global: &Global, arguments: Arguments) -> Result<Exit, Failure> {
-    let mut daemon = connect::connect(global).await?;
+    let daemon = connect::connect(global).await?;
     let format = arguments.show.output;
     let stream = arguments.watch.watch.is_some();
     out::watched(&arguments.watch, async || {
-        let status = daemon.admin.status(v1::StatusRequest {}).await?.into_inner();
+        let status = daemon.within(daemon.admin().status(daemon.request(v1::StatusRequest {}))).await?;
         let exit = if status.health == "ok" { Exit::Ok } else { Exit::Degraded };
         let text = structured::text(format, stream, || structured::json(&status));
         let text = text.unwrap_or_else(|| match format {

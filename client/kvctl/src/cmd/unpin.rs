@@ -19,11 +19,13 @@ pub(crate) struct Arguments {
 }
 
 pub(crate) async fn run(global: &Global, arguments: Arguments) -> Result<Exit, Failure> {
-    let mut daemon = connect::connect(global).await?;
-    let keys = arguments.blocks.keys(&mut daemon).await?;
+    let daemon = connect::connect(global).await?;
+    let keys = arguments.blocks.keys(&daemon).await?;
     let mut total = v1::UnpinResponse::default();
-    for names in names::requests(&keys) {
-        let answer = daemon.blocks.unpin(v1::UnpinRequest { names: Some(names) }).await?.into_inner();
+    for names in names::requests(&keys, daemon.client.keys_per_request_max()) {
+        let answer = daemon
+            .within(daemon.blocks().unpin(daemon.request(v1::UnpinRequest { names: Some(names) })))
+            .await?;
         total.unpinned += answer.unpinned;
     }
     let text = || format!("{} unpinned\n", counted(total.unpinned.into(), "block"));

@@ -1,6 +1,6 @@
-//! `kvctl verify`: reads every block of a tier and checks it.
+//! `kvctl verify`: reads every block of a tier, or of all, and checks it.
 
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use clap::Args;
 use kv_api::v1;
@@ -23,26 +23,77 @@ pub(crate) struct Arguments {
 }
 
 pub(crate) async fn run(global: &Global, arguments: Arguments) -> Result<Exit, Failure> {
-    let mut daemon = connect::connect(global).await?;
-    let tier = arguments.tier.map_or(v1::Tier::Unspecified, kv_api::convert::tier_message).into();
+    let daemon = connect::connect(global).await?;
+    let tiers = match arguments.tier {
+        Some(tier) => vec![tier],
+        None => {
+            let listed =
+                daemon.within(daemon.admin().list_tiers(daemon.request(v1::ListTiersRequest {}))).await?;
+            there(&listed.tiers)
+        }
+    };
     let started = Instant::now();
-    let stream = daemon.admin.verify(v1::VerifyRequest { tier }).await?.into_inner();
-    let last = progress::follow("verifying", stream, global.timeout).await?;
-    let time = started.elapsed();
-    out::answer(arguments.show.output, &last, || {
-        let (blocks, took) = (counted(last.done, "block"), milliseconds(time.as_millis() as u64));
-        format!(
-            "{blocks} read, {} in {took} ({}), {} wrong\n",
-            bytes(last.bytes),
-            rate(last.bytes, time),
-            last.failed
-        )
-    })?;
-    if last.failed > 0 {
+    let mut total = v1::Progress { finished: true, ..Default::default() };
+    for tier in tiers {
+        let request = v1::VerifyRequest { tier: kv_api::convert::tier_message(tier).into() };
+        let stream = daemon.within(daemon.admin().verify(request)).await?;
+        let last = progress::follow("verifying", stream, global.timeout).await?;
+        total.done += last.done;
+        total.total += last.total;
+        total.failed += last.failed;
+        total.bytes += last.bytes;
+    }
+    out::answer(arguments.show.output, &total, || text(&total, started.elapsed()))?;
+    if total.failed > 0 {
         let message =
-            format!("{} failed the checksum and went into quarantine", counted(last.failed, "block"));
+            format!("{} failed the checksum and went into quarantine", counted(total.failed, "block"));
         return Err(Failure::new(Exit::Failure, message)
             .help("none was served; see `kvctl explain KVD-2002` and the kernel log of the device"));
     }
     Ok(Exit::Ok)
+}
+
+/// The tiers that there is something to read on.
+fn there(infos: &[v1::TierInfo]) -> Vec<Tier> {
+    let has = |tier: &Tier| {
+        let number = i32::from(kv_api::convert::tier_message(*tier));
+        infos.iter().any(|info| info.tier == number && info.state != "off")
+    };
+    Tier::ALL.into_iter().filter(has).collect()
+}
+
+fn text(total: &v1::Progress, time: Duration) -> String {
+    format!(
+        "{} read, {} in {} ({}), {} wrong\n",
+        counted(total.done, "block"),
+        bytes(total.bytes),
+        milliseconds(time.as_millis() as u64),
+        rate(total.bytes, time),
+        total.failed
+    )
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn tiers_that_are_off_are_not_read() {
+        let info = |tier: v1::Tier, state: &str| v1::TierInfo {
+            tier: tier.into(),
+            state: state.into(),
+            ..Default::default()
+        };
+        let infos = [info(v1::Tier::Disk, "off"), info(v1::Tier::Host, "ok"), info(v1::Tier::Host, "ok")];
+        assert_eq!(there(&infos), [Tier::Host]);
+    }
+
+    #[test]
+    fn the_answer_has_time_and_rate() {
+        let total = v1::Progress { done: 2, total: 2, failed: 0, bytes: 3 << 20, finished: true };
+        assert_eq!(
+            text(&total, Duration::from_secs(2)),
+            "2 blocks read, 3.0MiB in 2.0s (1.5MiB/s), 0 wrong\n"
+        );
+    }
 }

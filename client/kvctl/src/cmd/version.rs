@@ -1,7 +1,6 @@
 //! `kvctl version`: ours and the daemon's, and whether they go together.
 
 use clap::Args;
-use kv_api::v1;
 
 use crate::cli::{Format, Global, Show};
 use crate::connect;
@@ -28,8 +27,8 @@ pub(crate) async fn run(global: &Global, arguments: Arguments) -> Result<Exit, F
     let daemon = if arguments.client {
         None
     } else {
-        let mut daemon = connect::connect(global).await?;
-        Some(daemon.worker.describe(v1::DescribeRequest {}).await?.into_inner().version)
+        let daemon = connect::connect(global).await?;
+        Some(daemon.client.describe().await?.version)
     };
     let daemon = daemon.as_deref();
     let json = || serde_json::json!({ "kvctl": OWN, "daemon": daemon });

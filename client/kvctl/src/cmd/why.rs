@@ -26,18 +26,18 @@ pub(crate) struct Arguments {
 
 pub(crate) async fn run(global: &Global, arguments: Arguments) -> Result<Exit, Failure> {
     let named = arguments.blocks.meaning()?;
-    let mut daemon = connect::connect(global).await?;
-    let keys = arguments.blocks.keys(&mut daemon).await?;
+    let daemon = connect::connect(global).await?;
+    let keys = arguments.blocks.keys(&daemon).await?;
     let several = keys.len() > 1;
     for key in keys {
-        let mut answer = explain(&mut daemon, names_of(key)).await?;
+        let mut answer = explain(&daemon, names_of(key)).await?;
         if let Some(named) = &named
             && answer
                 .miss
                 .as_ref()
                 .is_some_and(|miss| kv_api::convert::miss_reason(miss) == MissReason::NeverStored)
         {
-            answer = compare(&mut daemon, named, arguments.block_bytes).await?.unwrap_or(answer);
+            answer = compare(&daemon, named, arguments.block_bytes).await?.unwrap_or(answer);
         }
         let format = arguments.show.output;
         let text = structured::text(format, several, || structured::json(&answer));
@@ -50,33 +50,30 @@ pub(crate) async fn run(global: &Global, arguments: Arguments) -> Result<Exit, F
 }
 
 fn names_of(key: BlockKey) -> v1::Names {
-    names::requests(&[key]).next().unwrap_or_default()
+    names::requests(&[key], 1).next().unwrap_or_default()
 }
 
-async fn explain(daemon: &mut Daemon, names: v1::Names) -> Result<v1::ExplainResponse, Failure> {
-    Ok(daemon.blocks.explain(v1::ExplainRequest { names: Some(names) }).await?.into_inner())
+async fn explain(daemon: &Daemon, names: v1::Names) -> Result<v1::ExplainResponse, Failure> {
+    daemon.within(daemon.blocks().explain(daemon.request(v1::ExplainRequest { names: Some(names) }))).await
 }
 
 /// Asks again by scope: only then can the daemon compare it with the scopes it has blocks of. `None` when
-/// this caller may not register a scope; the plain answer stands then.
+/// it does not take the scope (no more room, or not that block length); the plain answer stands then.
 async fn compare(
-    daemon: &mut Daemon,
+    daemon: &Daemon,
     named: &Named,
     block_bytes: u32,
 ) -> Result<Option<v1::ExplainResponse>, Failure> {
-    let open = v1::OpenRequest { name: "kvctl why".into() };
-    let Ok(opened) = daemon.worker.open(open).await else { return Ok(None) };
-    let mut notices = opened.into_inner();
-    let Ok(Some(first)) = notices.message().await else { return Ok(None) };
     let request = v1::RegisterRequest {
-        session: first.session,
+        session: 0,
         scope: Some(kv_api::convert::scope_message(&named.scope)),
         slice: Some(kv_api::convert::slice_message(&named.slice)),
         block_bytes,
     };
-    let Ok(registered) = daemon.worker.register(request).await else { return Ok(None) };
+    let registered = daemon.within(daemon.sessions().register(daemon.request(request))).await;
+    let Ok(registered) = registered else { return Ok(None) };
     let names = v1::Names {
-        binding: registered.into_inner().binding,
+        binding: registered.binding,
         sequence_hashes: vec![named.hash.as_bytes().to_vec().into()],
         keys: Vec::new(),
     };

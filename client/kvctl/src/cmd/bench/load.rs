@@ -1,23 +1,16 @@
-//! The load: so many requests at a time over gRPC, until the blocks or the time are used up.
+//! The load: an engine worker's own session, several threads, so many blocks or so much time.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, Instant};
 
 use indicatif::ProgressBar;
-use kv_api::v1;
-use kv_api::v1::blocks_client::BlocksClient;
-use kv_block::{BlockKey, FaultKind, Scope, SequenceHash, Slice, payload};
-use tokio::task::JoinSet;
-use tonic::transport::Channel;
+use kv_block::{FaultKind, Scope, SequenceHash, Slice, payload};
+use kv_client::{Binding, Client, Doors, Error, Got, Priority, PutOptions, Worker, WorkerOptions};
 
-use crate::cli::Global;
-use crate::connect::{self, Daemon};
 use crate::exit::{Exit, Failure};
 use crate::{out, progress};
 
-/// Bytes of one message of a put.
-const CHUNK: usize = 1 << 20;
 /// Wait after a rejection without a hint.
 const BUSY_WAIT: Duration = Duration::from_millis(5);
 
@@ -25,9 +18,10 @@ const BUSY_WAIT: Duration = Duration::from_millis(5);
 pub(super) struct Plan {
     pub(super) blocks: u32,
     pub(super) block_bytes: u32,
-    pub(super) depth: u32,
+    pub(super) threads: u32,
     pub(super) batch: u32,
     pub(super) time: Duration,
+    pub(super) grpc: bool,
     pub(super) keep: bool,
 }
 
@@ -38,8 +32,9 @@ pub(super) struct Tally {
     /// One per operation done, ascending.
     pub(super) latencies_ns: Vec<u64>,
     pub(super) bytes: u64,
-    pub(super) wall: Duration,
-    /// Blocks that were not there.
+    /// Time spent in operations by the busiest thread; making and checking bytes is not in it.
+    pub(super) spent: Duration,
+    /// Operations that found something not there.
     pub(super) misses: u64,
     /// Blocks that came back with other bytes.
     pub(super) wrong: u64,
@@ -64,18 +59,19 @@ impl Tally {
     }
 
     pub(super) fn per_second(&self, number: u64) -> u64 {
-        (number as f64 / self.wall.as_secs_f64().max(1e-9)) as u64
+        (number as f64 / self.spent.as_secs_f64().max(1e-9)) as u64
     }
 
     fn add(&mut self, done: Done, took: Duration) {
         self.latencies_ns.push(took.as_nanos() as u64);
+        self.spent += took;
         self.bytes += done.bytes;
-        self.misses += u64::from(done.misses);
-        self.wrong += u64::from(done.wrong);
+        self.misses += u64::from(done.missed);
     }
 
     fn merge(&mut self, other: Self) {
         self.latencies_ns.extend(other.latencies_ns);
+        self.spent = self.spent.max(other.spent);
         self.bytes += other.bytes;
         self.misses += other.misses;
         self.wrong += other.wrong;
@@ -87,26 +83,39 @@ impl Tally {
 #[derive(Clone, Copy, Default)]
 struct Done {
     bytes: u64,
-    misses: u32,
-    wrong: bool,
+    missed: bool,
 }
 
-#[derive(Clone, Copy)]
+#[derive(Clone, Copy, PartialEq)]
 enum Phase {
+    /// Stores a block.
     Put,
+    /// Asks for the prefix of a batch.
     Lookup,
+    /// Opens a block for reading where it lies, and lets go of it.
+    Acquire,
+    /// Opens a block, copies it out, lets go of it.
     Get,
 }
 
-/// What every request needs.
+impl Phase {
+    fn name(self) -> &'static str {
+        match self {
+            Self::Put => "put",
+            Self::Lookup => "lookup",
+            Self::Acquire => "acquire",
+            Self::Get => "get",
+        }
+    }
+}
+
+/// The session, and what its blocks are called.
 struct Target {
     plan: Plan,
-    scope: Scope,
-    slice: Slice,
+    worker: Worker,
+    binding: Binding,
     /// Keeps the blocks of two runs apart.
     run: u64,
-    session: u64,
-    binding: u32,
 }
 
 impl Target {
@@ -117,193 +126,150 @@ impl Target {
         SequenceHash::new(&bytes).expect("16 bytes")
     }
 
-    fn key(&self, index: u32) -> BlockKey {
-        self.scope.id().block_key(&self.hash(index), &self.slice)
+    fn hashes(&self, indices: std::ops::Range<u32>) -> Vec<SequenceHash> {
+        indices.map(|index| self.hash(index)).collect()
     }
 
-    fn names(&self, indices: std::ops::Range<u32>) -> v1::Names {
-        let hashes = indices.map(|index| self.hash(index).as_bytes().to_vec().into());
-        v1::Names { binding: self.binding, sequence_hashes: hashes.collect(), keys: Vec::new() }
+    /// The blocks of one lookup.
+    fn batch(&self, index: u32) -> Vec<SequenceHash> {
+        let first = index * self.plan.batch;
+        self.hashes(first..(first + self.plan.batch).min(self.plan.blocks))
     }
 }
 
-/// Puts, looks up, gets, cleans up.
-pub(super) async fn run(global: &Global, plan: Plan) -> Result<Vec<Tally>, Failure> {
-    let mut daemon = connect::connect(global).await?;
-    let open = v1::OpenRequest { name: "kvctl bench".into() };
-    // The session lives as long as this stream.
-    let mut notices = daemon.worker.open(open).await?.into_inner();
-    let first = notices.message().await?;
-    let session =
-        first.ok_or_else(|| Failure::new(Exit::Failure, "the daemon ended the session at once"))?.session;
+/// Puts, looks up, reads, cleans up. Gives the door that was used.
+pub(super) async fn run(client: &Client, plan: Plan) -> Result<(&'static str, Vec<Tally>), Failure> {
+    let options = WorkerOptions { name: "kvctl bench".into(), grpc_only: plan.grpc, ..Default::default() };
+    let worker = client.worker(options).await?;
+    let door = match worker.doors() {
+        Doors::SharedMemory { .. } => "shm",
+        Doors::GrpcOnly { why } => {
+            if !plan.grpc {
+                out::note(&format!("over gRPC, without shared memory: {why}"));
+            }
+            "grpc"
+        }
+    };
     let scope = Scope { model: "kvctl-bench".into(), tenant: "kvctl-bench".into(), ..Scope::default() };
-    let slice = Slice::whole(1, 1);
-    let request = v1::RegisterRequest {
-        session,
-        scope: Some(kv_api::convert::scope_message(&scope)),
-        slice: Some(kv_api::convert::slice_message(&slice)),
-        block_bytes: plan.block_bytes,
-    };
-    let binding = daemon.worker.register(request).await?.into_inner().binding;
+    let binding = worker.register(scope, Slice::whole(1, 1), plan.block_bytes).await?;
     let run = out::now() << 32 | u64::from(std::process::id());
-    let target = Arc::new(Target { plan, scope, slice, run, session, binding });
-    let results = phases(&daemon, &target).await;
-    if !plan.keep {
-        clean_up(&mut daemon, &target).await?;
-    }
-    drop(notices);
-    results
-}
-
-async fn phases(daemon: &Daemon, target: &Arc<Target>) -> Result<Vec<Tally>, Failure> {
-    let mut results = Vec::new();
-    for phase in [Phase::Put, Phase::Lookup, Phase::Get] {
-        results.push(run_phase(daemon, target, phase).await?);
-    }
-    Ok(results)
-}
-
-async fn run_phase(daemon: &Daemon, target: &Arc<Target>, phase: Phase) -> Result<Tally, Failure> {
-    let plan = target.plan;
-    let (name, count) = match phase {
-        Phase::Put => ("put", plan.blocks),
-        Phase::Lookup => ("lookup", plan.blocks.div_ceil(plan.batch)),
-        Phase::Get => ("get", plan.blocks),
+    let target = Arc::new(Target { plan, worker, binding, run });
+    let load = {
+        let target = target.clone();
+        // What a worker does with blocks are plain functions: they get threads of their own.
+        tokio::task::spawn_blocking(move || phases(&target, door))
     };
-    let bar = progress::bar(name, "done", count.into());
-    let next = Arc::new(AtomicU32::new(0));
-    let started = Instant::now();
-    let mut lanes = JoinSet::new();
-    for _ in 0..plan.depth.min(count) {
-        let lane = Lane {
-            blocks: daemon.blocks.clone(),
-            target: target.clone(),
-            phase,
-            next: next.clone(),
-            count,
-            end: started + plan.time,
-            bar: bar.clone(),
-        };
-        lanes.spawn(lane.run());
+    let tallies = load.await.map_err(|error| Failure::new(Exit::Failure, format!("the load: {error}")))?;
+    if !plan.keep {
+        let all = target.hashes(0..plan.blocks);
+        target.worker.evict(&target.binding, &all, None).await?;
     }
-    let mut result = Tally { name, ..Default::default() };
-    while let Some(lane) = lanes.join_next().await {
-        result.merge(lane.map_err(|error| Failure::new(Exit::Failure, format!("{name}: {error}")))??);
-    }
-    result.wall = started.elapsed();
-    bar.finish_and_clear();
-    Ok(result.sorted())
+    Ok((door, tallies?))
 }
 
-/// One request at a time; several lanes make the depth.
-struct Lane {
-    blocks: BlocksClient<Channel>,
-    target: Arc<Target>,
+fn phases(target: &Target, door: &str) -> Result<Vec<Tally>, Failure> {
+    let phases = [Phase::Put, Phase::Lookup, Phase::Acquire, Phase::Get];
+    // Over gRPC every read is a copy: acquiring and getting are the same there.
+    let phases = phases.into_iter().filter(|phase| *phase != Phase::Acquire || door == "shm");
+    phases.map(|phase| run_phase(target, phase)).collect()
+}
+
+fn run_phase(target: &Target, phase: Phase) -> Result<Tally, Failure> {
+    let plan = target.plan;
+    let count = match phase {
+        Phase::Lookup => plan.blocks.div_ceil(plan.batch),
+        _ => plan.blocks,
+    };
+    let bar = progress::bar(phase.name(), "done", count.into());
+    let next = AtomicU32::new(0);
+    let lane = Lane { target, phase, next: &next, count, end: Instant::now() + plan.time, bar: &bar };
+    let mut tally = Tally { name: phase.name(), ..Default::default() };
+    let lanes: Vec<Result<Tally, Failure>> = std::thread::scope(|scope| {
+        let threads: Vec<_> = (0..plan.threads.min(count)).map(|_| scope.spawn(|| lane.run())).collect();
+        let died = || Err(Failure::new(Exit::Failure, "a thread of the load died"));
+        threads.into_iter().map(|thread| thread.join().unwrap_or_else(|_| died())).collect()
+    });
+    for lane in lanes {
+        tally.merge(lane?);
+    }
+    bar.finish_and_clear();
+    Ok(tally.sorted())
+}
+
+/// What each thread does: one operation after the other.
+struct Lane<'a> {
+    target: &'a Target,
     phase: Phase,
-    next: Arc<AtomicU32>,
+    next: &'a AtomicU32,
     count: u32,
     end: Instant,
-    bar: ProgressBar,
+    bar: &'a ProgressBar,
 }
 
-impl Lane {
-    async fn run(mut self) -> Result<Tally, Failure> {
-        let mut result = Tally::default();
+impl Lane<'_> {
+    fn run(&self) -> Result<Tally, Failure> {
+        let mut tally = Tally::default();
+        let mut buffer = vec![0; self.target.plan.block_bytes as usize];
         loop {
             let index = self.next.fetch_add(1, Ordering::Relaxed);
             if index >= self.count || Instant::now() >= self.end {
-                return Ok(result);
+                return Ok(tally);
             }
-            // The bytes are made before the clock starts.
-            let payload = if let Phase::Put = self.phase { self.payload(index) } else { Vec::new() };
-            loop {
+            let hash = self.target.hash(index);
+            let batch = if self.phase == Phase::Lookup { self.target.batch(index) } else { Vec::new() };
+            let key = self.target.binding.key(&hash);
+            if self.phase == Phase::Put {
+                payload::fill(&key, &mut buffer);
+            }
+            // Made before the clock starts, checked after it stops.
+            let done = loop {
                 let started = Instant::now();
-                let done = match self.phase {
-                    Phase::Put => self.put(index, &payload).await,
-                    Phase::Lookup => self.lookup(index).await,
-                    Phase::Get => self.get(index).await,
-                };
-                match done {
+                match self.once(&hash, &batch, &mut buffer) {
                     Ok(done) => {
-                        result.add(done, started.elapsed());
-                        break;
+                        tally.add(done, started.elapsed());
+                        break done;
                     }
-                    Err(status) => {
-                        let wait = busy(&status, self.end).ok_or(status)?;
-                        result.busy += 1;
-                        tokio::time::sleep(wait).await;
+                    Err(error) => {
+                        std::thread::sleep(self.wait_after(&error).ok_or(error)?);
+                        tally.busy += 1;
                     }
                 }
+            };
+            if self.phase == Phase::Get && !done.missed {
+                tally.wrong += u64::from(payload::first_wrong_byte(&key, &buffer).is_some());
             }
             self.bar.inc(1);
         }
     }
 
-    fn payload(&self, index: u32) -> Vec<u8> {
-        let mut bytes = vec![0; self.target.plan.block_bytes as usize];
-        payload::fill(&self.target.key(index), &mut bytes);
-        bytes
-    }
-
-    async fn put(&mut self, index: u32, payload: &[u8]) -> Result<Done, tonic::Status> {
-        let header = v1::PutHeader {
-            session: self.target.session,
-            binding: self.target.binding,
-            sequence_hash: self.target.hash(index).as_bytes().to_vec().into(),
-            priority: v1::Priority::Low.into(),
-            ttl_s: 0,
-            durable: false,
-        };
-        let mut header = Some(header);
-        let messages: Vec<v1::PutRequest> = payload
-            .chunks(CHUNK)
-            .map(|chunk| v1::PutRequest { header: header.take(), chunk: chunk.to_vec().into() })
-            .collect();
-        self.blocks.put(tokio_stream::iter(messages)).await?;
-        Ok(Done { bytes: payload.len() as u64, ..Default::default() })
-    }
-
-    async fn lookup(&mut self, index: u32) -> Result<Done, tonic::Status> {
-        let first = index * self.target.plan.batch;
-        let last = (first + self.target.plan.batch).min(self.target.plan.blocks);
-        let names = self.target.names(first..last);
-        let request = v1::LookupRequest { names: Some(names), all: true, session: self.target.session };
-        let found = self.blocks.lookup(request).await?.into_inner().found;
-        let missed = |found: &&v1::Found| matches!(found.what, Some(v1::found::What::Miss(_)));
-        Ok(Done { misses: found.iter().filter(missed).count() as u32, ..Default::default() })
-    }
-
-    async fn get(&mut self, index: u32) -> Result<Done, tonic::Status> {
-        let names = Some(self.target.names(index..index + 1));
-        let request = v1::GetRequest { session: self.target.session, names, wait_ms: 1_000 };
-        let mut stream = self.blocks.get(request).await?.into_inner();
-        let mut bytes = Vec::with_capacity(self.target.plan.block_bytes as usize);
-        while let Some(message) = stream.message().await? {
-            match message.what {
-                Some(v1::get_response::What::Chunk(chunk)) => bytes.extend_from_slice(&chunk),
-                Some(v1::get_response::What::Miss(_)) => return Ok(Done { misses: 1, ..Default::default() }),
-                Some(v1::get_response::What::Header(_)) | None => {}
+    fn once(&self, hash: &SequenceHash, batch: &[SequenceHash], buffer: &mut [u8]) -> Result<Done, Error> {
+        let Target { worker, binding, .. } = self.target;
+        match self.phase {
+            Phase::Put => {
+                let options = PutOptions { priority: Priority::Low, ..PutOptions::default() };
+                worker.put_with(binding, hash, buffer, &options)?;
+                Ok(Done { bytes: buffer.len() as u64, missed: false })
+            }
+            Phase::Lookup => {
+                let missed = worker.lookup(binding, batch)?.first_miss.is_some();
+                Ok(Done { bytes: 0, missed })
+            }
+            Phase::Acquire | Phase::Get => {
+                let Got::Block(block) = worker.acquire_wait(binding, hash, worker.deadline())? else {
+                    return Ok(Done { bytes: 0, missed: true });
+                };
+                if self.phase == Phase::Acquire {
+                    return Ok(Done::default());
+                }
+                buffer.copy_from_slice(&block);
+                Ok(Done { bytes: block.len() as u64, missed: false })
             }
         }
-        let whole = bytes.len() == self.target.plan.block_bytes as usize;
-        let wrong = !whole || payload::first_wrong_byte(&self.target.key(index), &bytes).is_some();
-        Ok(Done { bytes: bytes.len() as u64, misses: 0, wrong })
     }
-}
 
-/// How long to wait after a typed rejection; `None` when it is not one or the time is over.
-fn busy(status: &tonic::Status, end: Instant) -> Option<Duration> {
-    let fault = kv_api::fault::from_status(status);
-    let wait = fault.retry_after.unwrap_or(BUSY_WAIT).min(Duration::from_secs(1));
-    (fault.kind == FaultKind::Busy && Instant::now() + wait < end).then_some(wait)
-}
-
-async fn clean_up(daemon: &mut Daemon, target: &Target) -> Result<(), Failure> {
-    let plan = target.plan;
-    for first in (0..plan.blocks).step_by(1_000) {
-        let names = target.names(first..(first + 1_000).min(plan.blocks));
-        let request = v1::EvictRequest { names: Some(names), tier: 0, dry_run: false };
-        daemon.blocks.evict(request).await?;
+    /// How long to wait after a typed rejection; `None` when it is not one or the time is over.
+    fn wait_after(&self, error: &Error) -> Option<Duration> {
+        let wait = error.retry_after().unwrap_or(BUSY_WAIT).min(Duration::from_secs(1));
+        (error.kind() == FaultKind::Busy && Instant::now() + wait < self.end).then_some(wait)
     }
-    Ok(())
 }

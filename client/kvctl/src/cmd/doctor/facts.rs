@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 use kv_api::v1;
 
 use crate::cli::Global;
-use crate::connect::{self, Address};
+use crate::connect;
 use crate::exit::Failure;
 
 /// All of it.
@@ -91,8 +91,9 @@ pub(super) async fn gather(
     data_dir: Option<PathBuf>,
     memory_dir: Option<PathBuf>,
 ) -> Result<Facts, Failure> {
-    let address = Address::of(global.endpoint.as_deref())?;
-    let socket = look_at_socket(&address);
+    let endpoint = connect::endpoint(global)?;
+    let path = connect::socket(&endpoint);
+    let socket = path.as_deref().map_or(Socket::Remote, look_at_socket);
     let (mut daemon, mut config, mut host_bytes) = (None, toml::Table::new(), None);
     if matches!(socket, Socket::Open { .. } | Socket::Remote) {
         daemon = Some(match ask(global).await {
@@ -111,7 +112,7 @@ pub(super) async fn gather(
     let memory_dir = memory_dir.or_else(|| configured(&config, "host", "memory_dir"));
     let data_dir = data_dir.or_else(|| configured(&config, "disk", "dir"));
     Ok(Facts {
-        address: address.to_string(),
+        address: path.map_or_else(|| endpoint.to_string(), |path| path.display().to_string()),
         socket,
         daemon,
         systemd: Path::new("/run/systemd/system").exists(),
@@ -132,9 +133,9 @@ pub(super) async fn gather(
 }
 
 async fn ask(global: &Global) -> Result<(v1::StatusResponse, toml::Table), Failure> {
-    let mut daemon = connect::connect(global).await?;
-    let status = daemon.admin.status(v1::StatusRequest {}).await?.into_inner();
-    let config = daemon.admin.get_config(v1::GetConfigRequest {}).await?.into_inner();
+    let daemon = connect::connect(global).await?;
+    let status = daemon.within(daemon.admin().status(daemon.request(v1::StatusRequest {}))).await?;
+    let config = daemon.within(daemon.admin().get_config(daemon.request(v1::GetConfigRequest {}))).await?;
     Ok((status, config.toml.parse().unwrap_or_default()))
 }
 
@@ -144,8 +145,7 @@ fn configured(config: &toml::Table, section: &str, key: &str) -> Option<PathBuf>
     text.starts_with('/').then(|| text.into())
 }
 
-fn look_at_socket(address: &Address) -> Socket {
-    let Address::Socket(path) = address else { return Socket::Remote };
+fn look_at_socket(path: &Path) -> Socket {
     match std::os::unix::net::UnixStream::connect(path) {
         Ok(stream) => {
             let peer = rustix::net::sockopt::socket_peercred(&stream).ok();
