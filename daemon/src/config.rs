@@ -73,7 +73,7 @@ pub struct Config {
     pub catalog: Catalog,
     /// Bounds on what callers may ask for.
     pub limits: Limits,
-    /// Quotas and weights by tenant.
+    /// Quotas by tenant.
     pub tenants: BTreeMap<String, Tenant>,
     /// Log lines.
     pub log: Log,
@@ -241,8 +241,6 @@ section! {
     Tenant {
         /// Host memory the tenant may fill: a size, a share of the tier, or off: no bound of its own.
         bytes_max: OrOff<SizeOrShare> = OrOff::Off,
-        /// Its part when tenants compete, against the weights of the others.
-        weight: u32 = 1,
     }
 }
 

@@ -19,6 +19,7 @@ pub mod node;
 pub mod peercred;
 pub mod plan;
 pub mod registry;
+pub mod requests;
 pub mod resources;
 pub mod rpc;
 pub mod serve;

@@ -146,8 +146,6 @@ metrics! {
     #[experimental]
     TENANT_MISSES = "kvd_tenant_misses_total", Counter, Count, ["tenant"],
         "Blocks not found for a tenant";
-    LOOP_AGE = "kvd_loop_age_seconds", Gauge, Seconds, ["loop"],
-        "Time since an event loop last came around";
 }
 
 /// Upper bounds of the buckets of every histogram of times, in seconds: steps of about 3 from 10 us to 10 s.

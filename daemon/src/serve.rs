@@ -11,12 +11,14 @@ use tokio_stream::wrappers::{TcpListenerStream, UnixListenerStream};
 use tonic::service::Routes;
 use tonic::transport::Server;
 use tonic::transport::server::Router;
+use tower::layer::util::{Identity, Stack};
 
 use crate::compose::{self, DRAIN_LIMIT};
 use crate::config::Loaded;
 use crate::http::{Check, HealthSource};
 use crate::node::Node;
 use crate::plan::Plan;
+use crate::requests::Timed;
 use crate::rpc::{AdminService, BlocksService, EventsService, Shared, WorkerService};
 use crate::{gauges, http, metrics, systemd, tls};
 
@@ -172,12 +174,13 @@ async fn serve(
     Ok(())
 }
 
-fn server(builder: Server, routes: Routes) -> Router {
+fn server(builder: Server, routes: Routes) -> Router<Stack<Timed, Identity>> {
     builder
         .http2_keepalive_interval(Some(Duration::from_secs(20)))
         .http2_keepalive_timeout(Some(Duration::from_secs(10)))
         .http2_max_header_list_size(16 << 10)
         .max_concurrent_streams(1024)
+        .layer(Timed)
         .add_routes(routes)
 }
 

@@ -60,11 +60,11 @@ fn a_mistake_is_named_with_its_place_and_what_was_meant() {
         ("socket_mod = '0660'", "kvd.toml:1:1: unknown key socket_mod; did you mean listen.socket_mode?"),
         ("zzz = 1", "kvd.toml:1:1: unknown key zzz"),
         (
-            "[tenants.a]\nwieght = 1",
-            "kvd.toml:2:1: unknown key tenants.a.wieght; did you mean tenants.a.weight?",
+            "[tenants.a]\nbyts_max = 1",
+            "kvd.toml:2:1: unknown key tenants.a.byts_max; did you mean tenants.a.bytes_max?",
         ),
         (
-            "[tenants.A_B]\nweight = 1",
+            "[tenants.A_B]\nbytes_max = 1",
             "kvd.toml:1:10: `A_B` cannot name a tenant: expected 1 to 63 of a-z, 0-9 and '-'",
         ),
         ("host = 3", "kvd.toml:1:1: host is a section, not a value"),
@@ -95,7 +95,6 @@ fn a_mistake_is_named_with_its_place_and_what_was_meant() {
             "host.region_bytes = '3MiB'",
             "kvd.toml:1:6: host.region_bytes: 3MiB is not a power of two from 2MiB to 1GiB",
         ),
-        ("tenants.a.weight = 0", "kvd.toml:1:11: tenants.a.weight: 0 is not from 1 to 1000"),
         (
             "log.level = 'loud'",
             "kvd.toml:1:5: log.level: `loud` is not error, warn, info, debug, trace or off, nor a directive such as kv_ssd=debug",
@@ -156,7 +155,7 @@ fn text_of_flags_and_environment_takes_the_type_of_its_key() {
         ("KVD_LISTEN__TLS__KEY", "/k"),
         ("KVD_LIMITS__SESSIONS_MAX", "9"),
         ("KVD_LISTEN__ADMIN_UIDS", "[self, 7]"),
-        ("KVD_TENANTS__ALPHA__WEIGHT", "3"),
+        ("KVD_TENANTS__ALPHA__BYTES_MAX", "3GiB"),
         ("KVD_CATALOG__ENTRIES_MAX", "1000"),
     ];
     let set = [("workers.uids", "1000,any"), ("workers.trusted_uids", ""), ("listen.http", "0")];
@@ -166,8 +165,7 @@ fn text_of_flags_and_environment_takes_the_type_of_its_key() {
     assert_eq!(config.listen.admin_uids, [UidRule::Own, UidRule::Uid(7)]);
     assert_eq!(config.workers.uids, [UidRule::Uid(1000), UidRule::Any]);
     assert_eq!(config.workers.trusted_uids, []);
-    assert_eq!(config.tenants["alpha"].weight, 3);
-    assert_eq!(config.tenants["alpha"].bytes_max, OrOff::Off);
+    assert_eq!(config.tenants["alpha"].bytes_max, OrOff::Set(SizeOrShare::Size(Size::gib(3))));
     assert_eq!(config.catalog.entries_max, OrAuto::Set(1000));
     assert_eq!(config.listen.http.to_string(), "127.0.0.1:0");
 }
@@ -217,7 +215,7 @@ fn the_printed_configuration_reads_back_and_tells_where_from() {
 
 #[test]
 fn every_key_is_in_the_printed_configuration() {
-    let text = Config::parse("tenants.t.weight = 1").unwrap().print_effective(false);
+    let text = Config::parse("tenants.t.bytes_max = 1").unwrap().print_effective(false);
     let printed = text.lines().filter(|line| line.contains(" = ") && !line.starts_with('#')).count();
     // All keys but `listen.tls`, which is a section of its own.
     let known: usize = Config::SECTIONS.iter().map(|(_, keys)| keys.len()).sum();

@@ -338,14 +338,13 @@ impl Layers {
     }
 
     fn take_file(&mut self, path: &Path, text: &str) {
+        let line_starts: Vec<usize> =
+            std::iter::once(0).chain(text.match_indices('\n').map(|(at, _)| at + 1)).collect();
         let place = |offset: usize| {
-            let before = &text[..text.floor_char_boundary(offset.min(text.len()))];
-            let line_starts = before.rfind('\n').map_or(0, |newline| newline + 1);
-            Origin::File {
-                path: path.to_owned(),
-                line: before.matches('\n').count() + 1,
-                column: before[line_starts..].chars().count() + 1,
-            }
+            let offset = text.floor_char_boundary(offset.min(text.len()));
+            let line = line_starts.partition_point(|start| *start <= offset);
+            let column = text[line_starts[line - 1]..offset].chars().count() + 1;
+            Origin::File { path: path.to_owned(), line, column }
         };
         match DeTable::parse(text) {
             Ok(table) => self.take_table(table.get_ref(), &mut Vec::new(), &place),
@@ -363,6 +362,9 @@ impl Layers {
         place: &dyn Fn(usize) -> Origin,
     ) {
         for (key, value) in table {
+            if self.problems.len() >= PROBLEMS_MAX {
+                return;
+            }
             path.push(key.get_ref());
             let origin = place(key.span().start);
             match (self.known_at(path), value.get_ref()) {

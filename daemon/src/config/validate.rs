@@ -71,11 +71,6 @@ pub(super) fn problems(config: &Config) -> Vec<(String, String)> {
             refuse(key, message);
         }
     }
-    for (name, tenant) in &config.tenants {
-        if let Some(message) = outside(tenant.weight, 1..=1000) {
-            refuse(&format!("tenants.{name}.weight"), message);
-        }
-    }
     if let Err(error) = crate::logging::check_level(&config.log.level) {
         refuse("log.level", error);
     }
