@@ -7,6 +7,8 @@
 //! ```
 //! Each figure is the median of several runs, alternating between what is compared.
 
+#![expect(clippy::disallowed_methods, reason = "this program measures")]
+
 use std::hint::black_box;
 use std::sync::Arc;
 use std::time::Instant;

@@ -1,5 +1,7 @@
 //! Workers read while the daemon evicts under them: never a wrong byte.
 
+#![expect(clippy::disallowed_methods, reason = "the test is bounded in time")]
+
 mod common;
 
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};

@@ -3,6 +3,8 @@
 //! Once with both sides spinning, once with both sleeping on their bells. The spinning figure needs two
 //! free cores; on fewer, both figures are the scheduler's.
 
+#![expect(clippy::disallowed_methods, reason = "this program measures")]
+
 use std::time::{Duration, Instant};
 
 use kv_shm::{Completion, Layout, Outcome, Request, Submission, create, open};
