@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use clap::builder::{PossibleValuesParser, TypedValueParser};
 use clap::{Args, Parser, Subcommand, ValueEnum};
-use kv_block::Tier;
+use kv_block::{BlockKey, Tier};
 
 use crate::cmd;
 use crate::units::{parse_bytes, parse_duration};
@@ -37,21 +37,21 @@ pub(crate) struct Global {
     #[arg(hide = true)]
     pub(crate) timeout: Duration,
     /// PEM file of the authority behind the daemon's certificate
-    #[arg(long, global = true, env = "KVCTL_CA", value_name = "FILE")]
+    #[arg(long, global = true, env = "KVCTL_TLS_CA", value_name = "FILE")]
     #[arg(hide = true)]
-    pub(crate) ca: Option<PathBuf>,
+    pub(crate) tls_ca: Option<PathBuf>,
     /// PEM file with this user's certificate
-    #[arg(long, global = true, env = "KVCTL_CERT", value_name = "FILE", requires = "key")]
+    #[arg(long, global = true, env = "KVCTL_TLS_CERT", value_name = "FILE", requires = "tls_key")]
     #[arg(hide = true)]
-    pub(crate) cert: Option<PathBuf>,
+    pub(crate) tls_cert: Option<PathBuf>,
     /// PEM file with the certificate's private key
-    #[arg(long, global = true, env = "KVCTL_KEY", value_name = "FILE", requires = "cert")]
+    #[arg(long, global = true, env = "KVCTL_TLS_KEY", value_name = "FILE", requires = "tls_cert")]
     #[arg(hide = true)]
-    pub(crate) key: Option<PathBuf>,
+    pub(crate) tls_key: Option<PathBuf>,
     /// Name in the daemon's certificate, when not the host's
     #[arg(long, global = true, value_name = "NAME")]
     #[arg(hide = true)]
-    pub(crate) server_name: Option<String>,
+    pub(crate) tls_name: Option<String>,
 }
 
 #[derive(Debug, Subcommand)]
@@ -150,6 +150,17 @@ pub(crate) fn tier_parser() -> impl TypedValueParser<Value = Tier> {
     })
 }
 
+/// The beginning of a key.
+pub(crate) fn parse_key_prefix(text: &str) -> Result<String, String> {
+    let digits = text.strip_prefix("block/").unwrap_or(text).to_ascii_lowercase();
+    let hex = digits.bytes().all(|byte| byte.is_ascii_hexdigit());
+    if hex && digits.len() <= 2 * BlockKey::BYTES {
+        Ok(digits)
+    } else {
+        Err("not up to 32 hex digits".into())
+    }
+}
+
 /// A size like 64KiB that a block length can be.
 pub(crate) fn parse_block_bytes(text: &str) -> Result<u32, String> {
     let bytes = parse_bytes(text)?;
@@ -191,6 +202,24 @@ mod tests {
             assert!(widest.chars().count() <= 80, "{path}: too wide: {widest}");
         });
         assert!(pages > 25, "only {pages} pages were looked at");
+    }
+
+    #[test]
+    fn no_command_has_an_argument_called_as_a_global_one() {
+        fn walk(command: &clap::Command, globals: &[&str], path: &str) {
+            for sub in command.get_subcommands() {
+                let path = format!("{path} {}", sub.get_name());
+                for argument in sub.get_arguments() {
+                    assert!(!globals.contains(&argument.get_id().as_str()), "{path} {}", argument.get_id());
+                }
+                walk(sub, globals, &path);
+            }
+        }
+        let command = Cli::command();
+        let globals = command.get_arguments().filter(|argument| argument.is_global_set());
+        let globals: Vec<&str> = globals.map(|argument| argument.get_id().as_str()).collect();
+        assert!(globals.contains(&"timeout"));
+        walk(&command, &globals, "kvctl");
     }
 
     #[test]

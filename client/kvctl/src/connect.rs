@@ -31,12 +31,12 @@ pub(crate) fn endpoint(global: &Global) -> Result<Endpoint, Failure> {
     match text.split_once("://") {
         Some(("http", _)) => Ok(Endpoint::Uri { uri, tls: None }),
         Some(("https", _)) => {
-            let ca = global.ca.clone().ok_or_else(|| {
+            let ca = global.tls_ca.clone().ok_or_else(|| {
                 Failure::usage("https needs to know who signed the daemon's certificate")
-                    .help("add --ca FILE")
+                    .help("add --tls-ca FILE")
             })?;
-            let identity = global.cert.clone().zip(global.key.clone());
-            Ok(Endpoint::Uri { uri, tls: Some(Tls { ca, identity, name: global.server_name.clone() }) })
+            let identity = global.tls_cert.clone().zip(global.tls_key.clone());
+            Ok(Endpoint::Uri { uri, tls: Some(Tls { ca, identity, name: global.tls_name.clone() }) })
         }
         _ => Err(Failure::usage(format!("`{text}` is not an endpoint"))
             .help("write a socket path like /run/kvd/kvd.sock, or https://host:port")),
@@ -114,9 +114,9 @@ async fn knock(path: &Path, timeout: Duration) -> Result<(), Failure> {
         Ok(Ok(_)) => Ok(()),
         Ok(Err(error)) => Err(match error.kind() {
             ErrorKind::NotFound => unreachable(format!("no daemon: {shown} does not exist"))
-                .help("start it with `systemctl start kvd`, or name its socket with --endpoint"),
+                .help(format!("start it with `{}`, or name its socket with --endpoint", start())),
             ErrorKind::ConnectionRefused => unreachable(format!("no daemon listens on {shown}"))
-                .help("it has stopped: see `journalctl -u kvd`, start it with `systemctl start kvd`"),
+                .help(format!("it has stopped: start it with `{}`; its log says why", start())),
             ErrorKind::PermissionDenied => {
                 Failure::new(Exit::Denied, format!("{shown} may not be opened by this user"))
                     .help("become a member of its group (`ls -l` shows it), or use sudo")
@@ -127,10 +127,15 @@ async fn knock(path: &Path, timeout: Duration) -> Result<(), Failure> {
     }
 }
 
+/// The command that starts the daemon on this machine.
+pub(crate) fn start() -> &'static str {
+    if Path::new("/run/systemd/system").exists() { "sudo systemctl start kvd" } else { "kvd" }
+}
+
 /// Nothing came in time.
 fn silent() -> Failure {
     Failure::new(Exit::Unreachable, "the daemon did not answer in time")
-        .help("allow more with --timeout 60s; `journalctl -u kvd` may tell what keeps it")
+        .help("allow more with --timeout 60s; the daemon's log may tell what keeps it")
 }
 
 impl From<Error> for Failure {
@@ -150,10 +155,10 @@ mod tests {
         Global {
             endpoint: Some(endpoint.into()),
             timeout: Duration::from_secs(1),
-            ca: None,
-            cert: None,
-            key: None,
-            server_name: None,
+            tls_ca: None,
+            tls_cert: None,
+            tls_key: None,
+            tls_name: None,
         }
     }
 
@@ -174,9 +179,9 @@ mod tests {
     #[test]
     fn https_takes_certificates_from_the_flags() {
         let global = Global {
-            ca: Some("ca.pem".into()),
-            cert: Some("c.pem".into()),
-            key: Some("k.pem".into()),
+            tls_ca: Some("ca.pem".into()),
+            tls_cert: Some("c.pem".into()),
+            tls_key: Some("k.pem".into()),
             ..global("https://node:1")
         };
         let Ok(Endpoint::Uri { tls: Some(tls), .. }) = endpoint(&global) else { panic!("no tls") };

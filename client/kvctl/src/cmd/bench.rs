@@ -109,7 +109,10 @@ const OPERATIONS: Kind<Tally> = Kind {
         column("P99", |tally, _| time(tally.quantile(0.99))),
         column("MAX", |tally, _| time(tally.quantile(1.0))),
         column("OPS/S", |tally, _| Cell::count(tally.per_second(tally.count()))),
-        column("BYTES/S", |tally, _| Cell::bytes(tally.per_second(tally.bytes))),
+        column("BYTES/S", |tally, _| match tally.per_second(tally.bytes) {
+            0 => Cell::number(0, "-".into()),
+            rate => Cell::bytes(rate),
+        }),
         column("MISSES", |tally, _| Cell::count(tally.misses)),
         column("WRONG", |tally, _| Cell::count(tally.wrong)),
         wide("BUSY", |tally, _| Cell::count(tally.busy)),

@@ -168,6 +168,8 @@ pub(crate) fn block_fields(block: &v1::BlockInfo, now: u64) -> String {
         at if at <= now => "over".to_owned(),
         at => format!("in {}", seconds(at - now)),
     };
+    let in_host = block.tiers.contains(&v1::Tier::Host.into());
+    let slot = format!("{} generation {} of shard {}", block.slot, block.generation, block.shard);
     fields(&[
         ("Key", hex(&block.key)),
         ("State", block.state.clone()),
@@ -181,7 +183,7 @@ pub(crate) fn block_fields(block: &v1::BlockInfo, now: u64) -> String {
         ("Pin ends", until(block.pinned_until, "not pinned")),
         ("Leases", count(block.leases.into())),
         ("Read lately", format!("{} of 3", block.frequency)),
-        ("Host slot", format!("{} generation {} in shard {}", block.slot, block.generation, block.shard)),
+        ("Host slot", if in_host { slot } else { String::new() }),
         ("Disk", block.disk_location.clone()),
     ])
 }
@@ -262,7 +264,7 @@ Expires:      never
 Pin ends:     in 1m
 Leases:       0
 Read lately:  3 of 3
-Host slot:    9 generation 2 in shard 0
+Host slot:    9 generation 2 of shard 0
 Disk:         -
 ";
         let text = block_fields(&block, 100);

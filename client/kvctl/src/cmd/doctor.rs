@@ -137,7 +137,7 @@ fn judge(facts: &Facts) -> Vec<Finding> {
 
 fn socket(facts: &Facts) -> Finding {
     let at = &facts.address;
-    let start = if facts.systemd { "sudo systemctl start kvd" } else { "kvd &" };
+    let start = facts.start;
     match &facts.socket {
         Socket::Open { .. } => Finding::ok("socket", at),
         Socket::Remote => Finding::ok("socket", format!("{at}, not on this machine")),
@@ -156,7 +156,7 @@ fn daemon(facts: &Facts) -> Vec<Finding> {
     let daemon = match &facts.daemon {
         None => return Vec::new(),
         Some(Err(failure)) => {
-            let fix = failure.help.clone().unwrap_or_else(|| "journalctl -u kvd".into());
+            let fix = failure.help.clone().unwrap_or_else(|| "kvctl status".into());
             return vec![Finding::missing("daemon", failure.message.clone(), fix)];
         }
         Some(Ok(daemon)) => daemon,
@@ -314,6 +314,7 @@ mod tests {
                 health: "ok".into(),
                 shards: 1,
             })),
+            start: "sudo systemctl start kvd",
             systemd: true,
             memlock: Memlock { bytes_max: None, of_daemon: true },
             huge: Some(HugePages { total: 512, free: 3, page_bytes: 2 << 20 }),
@@ -343,7 +344,7 @@ mod tests {
             ("socket", Mark::Missing, "usermod -aG kvd", |f| {
                 f.socket = Socket::Denied { group: "kvd".into() }
             }),
-            ("daemon", Mark::Missing, "journalctl", |f| {
+            ("daemon", Mark::Missing, "kvctl status", |f| {
                 f.daemon = Some(Err(Failure::new(Exit::Unreachable, "hangs")));
             }),
             ("version", Mark::Missing, "restart kvd", |f| {

@@ -46,7 +46,7 @@ pub(crate) async fn run(global: &Global, arguments: Arguments) -> Result<Exit, F
         total.absent += answer.absent;
     }
     out::answer(arguments.show.output, &total, || text(&total, arguments.dry_run))?;
-    Ok(exit(&total))
+    Ok(exit(&total, arguments.dry_run))
 }
 
 fn text(total: &v1::EvictResponse, dry_run: bool) -> String {
@@ -61,9 +61,9 @@ fn text(total: &v1::EvictResponse, dry_run: bool) -> String {
     text + "\n"
 }
 
-fn exit(total: &v1::EvictResponse) -> Exit {
+fn exit(total: &v1::EvictResponse, dry_run: bool) -> Exit {
     match total {
-        v1::EvictResponse { in_use: 1.., .. } => Exit::Failure,
+        v1::EvictResponse { in_use: 1.., .. } if !dry_run => Exit::Failure,
         v1::EvictResponse { evicted: 0, absent: 1.., .. } => Exit::NotFound,
         _ => Exit::Ok,
     }
@@ -79,8 +79,9 @@ mod tests {
         assert_eq!(text(&total(2, 0, 0), false), "2 blocks evicted\n");
         assert_eq!(text(&total(1, 0, 0), true), "1 block would be evicted\n");
         assert_eq!(text(&total(0, 1, 2), false), "0 blocks evicted; 1 stay: pinned or in use; 2 not here\n");
-        assert_eq!(exit(&total(1, 0, 1)), Exit::Ok);
-        assert_eq!(exit(&total(0, 0, 1)), Exit::NotFound);
-        assert_eq!(exit(&total(5, 1, 0)), Exit::Failure);
+        assert_eq!(exit(&total(1, 0, 1), false), Exit::Ok);
+        assert_eq!(exit(&total(0, 0, 1), true), Exit::NotFound);
+        assert_eq!(exit(&total(5, 1, 0), false), Exit::Failure);
+        assert_eq!(exit(&total(5, 1, 0), true), Exit::Ok);
     }
 }

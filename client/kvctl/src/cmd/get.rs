@@ -4,7 +4,7 @@ use clap::{Args, Subcommand};
 use kv_api::v1;
 use kv_block::Tier;
 
-use crate::cli::{Format, Global, Listing, tier_parser};
+use crate::cli::{Format, Global, Listing, parse_key_prefix, tier_parser};
 use crate::connect::{self, Daemon};
 use crate::exit::{Exit, Failure};
 use crate::out;
@@ -51,7 +51,7 @@ struct Blocks {
     #[arg(long)]
     tenant: Option<String>,
     /// Only keys that begin so (hex digits)
-    #[arg(long, value_name = "HEX")]
+    #[arg(long, value_name = "HEX", value_parser = parse_key_prefix)]
     prefix: Option<String>,
     /// Most blocks listed; 0 for all
     #[arg(long, value_name = "COUNT", default_value_t = 100)]

@@ -37,7 +37,7 @@ mod tests {
     #[test]
     fn the_page_fits_and_names_every_global_option() {
         let page = super::page();
-        for flag in ["--endpoint WHERE", "--timeout", "--ca", "--cert", "--key", "--server-name"] {
+        for flag in ["--endpoint WHERE", "--timeout", "--tls-ca", "--tls-cert", "--tls-key", "--tls-name"] {
             assert!(page.contains(flag), "{flag}\n{page}");
         }
         assert!(page.lines().count() < 24 && page.lines().all(|line| line.chars().count() <= 80), "{page}");

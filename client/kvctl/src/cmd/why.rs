@@ -82,8 +82,8 @@ async fn compare(
 
 /// The answer in words.
 fn page(key: &BlockKey, answer: &v1::ExplainResponse, named: Option<&Named>, now: u64) -> String {
-    let known = answer.block.as_ref().map_or(String::new(), |block| indented(&block_fields(block, now)));
     let Some(miss) = &answer.miss else {
+        let known = answer.block.as_ref().map_or(String::new(), |block| indented(&block_fields(block, now)));
         return format!("{key} is here\n{known}");
     };
     let reason = kv_api::convert::miss_reason(miss);
@@ -95,7 +95,13 @@ fn page(key: &BlockKey, answer: &v1::ExplainResponse, named: Option<&Named>, now
             None => format!("  differs: {}\n", printable(field)),
         };
     }
-    text + &format!("  {action}\n") + &known
+    text += &format!("  {action}\n");
+    // What is gone left its name behind, little else.
+    if let Some(block) = answer.block.as_ref().filter(|block| !block.tenant.is_empty()) {
+        let (tenant, model) = (printable(&block.tenant), printable(&block.model));
+        text += &format!("  It was stored by tenant {tenant}, model {model}.\n");
+    }
+    text
 }
 
 /// What the caller's scope says in this field. The salt stays a secret.

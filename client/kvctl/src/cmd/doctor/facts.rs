@@ -18,6 +18,8 @@ pub(super) struct Facts {
     pub(super) socket: Socket,
     /// `None` when the socket is not open.
     pub(super) daemon: Option<Result<DaemonFacts, Failure>>,
+    /// The command that starts the daemon here.
+    pub(super) start: &'static str,
     /// The machine is run by systemd.
     pub(super) systemd: bool,
     pub(super) memlock: Memlock,
@@ -115,6 +117,7 @@ pub(super) async fn gather(
         address: path.map_or_else(|| endpoint.to_string(), |path| path.display().to_string()),
         socket,
         daemon,
+        start: connect::start(),
         systemd: Path::new("/run/systemd/system").exists(),
         memlock: memlock(pid),
         huge: huge_pages(&meminfo),

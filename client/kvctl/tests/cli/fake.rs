@@ -1,0 +1,380 @@
+//! A daemon that says what a test wants to see rendered: canned answers, and a store just good enough for
+//! the bench. It listens on a socket in a temporary directory and ends with the test.
+
+use std::collections::HashMap;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex};
+
+use kv_api::v1::{self, admin_server, blocks_server, worker_server};
+use kv_api::{convert, fault};
+use kv_block::code::Code;
+use kv_block::{BlockKey, Checksum, Fault, MissReason, Scope, Slice};
+use tokio_stream::Stream;
+use tokio_stream::wrappers::UnixListenerStream;
+use tonic::{Request, Response, Status, Streaming};
+
+/// How the daemon is today.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(crate) enum Mood {
+    /// In order.
+    Well,
+    /// A tier is degraded.
+    Warn,
+    /// Administers for nobody.
+    Denies,
+    /// Long work ends before it is finished, checks find damage, reads give wrong bytes.
+    Broken,
+}
+
+/// A fake daemon; ends when dropped.
+pub(crate) struct Fake {
+    directory: tempfile::TempDir,
+    _runtime: tokio::runtime::Runtime,
+}
+
+impl Fake {
+    /// Starts one.
+    pub(crate) fn start(mood: Mood) -> Self {
+        let directory = tempfile::tempdir().unwrap();
+        let runtime =
+            tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build().unwrap();
+        let listener = {
+            let _inside = runtime.enter();
+            tokio::net::UnixListener::bind(directory.path().join("kvd.sock")).unwrap()
+        };
+        let service = Service(Arc::new(State { mood, ..State::default() }));
+        runtime.spawn(
+            tonic::transport::Server::builder()
+                .add_service(admin_server::AdminServer::new(service.clone()))
+                .add_service(blocks_server::BlocksServer::new(service.clone()))
+                .add_service(worker_server::WorkerServer::new(service))
+                .serve_with_incoming(UnixListenerStream::new(listener)),
+        );
+        Self { directory, _runtime: runtime }
+    }
+
+    /// Where it listens.
+    pub(crate) fn socket(&self) -> PathBuf {
+        self.path().join("kvd.sock")
+    }
+
+    /// A directory for the test's own files.
+    pub(crate) fn path(&self) -> &Path {
+        self.directory.path()
+    }
+}
+
+/// Key of the n-th block that the daemon has from the start.
+pub(crate) fn key(n: u8) -> String {
+    BlockKey([n; 16]).to_string()
+}
+
+struct State {
+    mood: Mood,
+    registered: Mutex<Vec<(Scope, Slice)>>,
+    stored: Mutex<HashMap<BlockKey, Vec<u8>>>,
+}
+
+impl Default for State {
+    fn default() -> Self {
+        Self { mood: Mood::Well, registered: Mutex::default(), stored: Mutex::default() }
+    }
+}
+
+#[derive(Clone)]
+struct Service(Arc<State>);
+
+type Answer<T> = Result<Response<T>, Status>;
+type Messages<T> = std::pin::Pin<Box<dyn Stream<Item = Result<T, Status>> + Send>>;
+
+fn status(fault: &Fault) -> Status {
+    fault::to_status(fault)
+}
+
+fn not_here<T>() -> Answer<T> {
+    Err(Status::unimplemented("not of this fake"))
+}
+
+fn block(n: u8) -> v1::BlockInfo {
+    v1::BlockInfo {
+        key: vec![n; 16].into(),
+        tiers: vec![v1::Tier::Host.into()],
+        bytes: 65_536,
+        tenant: "team-a".into(),
+        state: "present".into(),
+        ..Default::default()
+    }
+}
+
+impl Service {
+    fn admin(&self) -> Result<(), Status> {
+        match self.0.mood {
+            Mood::Denies => Err(status(&Fault::new(Code::Denied, "uid 1000 may not administer"))),
+            _ => Ok(()),
+        }
+    }
+
+    fn tiers(&self) -> Vec<v1::TierInfo> {
+        let host = v1::TierInfo {
+            tier: v1::Tier::Host.into(),
+            state: "ok".into(),
+            bytes_max: 2 << 30,
+            bytes_used: 1 << 30,
+            blocks: 16_384,
+            ..Default::default()
+        };
+        let state = if self.0.mood == Mood::Warn { "degraded" } else { "ok" };
+        let disk = v1::TierInfo { tier: v1::Tier::Disk.into(), state: state.into(), ..host.clone() };
+        vec![host, disk]
+    }
+
+    fn progress(&self) -> Messages<v1::Progress> {
+        let broken = self.0.mood == Mood::Broken;
+        let report = |done, finished| {
+            Ok(v1::Progress { done, total: 10, failed: u64::from(broken), bytes: done << 16, finished })
+        };
+        Box::pin(tokio_stream::iter([report(0, false), report(5, false), report(10, true)]))
+    }
+
+    fn key_of(&self, binding: u32, hash: &[u8]) -> Result<BlockKey, Status> {
+        let registered = self.0.registered.lock().unwrap();
+        let (scope, slice) = registered.get(binding as usize).ok_or_else(|| Status::not_found("binding"))?;
+        let hash = convert::sequence_hash(hash).map_err(|fault| status(&fault))?;
+        Ok(scope.id().block_key(&hash, slice))
+    }
+
+    fn keys(&self, names: Option<&v1::Names>) -> Result<Vec<BlockKey>, Status> {
+        let names = names.ok_or_else(|| Status::invalid_argument("no names"))?;
+        let keys = names.keys.iter().map(|key| convert::key(key).map_err(|fault| status(&fault)));
+        let hashes = names.sequence_hashes.iter().map(|hash| self.key_of(names.binding, hash));
+        keys.chain(hashes).collect()
+    }
+
+    /// Of these, how many are here.
+    fn count(&self, names: Option<&v1::Names>) -> Result<(u32, u32), Status> {
+        let keys = self.keys(names)?;
+        let stored = self.0.stored.lock().unwrap();
+        let here = |key: &&BlockKey| (1..=2).any(|n| key.0 == [n; 16]) || stored.contains_key(key);
+        let count = keys.iter().filter(here).count() as u32;
+        Ok((count, keys.len() as u32 - count))
+    }
+}
+
+#[tonic::async_trait]
+impl admin_server::Admin for Service {
+    async fn status(&self, _: Request<v1::StatusRequest>) -> Answer<v1::StatusResponse> {
+        self.admin()?;
+        let warn = self.0.mood == Mood::Warn;
+        let warning = v1::Warning { code: "KVD-3001".into(), text: "disk: circuit open for 41s".into() };
+        Ok(Response::new(v1::StatusResponse {
+            node: "fake".into(),
+            version: env!("CARGO_PKG_VERSION").into(),
+            health: if warn { "warn" } else { "ok" }.into(),
+            warnings: if warn { vec![warning] } else { Vec::new() },
+            tiers: self.tiers(),
+            shards: 1,
+            ..Default::default()
+        }))
+    }
+
+    async fn list_tiers(&self, _: Request<v1::ListTiersRequest>) -> Answer<v1::ListTiersResponse> {
+        self.admin()?;
+        Ok(Response::new(v1::ListTiersResponse { tiers: self.tiers() }))
+    }
+
+    async fn list_clients(&self, _: Request<v1::ListClientsRequest>) -> Answer<v1::ListClientsResponse> {
+        let client = v1::ClientInfo { session: 7, name: "rank 0\u{1b}[31m".into(), ..Default::default() };
+        Ok(Response::new(v1::ListClientsResponse { clients: vec![client] }))
+    }
+
+    async fn list_leases(&self, _: Request<v1::ListLeasesRequest>) -> Answer<v1::ListLeasesResponse> {
+        Ok(Response::new(v1::ListLeasesResponse::default()))
+    }
+
+    async fn list_tenants(&self, _: Request<v1::ListTenantsRequest>) -> Answer<v1::ListTenantsResponse> {
+        let tenant = v1::TenantInfo { tenant: "team-a".into(), blocks: 2, ..Default::default() };
+        Ok(Response::new(v1::ListTenantsResponse { tenants: vec![tenant] }))
+    }
+
+    // One block a page, and an empty page between: as two shards would.
+    async fn list_blocks(&self, request: Request<v1::ListBlocksRequest>) -> Answer<v1::ListBlocksResponse> {
+        let request = request.into_inner();
+        let (blocks, next) = match request.page_token.as_str() {
+            "" => (vec![block(1)], "empty"),
+            "empty" => (vec![], "last"),
+            _ => (vec![block(2)], ""),
+        };
+        let wanted = |block: &v1::BlockInfo| {
+            BlockKey::from_slice(&block.key).unwrap().to_string().starts_with(&request.key_prefix)
+        };
+        let blocks = blocks.into_iter().filter(wanted).collect();
+        Ok(Response::new(v1::ListBlocksResponse { blocks, next_page_token: next.into() }))
+    }
+
+    async fn get_config(&self, _: Request<v1::GetConfigRequest>) -> Answer<v1::GetConfigResponse> {
+        let value = |key: &str, value: &str, origin: &str| v1::ConfigValue {
+            key: key.into(),
+            value: value.into(),
+            origin: origin.into(),
+        };
+        Ok(Response::new(v1::GetConfigResponse {
+            toml: "[host]\nbytes_max = \"2GiB\"\n".into(),
+            values: vec![value("host.bytes_max", "\"2GiB\"", "flag"), value("a.b", "1", "default")],
+            plan: "the plan\n".into(),
+        }))
+    }
+
+    async fn set_quota(&self, _: Request<v1::SetQuotaRequest>) -> Answer<v1::SetQuotaResponse> {
+        Ok(Response::new(v1::SetQuotaResponse {}))
+    }
+
+    type PurgeStream = Messages<v1::Progress>;
+    async fn purge(&self, request: Request<v1::PurgeRequest>) -> Answer<Self::PurgeStream> {
+        let request = request.into_inner();
+        assert_ne!(request.tenant.is_empty(), !request.all);
+        if self.0.mood == Mood::Broken {
+            let half = v1::Progress { done: 5, total: 10, ..Default::default() };
+            return Ok(Response::new(Box::pin(tokio_stream::once(Ok(half)))));
+        }
+        Ok(Response::new(self.progress()))
+    }
+
+    type VerifyStream = Messages<v1::Progress>;
+    async fn verify(&self, request: Request<v1::VerifyRequest>) -> Answer<Self::VerifyStream> {
+        assert_ne!(request.into_inner().tier, 0, "the daemon wants a tier");
+        Ok(Response::new(self.progress()))
+    }
+
+    async fn drain(&self, request: Request<v1::DrainRequest>) -> Answer<v1::DrainResponse> {
+        Ok(Response::new(v1::DrainResponse { draining: !request.into_inner().stop }))
+    }
+}
+
+#[tonic::async_trait]
+impl worker_server::Worker for Service {
+    type OpenStream = Messages<v1::SessionNotice>;
+    async fn open(&self, _: Request<v1::OpenRequest>) -> Answer<Self::OpenStream> {
+        use tokio_stream::StreamExt as _;
+        let first = v1::SessionNotice { session: 1, epoch: 1, draining: false };
+        Ok(Response::new(Box::pin(tokio_stream::once(Ok(first)).chain(tokio_stream::pending()))))
+    }
+
+    async fn register(&self, request: Request<v1::RegisterRequest>) -> Answer<v1::RegisterResponse> {
+        let request = request.into_inner();
+        let scope = convert::scope(request.scope).map_err(|fault| status(&fault))?;
+        let slice = convert::slice(request.slice).map_err(|fault| status(&fault))?;
+        let scope_id = scope.id().as_bytes().to_vec().into();
+        let mut registered = self.0.registered.lock().unwrap();
+        registered.push((scope, slice));
+        let binding = registered.len() as u32 - 1;
+        Ok(Response::new(v1::RegisterResponse { binding, scope_id, epoch: 1 }))
+    }
+
+    async fn describe(&self, _: Request<v1::DescribeRequest>) -> Answer<v1::DescribeResponse> {
+        Ok(Response::new(v1::DescribeResponse {
+            node: "fake".into(),
+            version: env!("CARGO_PKG_VERSION").into(),
+            epoch: 1,
+            shards: 1,
+            keys_per_request_max: 2,
+            ..Default::default()
+        }))
+    }
+}
+
+#[tonic::async_trait]
+impl blocks_server::Blocks for Service {
+    async fn lookup(&self, request: Request<v1::LookupRequest>) -> Answer<v1::LookupResponse> {
+        let keys = self.keys(request.into_inner().names.as_ref())?;
+        let found = v1::Found { what: Some(v1::found::What::Tier(v1::Tier::Host.into())) };
+        Ok(Response::new(v1::LookupResponse { prefix: keys.len() as u32, found: vec![found; keys.len()] }))
+    }
+
+    async fn acquire(&self, _: Request<v1::AcquireRequest>) -> Answer<v1::AcquireResponse> {
+        not_here()
+    }
+
+    async fn release(&self, _: Request<v1::ReleaseRequest>) -> Answer<v1::ReleaseResponse> {
+        not_here()
+    }
+
+    type GetStream = Messages<v1::GetResponse>;
+    async fn get(&self, request: Request<v1::GetRequest>) -> Answer<Self::GetStream> {
+        use v1::get_response::What;
+        let key = self.keys(request.into_inner().names.as_ref())?[0];
+        let message = |what| Ok(v1::GetResponse { what: Some(what) });
+        let Some(mut bytes) = self.0.stored.lock().unwrap().get(&key).cloned() else {
+            let miss = convert::miss_message(MissReason::NeverStored, Vec::new());
+            return Ok(Response::new(Box::pin(tokio_stream::once(message(What::Miss(miss))))));
+        };
+        if self.0.mood == Mood::Broken {
+            // Wrong bytes under a checksum that fits them: only the payload itself tells.
+            bytes[17] ^= 1;
+        }
+        let header = v1::GetHeader {
+            bytes: bytes.len() as u32,
+            checksum: Checksum::of(&key, &bytes).0,
+            key: key.as_bytes().to_vec().into(),
+            tier: v1::Tier::Host.into(),
+        };
+        let messages = [message(What::Header(header)), message(What::Chunk(bytes.into()))];
+        Ok(Response::new(Box::pin(tokio_stream::iter(messages))))
+    }
+
+    async fn put(&self, request: Request<Streaming<v1::PutRequest>>) -> Answer<v1::PutResponse> {
+        let mut messages = request.into_inner();
+        let (mut header, mut bytes) = (None, Vec::new());
+        while let Some(message) = messages.message().await? {
+            header = header.or(message.header);
+            bytes.extend_from_slice(&message.chunk);
+        }
+        let header = header.ok_or_else(|| Status::invalid_argument("no header"))?;
+        let key = self.key_of(header.binding, &header.sequence_hash)?;
+        let already = self.0.stored.lock().unwrap().insert(key, bytes).is_some();
+        Ok(Response::new(v1::PutResponse { already, key: key.as_bytes().to_vec().into() }))
+    }
+
+    async fn reserve(&self, _: Request<v1::ReserveRequest>) -> Answer<v1::ReserveResponse> {
+        not_here()
+    }
+
+    async fn abort(&self, _: Request<v1::AbortRequest>) -> Answer<v1::AbortResponse> {
+        not_here()
+    }
+
+    async fn pin(&self, request: Request<v1::PinRequest>) -> Answer<v1::PinResponse> {
+        let (pinned, absent) = self.count(request.into_inner().names.as_ref())?;
+        Ok(Response::new(v1::PinResponse { pinned, absent }))
+    }
+
+    async fn unpin(&self, request: Request<v1::UnpinRequest>) -> Answer<v1::UnpinResponse> {
+        let (unpinned, _) = self.count(request.into_inner().names.as_ref())?;
+        Ok(Response::new(v1::UnpinResponse { unpinned }))
+    }
+
+    async fn prefetch(&self, _: Request<v1::PrefetchRequest>) -> Answer<v1::PrefetchResponse> {
+        not_here()
+    }
+
+    async fn evict(&self, request: Request<v1::EvictRequest>) -> Answer<v1::EvictResponse> {
+        let request = request.into_inner();
+        assert!(request.names.as_ref().unwrap().keys.len() <= 2, "more keys than the daemon takes at once");
+        let (evicted, absent) = self.count(request.names.as_ref())?;
+        for key in self.keys(request.names.as_ref())? {
+            self.0.stored.lock().unwrap().remove(&key);
+        }
+        Ok(Response::new(v1::EvictResponse { evicted, in_use: 0, absent }))
+    }
+
+    async fn explain(&self, request: Request<v1::ExplainRequest>) -> Answer<v1::ExplainResponse> {
+        let names = request.into_inner().names.unwrap_or_default();
+        let key = self.keys(Some(&names))?[0];
+        let here = (1..=2).find(|n| key.0 == [*n; 16]).map(block);
+        let miss = match (&here, names.sequence_hashes.is_empty()) {
+            (Some(_), _) => None,
+            (None, true) => Some(convert::miss_message(MissReason::NeverStored, Vec::new())),
+            (None, false) => Some(convert::miss_message(MissReason::ScopeDiffers, vec!["dtype".into()])),
+        };
+        Ok(Response::new(v1::ExplainResponse { key: key.as_bytes().to_vec().into(), miss, block: here }))
+    }
+}

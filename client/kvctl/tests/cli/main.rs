@@ -1,0 +1,322 @@
+//! The binary as a script sees it: what it prints where, and what it exits with.
+
+mod fake;
+
+use std::io::Write as _;
+use std::path::Path;
+use std::process::{Command, Output, Stdio};
+
+use fake::{Fake, Mood, key};
+
+/// What came out of one run.
+struct Ran {
+    code: i32,
+    out: String,
+    err: String,
+}
+
+fn command(endpoint: &Path) -> Command {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_kvctl"));
+    command.env_clear().env("KVCTL_ENDPOINT", endpoint).stdin(Stdio::null());
+    command
+}
+
+fn ran(output: &Output) -> Ran {
+    let text = |bytes: &[u8]| String::from_utf8(bytes.to_vec()).unwrap();
+    Ran { code: output.status.code().unwrap(), out: text(&output.stdout), err: text(&output.stderr) }
+}
+
+fn kvctl(endpoint: &Path, line: &str) -> Ran {
+    ran(&command(endpoint).args(line.split_whitespace()).output().unwrap())
+}
+
+impl Ran {
+    #[track_caller]
+    fn exits(self, code: i32) -> Self {
+        assert_eq!(self.code, code, "stdout: {}\nstderr: {}", self.out, self.err);
+        self
+    }
+
+    /// Checks that stderr has this cause and some way out, in cargo's style, and stdout nothing.
+    #[track_caller]
+    fn fails(self, code: i32, cause: &str, way_out: &str) {
+        let ran = self.exits(code);
+        assert!(ran.err.starts_with("error: ") && ran.err.contains(cause), "{}", ran.err);
+        assert!(ran.err.contains(&format!("\nhelp: {way_out}")), "{}", ran.err);
+        assert_eq!(ran.out, "");
+    }
+}
+
+#[test]
+fn a_healthy_daemon_is_0_and_a_degraded_one_4() {
+    let well = Fake::start(Mood::Well);
+    let ran = kvctl(&well.socket(), "status").exits(0);
+    assert!(ran.out.starts_with("node     fake  OK  kvd ") && ran.out.lines().count() <= 15, "{}", ran.out);
+    assert_eq!(ran.err, "");
+    let warn = Fake::start(Mood::Warn);
+    let ran = kvctl(&warn.socket(), "status").exits(4);
+    assert!(ran.out.contains("KVD-3001 disk: circuit open for 41s"), "{}", ran.out);
+}
+
+#[test]
+fn a_dead_socket_is_5_and_says_how_to_start_the_daemon() {
+    let directory = tempfile::tempdir().unwrap();
+    let socket = directory.path().join("kvd.sock");
+    kvctl(&socket, "status").fails(5, "does not exist", "start it with");
+    drop(std::os::unix::net::UnixListener::bind(&socket).unwrap());
+    for line in ["status", "get tiers", "version", "bench", "drain"] {
+        kvctl(&socket, line).fails(5, "no daemon listens on", "it has stopped: start it with");
+    }
+}
+
+#[test]
+fn a_daemon_that_never_answers_is_5_when_the_time_is_over() {
+    let directory = tempfile::tempdir().unwrap();
+    let socket = directory.path().join("kvd.sock");
+    let _silent = std::os::unix::net::UnixListener::bind(&socket).unwrap();
+    kvctl(&socket, "--timeout 300ms status").exits(5);
+}
+
+#[test]
+fn what_may_not_be_done_is_6() {
+    let fake = Fake::start(Mood::Denies);
+    kvctl(&fake.socket(), "status").fails(6, "KVD-1010", "Allow it in the configuration");
+    kvctl(&fake.socket(), "get tiers").fails(6, "uid 1000 may not administer", "Allow it");
+}
+
+#[test]
+fn what_is_not_there_is_3() {
+    let fake = Fake::start(Mood::Well);
+    let (absent, socket) = (key(9), fake.socket());
+    kvctl(&socket, &format!("describe block {absent}")).fails(3, "is not here: never_stored", "`kvctl why");
+    kvctl(&socket, "describe block 99999999").fails(3, "no block's key begins with", "give the whole key");
+    kvctl(&socket, "describe tenant nobody").fails(3, "no tenant is called `nobody`", "`kvctl get tenants`");
+    kvctl(&socket, "describe client 8").fails(3, "no client", "`kvctl get clients`");
+    kvctl(&socket, "describe tier object").fails(3, "no tier", "`kvctl get tiers`");
+    kvctl(&socket, "explain KVD-9999").fails(3, "nothing is called", "`kvctl explain` lists");
+    kvctl(&socket, &format!("evict --yes {absent}")).exits(3);
+    kvctl(&socket, &format!("pin {} {absent}", key(1))).exits(3);
+    kvctl(&socket, &format!("unpin {absent}")).exits(3);
+}
+
+#[test]
+fn a_senseless_command_line_is_2() {
+    let fake = Fake::start(Mood::Well);
+    for line in [
+        "",
+        "staus",
+        "status --bogus",
+        "get tiers --sort-by colour",
+        "get blocks --prefix xyz",
+        "get tiers -o xml",
+        "pin nonsense",
+        "pin 11111111 --ttl 0s",
+        "purge",
+        "purge --all --tenant a --yes",
+        "quota set team-a much",
+        "why --scope /nowhere --hash 0102030405060708",
+        "why --hash 0102030405060708",
+        "bench --blocks 1000000 --bytes 64MiB",
+        "--endpoint nowhere status",
+        "--timeout soon status",
+    ] {
+        let ran = kvctl(&fake.socket(), line).exits(2);
+        assert_eq!(ran.out, "", "`{line}`");
+        assert!(ran.err.contains("error: ") || line.is_empty(), "`{line}`: {}", ran.err);
+    }
+}
+
+#[test]
+fn nothing_is_destroyed_unasked() {
+    let fake = Fake::start(Mood::Well);
+    let evict = format!("evict {}", key(1));
+    for line in [evict.as_str(), "purge --all", "purge --tenant team-a"] {
+        kvctl(&fake.socket(), line).fails(2, "nobody is there to confirm it", "add --yes");
+        let ran = kvctl(&fake.socket(), &format!("{line} --dry-run")).exits(0);
+        assert!(ran.out.contains("would be"), "{}", ran.out);
+        kvctl(&fake.socket(), &format!("{line} --yes")).exits(0);
+    }
+}
+
+#[test]
+fn short_keys_and_listed_names_stand_for_blocks() {
+    let fake = Fake::start(Mood::Well);
+    let socket = fake.socket();
+    assert_eq!(kvctl(&socket, "pin 01010101 --ttl 90s").exits(0).out, "1 block pinned for 1m30s\n");
+    let names = kvctl(&socket, "get blocks -o name").exits(0).out;
+    assert_eq!(names, format!("block/{}\nblock/{}\n", key(1), key(2)));
+    let mut child = command(&socket)
+        .args(["unpin", "-"])
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
+    child.stdin.take().unwrap().write_all(names.as_bytes()).unwrap();
+    let ran = ran(&child.wait_with_output().unwrap()).exits(0);
+    assert_eq!(ran.out, "2 blocks unpinned\n");
+}
+
+#[test]
+fn listings_page_through_and_can_be_limited() {
+    let fake = Fake::start(Mood::Well);
+    let socket = fake.socket();
+    let all = kvctl(&socket, "get blocks").exits(0);
+    assert_eq!(all.out.lines().count(), 3, "{}", all.out);
+    assert_eq!(all.err, "");
+    let one = kvctl(&socket, "get blocks --limit 1 --no-headers").exits(0);
+    assert!(one.out.starts_with(&key(1)) && one.out.lines().count() == 1, "{}", one.out);
+    assert!(one.err.contains("--limit 0"), "{}", one.err);
+    let sorted = kvctl(&socket, "get blocks --sort-by=-key --no-headers").exits(0);
+    assert!(sorted.out.starts_with(&key(2)), "{}", sorted.out);
+}
+
+#[test]
+fn json_and_yaml_have_the_names_of_the_protocol() {
+    let fake = Fake::start(Mood::Well);
+    let socket = fake.socket();
+    let json: serde_json::Value =
+        serde_json::from_str(&kvctl(&socket, "get blocks -o json").exits(0).out).unwrap();
+    assert_eq!(json["blocks"][1]["key"], key(2));
+    assert_eq!(json["blocks"][0]["tiers"], serde_json::json!(["host"]));
+    let yaml = kvctl(&socket, "status -o yaml").exits(0).out;
+    assert!(yaml.starts_with("node: fake\n") && yaml.contains("\n- tier: host\n"), "{yaml}");
+    let json: serde_json::Value = serde_json::from_str(&kvctl(&socket, "doctor -o json").out).unwrap();
+    assert_eq!(
+        json[0],
+        serde_json::json!({ "check": "socket", "state": "ok", "found": socket, "fix": null })
+    );
+}
+
+#[test]
+fn colour_is_for_terminals_or_for_those_who_force_it() {
+    let fake = Fake::start(Mood::Well);
+    let plain = kvctl(&fake.socket(), "status").exits(0).out;
+    assert!(!plain.contains('\u{1b}'));
+    let with = |name: &str| ran(&command(&fake.socket()).arg("status").env(name, "1").output().unwrap());
+    assert!(with("CLICOLOR_FORCE").out.contains("\u{1b}[32mOK\u{1b}[0m"));
+    assert_eq!(with("NO_COLOR").out, plain);
+    let names = kvctl(&fake.socket(), "get clients").exits(0).out;
+    assert!(names.contains("rank 0?[31m"), "a client's name steers no terminal: {names:?}");
+}
+
+#[test]
+fn long_work_reports_its_end_on_stdout_and_its_failure_as_1() {
+    let fake = Fake::start(Mood::Well);
+    let ran = kvctl(&fake.socket(), "verify").exits(0);
+    assert!(ran.out.starts_with("20 blocks read, 1.2MiB in "), "host and disk: {}", ran.out);
+    assert_eq!(ran.err, "", "no progress bar without a terminal");
+    let broken = Fake::start(Mood::Broken);
+    let ran = kvctl(&broken.socket(), "verify --tier disk").exits(1);
+    assert!(ran.err.contains("1 block failed the checksum"), "{}", ran.err);
+    kvctl(&broken.socket(), "purge --all --yes").fails(
+        1,
+        "it ended early, after 5 of 10 blocks",
+        "run it again",
+    );
+}
+
+#[test]
+fn why_compares_scopes_when_it_is_given_one() {
+    let fake = Fake::start(Mood::Well);
+    let socket = fake.socket();
+    assert!(kvctl(&socket, &format!("why {}", key(1))).exits(0).out.contains("is here"));
+    let miss = kvctl(&socket, &format!("why {}", key(9))).exits(0).out;
+    assert!(miss.contains("is not here: never_stored"), "{miss}");
+    let scope = fake.path().join("scope.toml");
+    std::fs::write(&scope, "model = \"m\"\ntenant = \"a\"\ndtype = \"bf16\"\n").unwrap();
+    let line = format!("why --scope {} --hash 0102030405060708", scope.display());
+    kvctl(&socket, &line).fails(2, "which slice", "add --slice");
+    let differs = kvctl(&socket, &format!("{line} --slice 0..2/2,0..8/8")).exits(0).out;
+    assert!(
+        differs.contains("scope_differs") && differs.contains("dtype (here asked for: bf16)"),
+        "{differs}"
+    );
+}
+
+#[test]
+fn bench_prints_quantiles_and_finds_wrong_bytes() {
+    let fake = Fake::start(Mood::Well);
+    let line = "bench --blocks 20 --bytes 4KiB --threads 2 --batch 2 --grpc -o json";
+    let ran = kvctl(&fake.socket(), line).exits(0);
+    let json: serde_json::Value = serde_json::from_str(&ran.out).unwrap();
+    let operations = json["operations"].as_array().unwrap();
+    let names: Vec<&str> = operations.iter().map(|of| of["op"].as_str().unwrap()).collect();
+    assert_eq!(names, ["put", "lookup", "get"]);
+    assert_eq!((&json["door"], &operations[0]["count"]), (&"grpc".into(), &20.into()));
+    assert!(operations[2]["p50_ns"].as_u64().unwrap() > 0 && operations[2]["misses"] == 0);
+    // Without the worker socket it goes by gRPC and says so.
+    let ran = kvctl(&fake.socket(), "bench --blocks 2 --bytes 4KiB").exits(0);
+    assert!(ran.err.contains("without shared memory"), "{}", ran.err);
+    let broken = Fake::start(Mood::Broken);
+    let ran = kvctl(&broken.socket(), "bench --blocks 3 --bytes 4KiB --grpc").exits(1);
+    assert!(ran.err.contains("3 blocks came back with wrong bytes"), "{}", ran.err);
+}
+
+#[test]
+fn config_is_printed_by_origin_and_checked_by_the_daemons_own_binary() {
+    let fake = Fake::start(Mood::Well);
+    let socket = fake.socket();
+    assert_eq!(kvctl(&socket, "config print").exits(0).out, "host.bytes_max = \"2GiB\"\n");
+    let origins = kvctl(&socket, "config print --effective --origin").exits(0).out;
+    assert!(origins.contains("a.b = 1                  # default\n"), "{origins}");
+    assert_eq!(kvctl(&socket, "config print --plan").exits(0).out, "the plan\n");
+    // A stand-in for the daemon's binary beside kvctl: its words and its exit code come through as they are.
+    // Another process writes the programs: a test that forks while we did would keep them busy.
+    let bin = fake.path().join("bin");
+    let make = |script: &str| {
+        let shell =
+            Command::new("sh").args(["-c", script, "sh", env!("CARGO_BIN_EXE_kvctl")]).arg(&bin).status();
+        assert!(shell.unwrap().success());
+    };
+    let check = || {
+        let mut kvctl = Command::new(bin.join("kvctl"));
+        ran(&kvctl.args(["config", "check", "x.toml"]).env("PATH", &bin).output().unwrap())
+    };
+    make("mkdir $2 && cp $1 $2/kvctl");
+    check().fails(1, "cannot run kvd", "the check is made by the daemon's own parser");
+    make("printf '#!/bin/sh\necho \"$@\"\necho words >&2\nexit 78\n' > $2/kvd && chmod +x $2/kvd");
+    let ran = check().exits(78);
+    assert_eq!((ran.out.as_str(), ran.err.as_str()), ("--check --config x.toml\n", "words\n"));
+}
+
+#[test]
+fn watching_repeats_until_it_is_ended_and_pipes_may_close() {
+    let fake = Fake::start(Mood::Well);
+    let mut child = command(&fake.socket())
+        .args(["get", "tiers", "-w=100ms", "-o", "json"])
+        .stdout(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let mut lines = std::io::BufRead::lines(std::io::BufReader::new(child.stdout.take().unwrap()));
+    for _ in 0..3 {
+        let line = lines.next().unwrap().unwrap();
+        assert!(line.starts_with("{\"tiers\":["), "{line}");
+    }
+    // Nobody reads on: the next line ends it, quietly.
+    drop(lines);
+    assert_eq!(child.wait().unwrap().code(), Some(0));
+}
+
+#[test]
+fn what_needs_no_daemon_works_without_one() {
+    let nowhere = Path::new("/nonexistent/kvd.sock");
+    for line in ["explain", "explain kvd-1001", "completion bash", "options", "version --client", "--version"]
+    {
+        assert!(!kvctl(nowhere, line).exits(0).out.is_empty(), "{line}");
+    }
+    let ran = kvctl(nowhere, "doctor").exits(1);
+    assert!(ran.out.contains("missing socket") && ran.out.contains("mend: "), "{}", ran.out);
+    let ran = kvctl(nowhere, "doctor -o name").exits(1);
+    assert!(ran.out.starts_with("socket\n"), "{}", ran.out);
+}
+
+#[test]
+fn versions_are_compared() {
+    let fake = Fake::start(Mood::Well);
+    let own = env!("CARGO_PKG_VERSION");
+    assert_eq!(
+        kvctl(&fake.socket(), "version --check").exits(0).out,
+        format!("kvctl  {own}\nkvd    {own}\n")
+    );
+}
