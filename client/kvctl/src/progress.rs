@@ -17,7 +17,7 @@ pub(crate) fn bar(verb: &'static str, noun: &str, total: u64) -> ProgressBar {
     } else {
         ProgressDrawTarget::hidden()
     };
-    let template = format!("{{msg:>9}} [{{bar:24}}] {{human_pos}}/{{human_len}} {noun} {{per_sec}} {{eta}}");
+    let template = format!("{{msg:>9}} [{{bar:24}}] {{human_pos}} of {{human_len}} {noun}, {{eta}} left");
     let style = ProgressStyle::with_template(&template).expect("a fixed template");
     ProgressBar::with_draw_target(Some(total), target)
         .with_style(style.progress_chars("=> "))

@@ -78,6 +78,10 @@ pub(crate) async fn run(global: &Global, arguments: Arguments) -> Result<Exit, F
         let operations: Vec<_> = tallies.iter().map(json).collect();
         json!({ "door": door, "block_bytes": plan.block_bytes, "threads": plan.threads, "operations": operations })
     });
+    if text.is_none() {
+        let (length, threads) = (bytes(plan.block_bytes.into()), counted(plan.threads.into(), "thread"));
+        out::note(&format!("blocks of {length}, {threads}, by {door}"));
+    }
     let look = Look { wide: format == Format::Wide, headers: true, paint: Paint::stdout(), now: 0 };
     out::print(&text.unwrap_or_else(|| match format {
         Format::Name => OPERATIONS.names(&tallies),
