@@ -222,6 +222,13 @@ fn every_key_is_in_the_printed_configuration() {
     assert_eq!(printed, known - 1);
 }
 
+#[test]
+fn help_fits_a_small_terminal() {
+    use clap::CommandFactory;
+    let text = kvd::config::cli::Flags::command().render_help().to_string();
+    assert!(text.lines().count() <= 24 && text.lines().all(|line| line.chars().count() <= 80), "{text}");
+}
+
 proptest! {
     #![proptest_config(ProptestConfig { failure_persistence: None, ..ProptestConfig::default() })]
 

@@ -17,40 +17,40 @@ use super::{Config, ConfigError, Loaded, Sources};
                   Precedence: defaults < files < environment < flags."
 )]
 pub struct Flags {
-    /// Read this file instead of /etc/kvd/kvd.toml and conf.d/*.toml
+    /// Read this file instead of those in /etc/kvd
     #[arg(long, value_name = "FILE")]
     pub config: Option<PathBuf>,
-    /// Print the plan this machine would run, and end; opens nothing
+    /// Print the plan for this machine; opens nothing
     #[arg(long)]
     pub check: bool,
-    /// Print the configuration in force as TOML, and end
+    /// Print the configuration in force
     #[arg(long)]
     pub print_config: bool,
-    /// With --print-config: say where each value came from
+    /// With --print-config: where each value came from
     #[arg(long, requires = "print_config")]
     pub origin: bool,
-    /// Set any key of the configuration; may be repeated
+    /// Set any key of the configuration; repeatable
     #[arg(long, value_name = "KEY=VALUE")]
     pub set: Vec<String>,
-    /// Directory of the sockets [listen.run_dir]
+    /// Sockets [listen.run_dir]
     #[arg(long, value_name = "DIR")]
     pub run_dir: Option<String>,
-    /// Directory of the shared memory files [host.memory_dir]
+    /// Shared memory files [host.memory_dir]
     #[arg(long, value_name = "DIR")]
     pub memory_dir: Option<String>,
-    /// Directory of the disk tier, or off [disk.dir]
+    /// Disk tier, or off [disk.dir]
     #[arg(long, value_name = "DIR")]
     pub data_dir: Option<String>,
-    /// Host memory for blocks, as 4GiB or 25% [host.bytes_max]
+    /// Host memory, as 4GiB or 25% [host.bytes_max]
     #[arg(long, value_name = "SIZE")]
     pub host_bytes: Option<String>,
-    /// Disk space for blocks, as 100GiB or 50% [disk.bytes_max]
+    /// Disk space, as 100GiB or 50% [disk.bytes_max]
     #[arg(long, value_name = "SIZE")]
     pub disk_bytes: Option<String>,
-    /// Address of metrics and health, or off [listen.http]
+    /// Metrics and health, or off [listen.http]
     #[arg(long, value_name = "ADDRESS")]
     pub http: Option<String>,
-    /// Allow TCP beyond this machine without mutual TLS [listen.insecure]
+    /// Allow TCP without mutual TLS [listen.insecure]
     #[arg(long)]
     pub insecure: bool,
 }
