@@ -5,8 +5,8 @@ use std::collections::{BTreeMap, HashMap, VecDeque};
 use kv_arena::LentSlot;
 use kv_block::code::Code;
 use kv_block::{
-    BindingId, BindingTag, BlockKey, Epoch, EventKind, Fault, Generation, LeaseId, MissReason, SessionId,
-    ShardId, SlotId, Tier,
+    BindingId, BindingTag, BlockKey, DiskLocation, Epoch, EventKind, Fault, Generation, LeaseId, MissReason,
+    SessionId, ShardId, SlotId, Tier,
 };
 use kv_tiers::admit::{Admission, AdmissionKind};
 use kv_tiers::catalog::Catalog;
@@ -66,21 +66,28 @@ pub struct Brain {
     pub(crate) fills: HashMap<FillToken, Fill>,
     pub(crate) ops: HashMap<OpToken, DiskOp>,
     pub(crate) reclaims: HashMap<u32, usize>,
-    pub(crate) stalled: VecDeque<Stalled>,
+    /// By block length, oldest first: one length that finds no slot holds up no other.
+    pub(crate) stalled: BTreeMap<u32, VecDeque<Stalled>>,
     pub(crate) jobs: VecDeque<Job>,
     pub(crate) unverified: VecDeque<(SlotId, Generation)>,
+    /// Damaged blocks that the catalog has forgotten and somebody still holds.
+    pub(crate) condemned: Vec<(SlotId, Generation)>,
     pub(crate) expiry_cursor: u64,
     pub(crate) log: EventLog,
     pub(crate) counters: Counters,
     /// `None` without a disk tier; otherwise whether it serves.
     pub(crate) disk_serving: Option<bool>,
+    /// Writes under way.
     pub(crate) offloads: usize,
+    /// Those of them after which a slot comes back.
+    pub(crate) leaving: usize,
     pub(crate) onboards: usize,
     pub(crate) sweep_wanted: bool,
     next_number: u64,
 }
 
 /// A binding as the brain keeps it.
+#[derive(PartialEq, Eq)]
 pub(crate) struct Bound {
     pub(crate) tag: BindingTag,
     pub(crate) block_bytes: u32,
@@ -91,12 +98,26 @@ pub(crate) struct Bound {
 pub(crate) struct Pending {
     pub(crate) source: Source,
     pub(crate) waiters: Vec<Waiter>,
+    /// Puts of the same block: answered when the first is through, tried when it is not.
+    pub(crate) puts: Vec<Fill>,
+}
+
+impl Pending {
+    pub(crate) fn from(source: Source) -> Self {
+        Self { source, waiters: Vec::new(), puts: Vec::new() }
+    }
 }
 
 /// Where a pending block will come from.
 pub(crate) enum Source {
     /// A session said that it will store it.
-    Announced { session: SessionId, binding: BindingId, keep: Keep, slot: Option<LentSlot> },
+    Announced {
+        session: SessionId,
+        binding: BindingId,
+        keep: Keep,
+        slot: Option<LentSlot>,
+        timer: Option<TimerId>,
+    },
     /// Its bytes are being copied, or wait for room to be.
     Filling,
     /// It is read from disk.
@@ -107,8 +128,7 @@ pub(crate) enum Source {
 #[derive(Clone, Copy)]
 pub(crate) struct Waiter {
     pub(crate) from: Origin,
-    /// False for a prefetch: nobody wants a lease or an answer.
-    pub(crate) wants_lease: bool,
+    pub(crate) timer: Option<TimerId>,
 }
 
 /// A put whose bytes are on their way into a slot.
@@ -117,6 +137,8 @@ pub(crate) struct Fill {
     pub(crate) from: Origin,
     pub(crate) deadline: Micros,
     pub(crate) put: PutOf,
+    /// Runs while it waits for something.
+    pub(crate) timer: Option<TimerId>,
 }
 
 /// What a put is about.
@@ -133,17 +155,17 @@ pub(crate) struct PutOf {
 /// A disk operation under way.
 pub(crate) enum DiskOp {
     /// A block goes down. `leave` says that its slot is wanted back.
-    Write { key: BlockKey, slot: SlotId, generation: Generation, leave: bool, durable_for: Vec<Origin> },
+    Write { key: BlockKey, slot: SlotId, generation: Generation, leave: bool, durable_for: Vec<Waiter> },
     /// A block comes up.
-    Read { key: BlockKey },
+    Read { key: BlockKey, at: DiskLocation, binding: BindingId },
     /// A block is moved out of a segment.
-    Move { key: BlockKey, segment: u32, bytes: u32, from: kv_block::DiskLocation },
+    Move { key: BlockKey, segment: u32, bytes: u32, from: DiskLocation },
     /// A tombstone.
     Remove,
     /// A segment goes back.
-    Release,
-    /// A block is read to be checked.
-    Check { key: BlockKey },
+    Release { segment: u32 },
+    /// A block is read to be checked, for a job.
+    Check { key: BlockKey, at: DiskLocation, job: u64 },
 }
 
 /// A request that waits for a free slot.
@@ -153,19 +175,26 @@ pub(crate) enum Stalled {
     Onboard { key: BlockKey },
 }
 
+/// Names a timer that runs.
+pub(crate) type TimerId = (Micros, u64);
+
 /// What a deadline ends.
 #[derive(Clone, Copy)]
 pub(crate) enum Timer {
     /// Somebody waits for a block.
     Waiter { key: BlockKey, from: Origin },
     /// An announcement lapses.
-    Announcement { key: BlockKey, session: SessionId },
+    Announcement { key: BlockKey },
     /// A put waits for room.
-    Stalled { from: Origin },
+    Stalled { bytes: u32, from: Origin },
+    /// A put waits for what becomes of another of the same block.
+    Queued { key: BlockKey, from: Origin },
     /// A put waits to be durable.
     Durable { token: OpToken, from: Origin },
     /// A purge or a verification.
-    Job { from: Origin },
+    Job { number: u64 },
+    /// A segment could not be released: it is tried again.
+    Release { segment: u32 },
 }
 
 /// Commands under construction.
@@ -192,12 +221,14 @@ impl Brain {
             fills: HashMap::new(),
             ops: HashMap::new(),
             reclaims: HashMap::new(),
-            stalled: VecDeque::new(),
+            stalled: BTreeMap::new(),
             jobs: VecDeque::new(),
             unverified: VecDeque::new(),
+            condemned: Vec::new(),
             expiry_cursor: 0,
             counters: Counters::default(),
             offloads: 0,
+            leaving: 0,
             onboards: 0,
             sweep_wanted: false,
             next_number: 1,
@@ -210,7 +241,7 @@ impl Brain {
             Event::Opened { session } => {
                 self.sessions.entry(session).or_default();
             }
-            Event::Closed { session } => self.close(session, out),
+            Event::Closed { session } => self.close(now, session, out),
             Event::Bound(binding) => self.bind(&binding),
             Event::Request { from, deadline, op } => self.request(now, from, deadline, op, out),
             Event::Filled { fill, slot, checksum } => self.filled(now, fill, slot, checksum, out),
@@ -236,14 +267,15 @@ impl Brain {
 
     /// When something must happen without an event: a timer, or work that is done in parts.
     pub fn next_tick(&self, now: Micros) -> Option<Micros> {
-        if !self.jobs.is_empty() || !self.unverified.is_empty() {
+        if !self.unverified.is_empty() || self.jobs.iter().any(|job| !job.waits) {
             return Some(now);
         }
         let timer = self.timers.first_key_value().map(|((at, _), _)| *at);
-        let look_again = match (self.stalled.is_empty(), self.host.limbo_len()) {
-            (false, _) => Some(now.plus_ms(1)),
+        let waiting = !self.stalled.is_empty() || !self.jobs.is_empty();
+        let look_again = match (waiting, self.host.limbo_len()) {
+            (true, _) => Some(now.plus_ms(1)),
             // Nobody waits for the slot: whoever still reads it may take its time.
-            (true, limbo) => (limbo > 0).then(|| now.plus_ms(20)),
+            (false, limbo) => (limbo > 0).then(|| now.plus_ms(20)),
         };
         [timer, look_again].into_iter().flatten().min()
     }
@@ -267,7 +299,7 @@ impl Brain {
         match op {
             Op::Put { key, binding, source, bytes, keep, durable } => {
                 let put = PutOf { key, binding, source, bytes, keep, durable };
-                self.put(now, Fill { from, deadline, put }, out);
+                self.put(now, Fill { from, deadline, put, timer: None }, out);
             }
             Op::Reserve { key, binding, keep, in_place } => {
                 self.reserve(now, from, key, binding, keep, in_place, out);
@@ -278,7 +310,7 @@ impl Brain {
             Op::CommitInPlace { key, slot, generation, checksum, durable } => {
                 self.commit_in_place(now, from, key, slot, generation, checksum, durable, deadline, out);
             }
-            Op::Abort { key } => self.abort(from, &key, out),
+            Op::Abort { key } => self.abort(now, from, &key, out),
             Op::Acquire { key, wait } => self.acquire(now, from, deadline, key, wait, out),
             Op::Release { leases } => self.release(from, &leases, out),
             Op::Lookup { keys, all } => self.lookup(now, from, &keys, all, out),
@@ -316,13 +348,14 @@ impl Brain {
                 break;
             }
             let timer = entry.remove();
-            self.timer_ended(timer, out);
+            self.timer_ended(now, timer, out);
         }
         while let Some((key, pin)) = self.pins.pop_ended(now.micros) {
             self.tenants[pin.tenant].pinned_bytes -= u64::from(pin.bytes);
             tracing::debug!(%key, "pin ended");
         }
         self.verify_adopted();
+        self.retire_condemned();
         self.step_jobs(now, out);
         self.expire_some(now, out);
         self.retry_stalled(now, out);
@@ -332,7 +365,7 @@ impl Brain {
         }
     }
 
-    fn timer_ended(&mut self, timer: Timer, out: &mut Out) {
+    fn timer_ended(&mut self, now: Now, timer: Timer, out: &mut Out) {
         match timer {
             Timer::Waiter { key, from } => {
                 let Some(pending) = self.pending.get_mut(&key) else { return };
@@ -347,48 +380,55 @@ impl Brain {
                 };
                 self.miss(from, &key, reason, out);
             }
-            Timer::Announcement { key, session } => {
-                let announced = self.pending.get(&key).is_some_and(
-                    |pending| matches!(pending.source, Source::Announced { session: of, .. } if of == session),
-                );
-                if announced {
-                    self.withdraw(&key, out);
-                }
-            }
-            Timer::Stalled { from } => {
-                let at = self
-                    .stalled
-                    .iter()
-                    .position(|one| matches!(one, Stalled::Put(fill) if fill.from == from));
-                let Some(Stalled::Put(fill)) = at.and_then(|at| self.stalled.remove(at)) else { return };
-                self.withdraw(&fill.put.key, out);
-                let text = format!("no host slot of {} bytes became free in time", fill.put.bytes);
+            Timer::Announcement { key } => self.withdraw(now, &key, out),
+            Timer::Stalled { bytes, from } => {
+                let Some(fill) = self.unstall(bytes, from) else { return };
+                self.withdraw(now, &fill.put.key, out);
+                let text = format!("no host slot of {bytes} bytes became free in time");
                 self.fault(from, Fault::new(Code::DeadlinePassed, text), out);
+            }
+            Timer::Queued { key, from } => {
+                let Some(pending) = self.pending.get_mut(&key) else { return };
+                let before = pending.puts.len();
+                pending.puts.retain(|fill| fill.from != from);
+                if pending.puts.len() < before {
+                    let text = "another put of the same block did not end in time";
+                    self.fault(from, Fault::new(Code::DeadlinePassed, text), out);
+                }
             }
             Timer::Durable { token, from } => {
                 let Some(DiskOp::Write { durable_for, .. }) = self.ops.get_mut(&token) else { return };
                 let before = durable_for.len();
-                durable_for.retain(|origin| *origin != from);
+                durable_for.retain(|waiter| waiter.from != from);
                 if durable_for.len() < before {
                     let text = "the block is stored in host memory, but was not on disk in time";
                     self.fault(from, Fault::new(Code::DeadlinePassed, text), out);
                 }
             }
-            Timer::Job { from } => {
-                let before = self.jobs.len();
-                self.jobs.retain(|job| job.from != from);
-                if self.jobs.len() < before {
+            Timer::Job { number } => {
+                let Some(at) = self.jobs.iter().position(|job| job.number == number) else { return };
+                if let Some(job) = self.jobs.remove(at) {
                     let text = "the work was stopped at its deadline; what was done stays done";
-                    self.fault(from, Fault::new(Code::DeadlinePassed, text), out);
+                    self.fault(job.from, Fault::new(Code::DeadlinePassed, text), out);
                 }
             }
+            Timer::Release { segment } => self.release_segment(segment, out),
         }
     }
 
-    pub(crate) fn start_timer(&mut self, at: Micros, timer: Timer) {
-        if at != Micros::NEVER {
-            let number = self.number();
-            self.timers.insert((at, number), timer);
+    pub(crate) fn start_timer(&mut self, at: Micros, timer: Timer) -> Option<TimerId> {
+        if at == Micros::NEVER {
+            return None;
+        }
+        let id = (at, self.number());
+        self.timers.insert(id, timer);
+        Some(id)
+    }
+
+    /// What was waited for happened. Timers that nobody needs must not pile up until they end.
+    pub(crate) fn cancel(&mut self, timer: Option<TimerId>) {
+        if let Some(id) = timer {
+            self.timers.remove(&id);
         }
     }
 
@@ -398,8 +438,17 @@ impl Brain {
         if self.bindings.len() <= index {
             self.bindings.resize_with(index + 1, || None);
         }
+        let bound = Bound { tag: binding.tag, block_bytes: binding.block_bytes, tenant };
+        let place = &mut self.bindings[index];
+        // Blocks stand under it: what they weigh and who pays for them cannot change any more.
+        if let Some(known) = place {
+            if *known != bound {
+                tracing::error!(binding = %binding.id, "a binding came again with other properties; the first ones count");
+            }
+            return;
+        }
+        *place = Some(bound);
         self.by_tag.insert(binding.tag, binding.id);
-        self.bindings[index] = Some(Bound { tag: binding.tag, block_bytes: binding.block_bytes, tenant });
     }
 
     pub(crate) fn bound(&self, id: BindingId) -> Option<&Bound> {
@@ -415,32 +464,78 @@ impl Brain {
         self.bound(id).map_or(0, |bound| bound.block_bytes)
     }
 
-    fn close(&mut self, session: SessionId, out: &mut Out) {
+    /// Ends a session: what it holds comes back, what it waits for is answered, though nobody may read it.
+    fn close(&mut self, now: Now, session: SessionId, out: &mut Out) {
         let Some(gone) = self.sessions.remove(&session) else { return };
         if !gone.leases.is_empty() {
             let leases = gone.leases.len() as u64;
             *self.counters.lease_reclaims.entry("session_closed").or_default() += leases;
         }
-        for key in &gone.announced {
-            self.withdraw(key, out);
-        }
-        drop(gone);
-        let stalled = std::mem::take(&mut self.stalled);
-        for one in stalled {
-            match one {
-                Stalled::Put(fill) if fill.from.session == session => self.withdraw(&fill.put.key, out),
-                other => self.stalled.push_back(other),
-            }
-        }
+        let (announced, mut unanswered) = (gone.announced, Vec::new());
+        drop(gone.leases);
+        let ended = |from: Origin| from.session == session;
+        let mut stalled = Vec::new();
+        self.stalled.retain(|_, queue| {
+            queue.retain(|one| match one {
+                Stalled::Put(fill) if ended(fill.from) => {
+                    stalled.push(*fill);
+                    false
+                }
+                _ => true,
+            });
+            !queue.is_empty()
+        });
         for pending in self.pending.values_mut() {
-            pending.waiters.retain(|waiter| waiter.from.session != session);
+            let waiters = pending.waiters.extract_if(.., |waiter| ended(waiter.from));
+            unanswered.extend(waiters.map(|waiter| (waiter.from, waiter.timer)));
+            let puts = pending.puts.extract_if(.., |fill| ended(fill.from));
+            unanswered.extend(puts.map(|fill| (fill.from, fill.timer)));
         }
         for op in self.ops.values_mut() {
             if let DiskOp::Write { durable_for, .. } = op {
-                durable_for.retain(|origin| origin.session != session);
+                let waiters = durable_for.extract_if(.., |waiter| ended(waiter.from));
+                unanswered.extend(waiters.map(|waiter| (waiter.from, waiter.timer)));
             }
         }
-        self.jobs.retain(|job| job.from.session != session);
+        self.jobs.retain(|job| {
+            if ended(job.from) {
+                unanswered.push((job.from, job.timer));
+            }
+            !ended(job.from)
+        });
+        unanswered.extend(stalled.iter().map(|fill| (fill.from, fill.timer)));
+        unanswered.sort_unstable_by_key(|(from, _)| from.request.0);
+        for (from, timer) in unanswered {
+            self.cancel(timer);
+            self.fault(from, Fault::new(Code::UnknownSession, "the session ended meanwhile"), out);
+        }
+        for fill in stalled {
+            self.withdraw(now, &fill.put.key, out);
+        }
+        let mut announced: Vec<BlockKey> = announced.into_iter().collect();
+        announced.sort_unstable();
+        for key in announced {
+            self.withdraw(now, &key, out);
+        }
+    }
+
+    /// Takes a put out of the queue for room.
+    fn unstall(&mut self, bytes: u32, from: Origin) -> Option<Fill> {
+        let queue = self.stalled.get_mut(&bytes)?;
+        let at = queue.iter().position(|one| matches!(one, Stalled::Put(fill) if fill.from == from))?;
+        let fill = queue.remove(at);
+        if queue.is_empty() {
+            self.stalled.remove(&bytes);
+        }
+        match fill {
+            Some(Stalled::Put(fill)) => Some(fill),
+            _ => None,
+        }
+    }
+
+    /// Requests that wait for room.
+    pub(crate) fn stalled_len(&self) -> usize {
+        self.stalled.values().map(VecDeque::len).sum()
     }
 
     pub(crate) fn reply(&mut self, to: Origin, reply: Reply, out: &mut Out) {

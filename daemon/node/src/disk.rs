@@ -4,90 +4,83 @@
 //! disk, remembered as corrupt, and whoever waited misses. A device that fails or is slow costs a miss and
 //! nothing else.
 
-use kv_arena::{Entry, Slot};
+use kv_arena::{Entry, EntryState, Slot};
 use kv_block::code::Code;
-use kv_block::{
-    BindingId, BlockKey, DiskLocation, Fault, Generation, MissReason, Priority, Record, SlotId, Tier,
-};
+use kv_block::{BindingId, BlockKey, DiskLocation, Fault, Generation, MissReason, Record, SlotId, Tier};
 use kv_tiers::catalog::is_expired;
 use kv_tiers::reclaim::{MoveLimit, OnSegment, plan_reclaim};
 use kv_tiers::store::{OpToken, StoreDone, StoreError, StoreOp};
 
-use crate::brain::{Brain, DiskOp, Out, Pending, Source, Stalled, Waiter};
-use crate::io::{Now, Origin, Reply};
+use crate::brain::{Brain, DiskOp, Out, Pending, Source, Stalled, Timer};
+use crate::io::{Now, Reply};
 use crate::room::NoRoom;
 
+/// After how many milliseconds a segment that could not be released is tried again.
+const RELEASE_AGAIN_MS: u64 = 1000;
+
 impl Brain {
-    /// Starts to bring a block up from disk, or joins who does already.
-    pub(crate) fn onboard(
-        &mut self,
-        now: Now,
-        entry: &Entry,
-        from: Option<Origin>,
-        out: &mut Out,
-    ) -> Result<(), MissReason> {
+    /// Starts to bring a block up from disk, unless somebody does already. On success it is pending.
+    pub(crate) fn onboard(&mut self, now: Now, entry: &Entry, out: &mut Out) -> Result<(), MissReason> {
         let key = entry.key;
-        if !self.is_onboarding(&key) {
-            if self.disk_serving != Some(true) {
-                return Err(MissReason::TierDegraded);
-            }
-            if self.onboards >= self.config.onboards_max {
+        if self.pending.contains_key(&key) {
+            return Ok(());
+        }
+        if self.disk_serving != Some(true) {
+            return Err(MissReason::TierDegraded);
+        }
+        if self.onboards >= self.config.onboards_max {
+            return Err(MissReason::Overloaded);
+        }
+        let bytes = self.bytes_of(entry.binding);
+        let queue = self.stalled.contains_key(&bytes);
+        match if queue { Err(None) } else { self.try_onboard(now, key, out) } {
+            Ok(()) => {}
+            Err(Some(reason)) => return Err(reason),
+            Err(None) if self.stalled_len() >= self.config.stalled_max => {
                 return Err(MissReason::Overloaded);
             }
-            self.pending.insert(key, Pending { source: Source::Onboarding, waiters: Vec::new() });
-            self.onboards += 1;
-            if let Err(true) = self.try_onboard(now, key, out) {
-                if self.stalled.len() >= self.config.stalled_max {
-                    self.onboard_failed(&key, MissReason::Overloaded, out);
-                    return Err(MissReason::Overloaded);
-                }
-                self.stalled.push_back(Stalled::Onboard { key });
-            }
+            Err(None) => self.stalled.entry(bytes).or_default().push_back(Stalled::Onboard { key }),
         }
-        if let Some(from) = from {
-            if !self.is_onboarding(&key) {
-                return Err(MissReason::Overloaded);
-            }
-            self.wait_for(key, Waiter { from, wants_lease: true });
-        }
+        self.onboards += 1;
+        self.pending.insert(key, Pending::from(Source::Onboarding));
         Ok(())
     }
 
-    /// Finds a slot and has the block read into it. `Err(true)` when it has to wait for room; every other
-    /// failure has been answered.
-    pub(crate) fn try_onboard(&mut self, now: Now, key: BlockKey, out: &mut Out) -> Result<(), bool> {
-        let entry = self.catalog.find(&key).filter(|entry| entry.disk.is_some());
-        let Some((entry, at)) = entry.and_then(|entry| entry.disk.map(|at| (entry, at))) else {
-            self.onboard_failed(&key, MissReason::EvictedReclaim, out);
-            return Err(false);
-        };
-        let Some(record) = self.record_of(&entry) else {
-            self.onboard_failed(&key, MissReason::NeverStored, out);
-            return Err(false);
-        };
+    /// Finds a slot and has the block read into it. `Err(None)` when it has to wait for room, else why it
+    /// cannot be.
+    pub(crate) fn try_onboard(
+        &mut self,
+        now: Now,
+        key: BlockKey,
+        out: &mut Out,
+    ) -> Result<(), Option<MissReason>> {
+        let Some(entry) = self.catalog.find(&key) else { return Err(Some(MissReason::NeverStored)) };
+        let Some(at) = entry.disk else { return Err(Some(why_gone(&entry))) };
+        let record = self.record_of(&entry).ok_or(MissReason::NeverStored)?;
         let tenant = self.tenant_of(entry.binding);
         match self.room(now, record.bytes, tenant, out) {
             Ok(into) => {
                 let token = OpToken(self.number());
-                self.ops.insert(token, DiskOp::Read { key });
+                self.ops.insert(token, DiskOp::Read { key, at, binding: entry.binding });
+                self.coming(entry.binding);
                 self.store(StoreOp::Read { token, at, record, into }, out);
                 Ok(())
             }
-            Err(NoRoom::Soon) => Err(true),
-            Err(why) => {
-                let reason = if why == NoRoom::Quota { MissReason::Quota } else { MissReason::Overloaded };
-                self.onboard_failed(&key, reason, out);
-                Err(false)
-            }
+            Err(NoRoom::Soon) => Err(None),
+            Err(NoRoom::Quota) => Err(Some(MissReason::Quota)),
+            Err(_) => Err(Some(MissReason::Overloaded)),
         }
     }
 
-    fn onboard_failed(&mut self, key: &BlockKey, reason: MissReason, out: &mut Out) {
-        self.onboards = self.onboards.saturating_sub(1);
+    /// A block does not come up: whoever waited for it misses, and puts of it are tried.
+    pub(crate) fn onboard_failed(&mut self, now: Now, key: &BlockKey, reason: MissReason, out: &mut Out) {
+        self.onboards -= 1;
         let Some(pending) = self.pending.remove(key) else { return };
-        for waiter in pending.waiters.into_iter().filter(|waiter| waiter.wants_lease) {
+        for waiter in pending.waiters {
+            self.cancel(waiter.timer);
             self.miss(waiter.from, key, reason, out);
         }
+        self.retry_puts(now, pending.puts, out);
     }
 
     /// What the store should find where the catalog says that the block is.
@@ -108,13 +101,17 @@ impl Brain {
             StoreDone::Written { token, bytes, result } => {
                 let record = bytes.record();
                 drop(bytes);
-                self.written(now, token, &record, result, out);
+                self.written(now, token, &record, &result, out);
             }
             StoreDone::Read { token, into, result } => match self.ops.remove(&token) {
-                Some(DiskOp::Read { key }) => self.onboarded(now, &key, into, result, out),
-                Some(DiskOp::Check { key }) => {
+                Some(DiskOp::Read { key, at, binding }) => {
+                    self.came(binding);
+                    self.onboarded(now, &key, at, into, result, out);
+                }
+                Some(DiskOp::Check { key, at, job }) => {
                     drop(into);
-                    self.checked(&key, result, out);
+                    self.checked(&key, at, job, &result, out);
+                    self.retry_stalled(now, out);
                 }
                 _ => {}
             },
@@ -125,12 +122,7 @@ impl Brain {
                     tracing::warn!(%error, "a removal did not reach the disk; the block may come back after a restart");
                 }
             }
-            StoreDone::Released { token, result } => {
-                self.ops.remove(&token);
-                if let Err(error) = result {
-                    tracing::warn!(%error, "a segment could not be released");
-                }
-            }
+            StoreDone::Released { token, result } => self.released(now, token, result),
             StoreDone::Reclaim { segment, entries } => self.reclaim(now, segment, &entries, out),
         }
     }
@@ -140,63 +132,68 @@ impl Brain {
         now: Now,
         token: OpToken,
         record: &Record,
-        result: Result<DiskLocation, StoreError>,
+        result: &Result<DiskLocation, StoreError>,
         out: &mut Out,
     ) {
         let Some(DiskOp::Write { key, slot, generation, leave, durable_for }) = self.ops.remove(&token)
         else {
             return;
         };
-        self.offloads = self.offloads.saturating_sub(1);
-        match &result {
+        self.offloads -= 1;
+        self.leaving -= usize::from(leave);
+        match result {
             Ok(at) => {
                 self.counters.offload_blocks += 1;
                 self.counters.offload_bytes += u64::from(record.bytes);
-                let entry = self.catalog.find(&key);
-                if let Some(older) = entry.and_then(|entry| entry.disk) {
-                    // A second copy: the newer one counts, a tombstone would end both.
-                    let _moved = self.catalog.move_disk(&key, older, *at);
-                } else if self.catalog.add_disk(&key, *at, record.checksum) {
-                    self.entered_disk(&key, entry.map_or(BindingId(0), |entry| entry.binding));
-                } else {
-                    // Gone meanwhile, by request: it must not come back after a restart.
-                    self.tombstone(&key, *at, out);
-                }
+                self.landed(&key, record, *at, out);
             }
             Err(error) => tracing::debug!(%key, %error, "offload failed"),
         }
-        for from in durable_for {
-            match &result {
-                Ok(_) => self.reply(from, Reply::Stored { already: false }, out),
+        for waiter in durable_for {
+            self.cancel(waiter.timer);
+            match result {
+                Ok(_) => self.reply(waiter.from, Reply::Stored { already: false }, out),
                 Err(error) => {
                     let text = format!("the block is stored in host memory, but not on disk: {error}");
-                    self.fault(from, Fault::new(error.code(), text), out);
+                    self.fault(waiter.from, Fault::new(error.code(), text), out);
                 }
             }
         }
         if leave {
-            self.leave_after_write(&key, slot, generation, result.is_ok(), out);
+            self.leave_after_write(&key, slot, generation);
         }
         self.retry_stalled(now, out);
     }
 
-    /// A victim's write has ended: its slot goes, unless somebody came to want it meanwhile.
-    fn leave_after_write(
-        &mut self,
-        key: &BlockKey,
-        slot: SlotId,
-        generation: Generation,
-        written: bool,
-        _out: &mut Out,
-    ) {
-        if self.host.key_in(slot) != Some(*key) {
-            return;
+    /// A block was written to disk; what it was written for may have changed meanwhile.
+    fn landed(&mut self, key: &BlockKey, record: &Record, at: DiskLocation, out: &mut Out) {
+        let entry = self.catalog.find(key);
+        match entry.and_then(|entry| entry.disk) {
+            Some(older) => {
+                // A second copy. With the same bytes the newer one counts, after a restart as well. With
+                // others it is nobody's; a tombstone would end the copy that counts, too.
+                if entry.is_some_and(|entry| entry.checksum == record.checksum) {
+                    let _moved = self.catalog.move_disk(key, older, at);
+                }
+            }
+            None if self.catalog.add_disk(key, at, record.checksum) => {
+                self.entered_disk(key, entry.map_or(BindingId(0), |entry| entry.binding));
+            }
+            // Gone meanwhile: it must not come back after a restart. A write that is under way came before
+            // the tombstone and would be ended by it, too; then rather a block that comes back.
+            None if self.ops.values().any(|op| matches!(op, DiskOp::Write { key: of, .. } if of == key)) => {}
+            None => self.tombstone(key, at, out),
         }
-        let why = if written { MissReason::EvictedCapacity } else { MissReason::AdmissionRejected };
+    }
+
+    /// A victim's write has ended: its slot goes, unless somebody came to want it meanwhile.
+    fn leave_after_write(&mut self, key: &BlockKey, slot: SlotId, generation: Generation) {
+        let there = self.catalog.find(key).filter(|entry| entry.host == Some((slot, generation)));
+        let Some(entry) = there else { return };
         if self.pins.holds(key) {
-            self.host.keep(slot, Priority::Normal);
+            self.host.keep(slot, entry.priority);
         } else {
-            self.leave_host(key, slot, generation, why);
+            self.leave_host(key, slot, generation, MissReason::EvictedCapacity);
         }
     }
 
@@ -206,61 +203,85 @@ impl Brain {
         self.store(StoreOp::Remove { token, at, key: *key }, out);
     }
 
-    /// A worker stored other bytes under the name of a block on disk: the newer ones count.
-    pub(crate) fn stale_on_disk(
+    /// A worker stored a block of which there is a copy on disk. Other bytes count instead of the old ones;
+    /// the same ones belong to whoever stored them last.
+    pub(crate) fn kept_on_disk(
         &mut self,
-        key: &BlockKey,
+        before: &Entry,
         binding: BindingId,
-        at: DiskLocation,
+        stale: Option<DiskLocation>,
         out: &mut Out,
     ) {
-        self.left_disk(binding);
-        self.removed_event(*key, Tier::Disk);
-        self.tombstone(key, at, out);
+        self.left_disk(before.binding);
+        match stale {
+            Some(at) => {
+                self.removed_event(before.key, Tier::Disk);
+                self.tombstone(&before.key, at, out);
+            }
+            None => self.charge_disk(binding),
+        }
     }
 
     fn onboarded(
         &mut self,
         now: Now,
         key: &BlockKey,
+        at: DiskLocation,
         into: Slot,
         result: Result<(), StoreError>,
         out: &mut Out,
     ) {
-        let entry = self.catalog.find(key).filter(|entry| entry.disk.is_some());
-        let Some(entry) = entry else {
+        let Some(entry) = self.catalog.find(key) else {
             drop(into);
-            return self.onboard_failed(key, MissReason::EvictedRequest, out);
+            return self.onboard_failed(now, key, MissReason::NeverStored, out);
         };
-        match result {
-            Ok(()) => {
-                let Some(record) = self.record_of(&entry) else { return };
+        let Some(now_at) = entry.disk else {
+            drop(into);
+            return self.onboard_failed(now, key, why_gone(&entry), out);
+        };
+        let record = self.record_of(&entry);
+        match (result, record) {
+            (Ok(()), Some(record)) => {
                 let block = into.seal(&record);
                 self.counters.onboard_blocks += 1;
                 self.counters.onboard_bytes += u64::from(record.bytes);
                 let place = (block.id(), block.generation());
-                if self.catalog.publish_host(&record, entry.binding, place).is_err() {
-                    // A put was faster: its block is there, this one goes.
+                if let Err(why) = self.catalog.publish_host(&record, entry.binding, place) {
+                    tracing::error!(%key, %why, "a block that came up did not enter the catalog");
                     drop(block);
                     self.host.retire(place.0, place.1);
                     self.sweep_wanted = true;
-                    return self.onboard_failed(key, MissReason::Overloaded, out);
+                    return self.onboard_failed(now, key, MissReason::Overloaded, out);
                 }
-                self.onboards = self.onboards.saturating_sub(1);
+                self.onboards -= 1;
                 self.entered_host(&block, entry.binding, true);
-                self.arrived(now, key, &block, Tier::Disk, out);
+                let puts = self.arrived(now, key, &block, Tier::Disk, out);
                 drop(block);
+                self.retry_puts(now, puts, out);
                 self.free_ahead(now, out);
             }
-            Err(error) => {
+            // It was moved while it was read, and the old place was given away: it is read at the new one.
+            (Err(StoreError::Stale { .. } | StoreError::Corrupt { .. }), _) if now_at != at => {
+                drop(into);
+                match self.try_onboard(now, *key, out) {
+                    Ok(()) => {}
+                    Err(reason) => {
+                        let reason = reason.unwrap_or(MissReason::Overloaded);
+                        self.onboard_failed(now, key, reason, out);
+                    }
+                }
+            }
+            (Err(error), _) => {
                 drop(into);
                 let reason = self.read_failed(key, &error, out);
-                self.onboard_failed(key, reason, out);
+                self.onboard_failed(now, key, reason, out);
+                self.retry_stalled(now, out);
             }
+            (Ok(()), None) => self.onboard_failed(now, key, MissReason::NeverStored, out),
         }
     }
 
-    /// What a failed read means for the block.
+    /// What a failed read, at the place where the catalog has it, means for the block.
     fn read_failed(&mut self, key: &BlockKey, error: &StoreError, out: &mut Out) -> MissReason {
         match error {
             StoreError::Corrupt { .. } => {
@@ -279,16 +300,24 @@ impl Brain {
         }
     }
 
-    /// A block was read to be checked, not to be served. Says whether it was right.
-    pub(crate) fn checked(&mut self, key: &BlockKey, result: Result<(), StoreError>, out: &mut Out) {
-        let right = match &result {
-            Ok(()) => true,
-            Err(error) => {
+    /// A block was read to be checked, not to be served. An error of the device says nothing about it.
+    fn checked(
+        &mut self,
+        key: &BlockKey,
+        at: DiskLocation,
+        job: u64,
+        result: &Result<(), StoreError>,
+        out: &mut Out,
+    ) {
+        let still_there = self.catalog.find(key).is_some_and(|entry| entry.disk == Some(at));
+        let right = match result {
+            Err(error) if still_there => {
                 self.read_failed(key, error, out);
                 false
             }
+            _ => true,
         };
-        self.job_checked(key, right);
+        self.job_checked(key, job, right);
     }
 
     /// The store wants a segment back: what is worth it moves, the rest is forgotten.
@@ -303,7 +332,8 @@ impl Brain {
                 in_host: entry.host.is_some(),
                 expired: is_expired(&entry, now.unix),
                 frequency: entry.frequency,
-                pinned: self.pins.holds(&record.key),
+                // Whoever waits for it would miss.
+                pinned: self.pins.holds(&record.key) || self.is_onboarding(&record.key),
             })
         });
         for (record, _) in &plan.drops {
@@ -328,9 +358,9 @@ impl Brain {
             Ok(at) => {
                 self.counters.moved_blocks += 1;
                 self.counters.moved_bytes += u64::from(bytes);
-                if !self.catalog.move_disk(&key, from, at) {
-                    self.tombstone(&key, at, out);
-                }
+                // If it left the catalog meanwhile, a tombstone follows the move in the log. Another one now
+                // would end what was written since under the same name.
+                let _moved = self.catalog.move_disk(&key, from, at);
             }
             Err(error) if still_there => {
                 let corrupt = matches!(error, StoreError::Corrupt { .. });
@@ -338,7 +368,7 @@ impl Brain {
                     *self.counters.checksum_failures.entry(Tier::Disk.name()).or_default() += 1;
                 }
                 let why = if corrupt { MissReason::Corrupt } else { MissReason::EvictedReclaim };
-                self.leave_disk(&key, why, false, out);
+                self.leave_disk(&key, why, corrupt, out);
             }
             Err(_) => {}
         }
@@ -351,9 +381,33 @@ impl Brain {
     fn release_if_empty(&mut self, segment: u32, out: &mut Out) {
         if self.reclaims.get(&segment) == Some(&0) {
             self.reclaims.remove(&segment);
-            let token = OpToken(self.number());
-            self.ops.insert(token, DiskOp::Release);
-            self.store(StoreOp::Release { token, segment }, out);
+            self.release_segment(segment, out);
         }
+    }
+
+    pub(crate) fn release_segment(&mut self, segment: u32, out: &mut Out) {
+        let token = OpToken(self.number());
+        self.ops.insert(token, DiskOp::Release { segment });
+        self.store(StoreOp::Release { token, segment }, out);
+    }
+
+    /// A segment that could not be released is offered no more: it is tried again, or its space is lost until
+    /// the next start.
+    fn released(&mut self, now: Now, token: OpToken, result: Result<(), StoreError>) {
+        let (Some(DiskOp::Release { segment }), Err(error)) = (self.ops.remove(&token), result) else {
+            return;
+        };
+        tracing::warn!(segment, %error, "a segment could not be released");
+        if !matches!(error, StoreError::Stale { .. } | StoreError::Closed) {
+            self.start_timer(now.micros.plus_ms(RELEASE_AGAIN_MS), Timer::Release { segment });
+        }
+    }
+}
+
+/// Why a block that is on no tier is gone.
+fn why_gone(entry: &Entry) -> MissReason {
+    match entry.state {
+        EntryState::Ghost(reason) => reason,
+        _ => MissReason::NeverStored,
     }
 }

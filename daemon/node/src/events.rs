@@ -18,7 +18,7 @@ impl EventLog {
     }
 
     pub(crate) fn push(&mut self, kind: EventKind) {
-        if self.kept.len() == self.kept_max {
+        if self.kept.len() >= self.kept_max {
             self.kept.pop_front();
         }
         self.kept.push_back(kind);

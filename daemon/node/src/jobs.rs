@@ -2,23 +2,34 @@
 //! verification of what an earlier life left in host memory.
 
 use kv_arena::{Entry, EntryState};
-use kv_block::{BlockKey, MissReason, Tier};
+use kv_block::code::Code;
+use kv_block::{BlockKey, Fault, MissReason, Tier};
 use kv_tiers::store::{OpToken, StoreOp};
 
-use crate::brain::{Brain, DiskOp, Out, Timer};
+use crate::brain::{Brain, DiskOp, Out, Timer, TimerId};
 use crate::io::{BlockReport, Filter, Micros, Now, Origin, Progress, Reply};
-use crate::room::Removed;
+use crate::room::{NoRoom, Removed};
 
 /// Catalog buckets that one part looks at.
 const BUCKETS_PER_STEP: u64 = 1024;
 /// Bytes of host memory that one part sums.
 const VERIFY_BYTES_PER_STEP: u64 = 16 << 20;
+/// Catalog buckets that one page of a listing looks at.
+const LIST_BUCKETS_MAX: u64 = 1 << 16;
+/// Entries that a catalog bucket may have.
+const BUCKET_ENTRIES: u64 = 5;
+/// Purges and verifications under way.
+const JOBS_MAX: usize = 16;
 /// Disk blocks that a verification has under way at once.
 const CHECKS_MAX: usize = 8;
 
 /// A purge or a verification under way.
 pub(crate) struct Job {
     pub(crate) from: Origin,
+    pub(crate) number: u64,
+    pub(crate) timer: Option<TimerId>,
+    /// Nothing can be done before something else happens.
+    pub(crate) waits: bool,
     kind: Kind,
     cursor: Option<u64>,
     progress: Progress,
@@ -31,40 +42,60 @@ enum Kind {
 }
 
 impl Job {
+    fn new(from: Origin, kind: Kind) -> Self {
+        let (cursor, progress) = (Some(0), Progress::default());
+        Self { from, number: 0, timer: None, waits: false, kind, cursor, progress, reading: 0 }
+    }
+
     pub(crate) fn purge(from: Origin, filter: Filter, tier: Option<Tier>, dry_run: bool) -> Self {
-        let kind = Kind::Purge { filter, tier, dry_run };
-        Self { from, kind, cursor: Some(0), progress: Progress::default(), reading: 0 }
+        Self::new(from, Kind::Purge { filter, tier, dry_run })
     }
 
     pub(crate) fn verify(from: Origin, tier: Tier) -> Self {
-        let kind = Kind::Verify { tier, queue: Vec::new() };
-        Self { from, kind, cursor: Some(0), progress: Progress::default(), reading: 0 }
+        Self::new(from, Kind::Verify { tier, queue: Vec::new() })
     }
 }
 
 impl Brain {
-    pub(crate) fn start_job(&mut self, from: Origin, deadline: Micros, mut job: Job, _out: &mut Out) {
+    pub(crate) fn start_job(&mut self, from: Origin, deadline: Micros, mut job: Job, out: &mut Out) {
+        if self.jobs.len() >= JOBS_MAX {
+            let text = format!("{JOBS_MAX} purges and verifications are under way");
+            return self.fault(from, Fault::new(Code::QueueFull, text), out);
+        }
         job.progress.total = self.catalog.counts().present;
-        self.start_timer(deadline, Timer::Job { from });
+        job.number = self.number();
+        job.timer = self.start_timer(deadline, Timer::Job { number: job.number });
         self.jobs.push_back(job);
     }
 
     /// One part of the job at the front; jobs take turns.
     pub(crate) fn step_jobs(&mut self, now: Now, out: &mut Out) {
         let Some(mut job) = self.jobs.pop_front() else { return };
+        let before = (job.progress, job.cursor);
         let done = match &job.kind {
             Kind::Purge { filter, tier, dry_run } => {
                 let (filter, tier, dry_run) = (filter.clone(), *tier, *dry_run);
-                self.step_purge(&mut job, &filter, tier, dry_run, out)
+                Ok(self.step_purge(&mut job, &filter, tier, dry_run, out))
             }
             Kind::Verify { .. } => self.step_verify(now, &mut job, out),
         };
         let progress = job.progress;
-        if done {
-            self.reply(job.from, Reply::Finished(progress), out);
-        } else {
-            self.reply(job.from, Reply::Progress(progress), out);
-            self.jobs.push_back(job);
+        match done {
+            Ok(false) => {
+                job.waits = (progress, job.cursor) == before;
+                if !job.waits {
+                    self.reply(job.from, Reply::Progress(progress), out);
+                }
+                self.jobs.push_back(job);
+            }
+            Ok(true) => {
+                self.cancel(job.timer);
+                self.reply(job.from, Reply::Finished(progress), out);
+            }
+            Err(fault) => {
+                self.cancel(job.timer);
+                self.fault(job.from, fault, out);
+            }
         }
     }
 
@@ -101,11 +132,11 @@ impl Brain {
         job.cursor.is_none()
     }
 
-    fn step_verify(&mut self, now: Now, job: &mut Job, out: &mut Out) -> bool {
+    fn step_verify(&mut self, now: Now, job: &mut Job, out: &mut Out) -> Result<bool, Fault> {
         let Kind::Verify { tier, mut queue } =
             std::mem::replace(&mut job.kind, Kind::Verify { tier: Tier::Host, queue: vec![] })
         else {
-            return true;
+            return Ok(true);
         };
         if queue.is_empty() {
             let entries = self.scan(&mut job.cursor);
@@ -122,13 +153,17 @@ impl Brain {
             let bytes = u64::from(self.bytes_of(entry.binding));
             bytes_left = bytes_left.saturating_sub(bytes);
             match tier {
-                Tier::Disk => self.start_check(now, &entry, job, out),
+                Tier::Disk if !self.start_check(now, &entry, job, out)? => {
+                    queue.push(key);
+                    break;
+                }
+                Tier::Disk => {}
                 _ => self.check_host(&entry, bytes, &mut job.progress),
             }
         }
         let done = queue.is_empty() && job.cursor.is_none() && job.reading == 0;
         job.kind = Kind::Verify { tier, queue };
-        done
+        Ok(done)
     }
 
     fn check_host(&mut self, entry: &Entry, bytes: u64, progress: &mut Progress) {
@@ -143,25 +178,33 @@ impl Brain {
         }
     }
 
-    fn start_check(&mut self, now: Now, entry: &Entry, job: &mut Job, out: &mut Out) {
-        let (Some(at), Some(record)) = (entry.disk, self.record_of(entry)) else { return };
-        let tenant = self.tenant_of(entry.binding);
-        let Ok(into) = self.room(now, record.bytes, tenant, out) else {
-            job.progress.failed += u64::from(self.disk_serving != Some(true));
-            return;
+    /// Has a block on disk read. False when that must wait for room.
+    fn start_check(&mut self, now: Now, entry: &Entry, job: &mut Job, out: &mut Out) -> Result<bool, Fault> {
+        let (Some(at), Some(record)) = (entry.disk, self.record_of(entry)) else { return Ok(true) };
+        if self.disk_serving != Some(true) {
+            let text =
+                format!("the disk tier went out of service; {} blocks were checked", job.progress.done);
+            return Err(Fault::new(Code::TierDegraded, text));
+        }
+        let into = match self.room_for_a_while(now, record.bytes, out) {
+            Ok(into) => into,
+            Err(NoRoom::Soon) => return Ok(false),
+            // Its own reads will give their slots back.
+            Err(_) if job.reading > 0 => return Ok(false),
+            Err(why) => return Err(self.no_room(why, self.tenant_of(entry.binding), record.bytes)),
         };
         let token = OpToken(self.number());
-        self.ops.insert(token, DiskOp::Check { key: entry.key });
+        self.ops.insert(token, DiskOp::Check { key: entry.key, at, job: job.number });
         job.reading += 1;
         self.store(StoreOp::Read { token, at, record, into }, out);
+        Ok(true)
     }
 
     /// A block that a verification read was right or wrong.
-    pub(crate) fn job_checked(&mut self, key: &BlockKey, right: bool) {
+    pub(crate) fn job_checked(&mut self, key: &BlockKey, job: u64, right: bool) {
         let bytes = self.catalog.find(key).map_or(0, |entry| u64::from(self.bytes_of(entry.binding)));
-        let verifying =
-            |job: &&mut Job| matches!(job.kind, Kind::Verify { tier: Tier::Disk, .. }) && job.reading > 0;
-        let Some(job) = self.jobs.iter_mut().find(verifying) else { return };
+        let Some(job) = self.jobs.iter_mut().find(|one| one.number == job) else { return };
+        job.waits = false;
         job.reading -= 1;
         job.progress.done += 1;
         job.progress.bytes += bytes;
@@ -191,14 +234,13 @@ impl Brain {
         filter: &Filter,
         out: &mut Out,
     ) {
-        let mut blocks: Vec<BlockReport> = Vec::new();
-        let mut cursor = Some(cursor);
-        let mut steps = 0;
-        while blocks.len() < count && cursor.is_some() && steps < 64 {
-            steps += 1;
-            // Small steps, so that a page is not much longer than asked for.
-            let (entries, next) =
-                self.catalog.scan(cursor.unwrap_or(0), (count as u64).clamp(1, BUCKETS_PER_STEP));
+        let (mut blocks, mut cursor): (Vec<BlockReport>, _) = (Vec::new(), Some(cursor));
+        let (count, mut buckets_left) = (count.max(1), LIST_BUCKETS_MAX);
+        // Small steps: a page is hardly longer than asked for.
+        while let Some(at) = cursor.filter(|_| blocks.len() < count && buckets_left > 0) {
+            let step = ((count - blocks.len()) as u64 / BUCKET_ENTRIES).clamp(1, buckets_left);
+            buckets_left -= step;
+            let (entries, next) = self.catalog.scan(at, step);
             cursor = next;
             let shown = entries.iter().filter(|entry| !matches!(entry.state, EntryState::Ghost(_)));
             blocks.extend(shown.filter(|entry| self.passes(entry, filter)).map(|entry| self.describe(entry)));

@@ -4,7 +4,7 @@ use kv_arena::{Entry, EntryState, Held};
 use kv_block::code::Code;
 use kv_block::{BlockKey, Checksum, Fault, LeaseId, MissReason, SlotId, Tier};
 
-use crate::brain::{Brain, Out, Source, Timer, Waiter};
+use crate::brain::{Brain, Fill, Out, Source, Timer, Waiter};
 use crate::io::{BlockReport, BlockState, Found, Grant, Micros, Now, Origin, Reply};
 use crate::pins::Pin;
 
@@ -30,12 +30,13 @@ impl Brain {
                 return Located::Host(held);
             }
             drop(held);
+            // Another copy, or why there is none: it is not in host memory any more.
             self.host_corrupt(key);
             return self.locate(now, key, out);
         }
         match entry.state {
             EntryState::Ghost(reason) => Located::Gone(reason),
-            _ if entry.disk.is_some() => Located::Disk(entry),
+            _ if entry.disk.is_some() && !self.is_filling(key) => Located::Disk(entry),
             _ if self.pending.contains_key(key) => Located::Pending,
             _ => Located::Gone(MissReason::NeverStored),
         }
@@ -70,19 +71,20 @@ impl Brain {
             Located::Pending if !wait => self.miss(from, &key, MissReason::NotComplete, out),
             Located::Disk(_) if !wait => self.miss(from, &key, MissReason::TierTimeout, out),
             Located::Pending => {
-                self.wait_for(key, Waiter { from, wants_lease: true });
-                self.start_timer(deadline, Timer::Waiter { key, from });
+                self.wait_for(key, from, deadline);
             }
-            Located::Disk(entry) => match self.onboard(now, &entry, Some(from), out) {
-                Ok(()) => self.start_timer(deadline, Timer::Waiter { key, from }),
+            Located::Disk(entry) => match self.onboard(now, &entry, out) {
+                Ok(()) => self.wait_for(key, from, deadline),
                 Err(reason) => self.miss(from, &key, reason, out),
             },
         }
     }
 
-    pub(crate) fn wait_for(&mut self, key: BlockKey, waiter: Waiter) {
+    /// Lets a request wait for a pending block.
+    fn wait_for(&mut self, key: BlockKey, from: Origin, deadline: Micros) {
+        let timer = self.start_timer(deadline, Timer::Waiter { key, from });
         if let Some(pending) = self.pending.get_mut(&key) {
-            pending.waiters.push(waiter);
+            pending.waiters.push(Waiter { from, timer });
         }
     }
 
@@ -91,7 +93,9 @@ impl Brain {
         let record = held.record();
         let lease = self.lease_number();
         let leases_max = self.config.leases_per_session_max;
-        let Some(session) = self.sessions.get_mut(&from.session) else { return };
+        let Some(session) = self.sessions.get_mut(&from.session) else {
+            return self.no_session(from, out);
+        };
         if session.leases.len() >= leases_max {
             let text = format!("the session holds {leases_max} leases, as many as it may");
             return self.fault(from, Fault::new(Code::TooManyLeases, text), out);
@@ -118,16 +122,35 @@ impl Brain {
         }
     }
 
-    /// A block became readable in host memory: whoever waited for it gets a lease.
-    pub(crate) fn arrived(&mut self, now: Now, key: &BlockKey, held: &Held, tier: Tier, out: &mut Out) {
-        let Some(pending) = self.pending.remove(key) else { return };
-        for waiter in pending.waiters.into_iter().filter(|waiter| waiter.wants_lease) {
+    /// Leases belong to sessions; whoever has none can neither get nor give one back.
+    fn no_session(&mut self, from: Origin, out: &mut Out) {
+        let text = format!("session {} is not known here: leases need one", from.session);
+        self.fault(from, Fault::new(Code::UnknownSession, text), out);
+    }
+
+    /// A block became readable in host memory: whoever waited for it gets a lease. Gives the puts of it that
+    /// waited, to be tried again.
+    #[must_use]
+    pub(crate) fn arrived(
+        &mut self,
+        now: Now,
+        key: &BlockKey,
+        held: &Held,
+        tier: Tier,
+        out: &mut Out,
+    ) -> Vec<Fill> {
+        let Some(pending) = self.pending.remove(key) else { return Vec::new() };
+        for waiter in pending.waiters {
+            self.cancel(waiter.timer);
             self.grant(now, waiter.from, held.clone(), tier, out);
         }
+        pending.puts
     }
 
     pub(crate) fn release(&mut self, from: Origin, leases: &[LeaseId], out: &mut Out) {
-        let Some(session) = self.sessions.get_mut(&from.session) else { return };
+        let Some(session) = self.sessions.get_mut(&from.session) else {
+            return self.no_session(from, out);
+        };
         let done = leases.iter().filter(|lease| session.release(**lease)).count() as u64;
         let absent = leases.len() as u64 - done;
         self.reply(from, Reply::Counted { done, kept: 0, absent }, out);
@@ -164,7 +187,7 @@ impl Brain {
         for key in keys {
             match self.locate(now, key, out) {
                 Located::Host(_) => resident += 1,
-                Located::Disk(entry) if self.onboard(now, &entry, None, out).is_ok() => started += 1,
+                Located::Disk(entry) if self.onboard(now, &entry, out).is_ok() => started += 1,
                 _ => absent += 1,
             }
         }
@@ -277,6 +300,11 @@ impl Brain {
             disk: entry.disk,
             host: entry.host,
         }
+    }
+
+    /// Whether its bytes are being stored right now.
+    fn is_filling(&self, key: &BlockKey) -> bool {
+        self.pending.get(key).is_some_and(|pending| !matches!(pending.source, Source::Onboarding))
     }
 
     /// Whether somebody is bringing this block up already.

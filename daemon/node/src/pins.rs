@@ -34,6 +34,8 @@ impl Pins {
         } else {
             self.bytes += u64::from(pin.bytes);
         }
+        // What was counted when it was pinned is what comes off at its end.
+        let pin = old.map_or(pin, |old| Pin { until: pin.until, ..old });
         self.by_key.insert(key, pin);
         self.by_end.insert((pin.until, key));
         old.is_none()

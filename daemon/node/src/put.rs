@@ -9,9 +9,10 @@
 use kv_arena::{Held, LentSlot, Slot};
 use kv_block::code::Code;
 use kv_block::{BindingId, BlockKey, Checksum, Fault, Generation, MissReason, Record, SlotId, Tier};
+use kv_tiers::catalog::NotEntered;
 use kv_tiers::store::{OpToken, StoreOp};
 
-use crate::brain::{Brain, DiskOp, Fill, Out, Pending, PutOf, Source, Stalled, Timer};
+use crate::brain::{Brain, DiskOp, Fill, Out, Pending, PutOf, Source, Stalled, Timer, Waiter};
 use crate::io::{Command, FillToken, Grant, Keep, Micros, Now, Origin, Reply};
 use crate::room::NoRoom;
 
@@ -31,23 +32,20 @@ impl Brain {
     }
 
     pub(crate) fn put(&mut self, now: Now, fill: Fill, out: &mut Out) {
-        let PutOf { key, binding, bytes, durable, .. } = fill.put;
+        let PutOf { key, binding, bytes, .. } = fill.put;
         if let Err(fault) = self.check_put(binding, Some(bytes)) {
             return self.fault(fill.from, fault, out);
         }
         self.admission.seen(&key);
         self.expire_if_due(now, &key, out);
-        if self.catalog.find(&key).is_some_and(|entry| entry.host.is_some()) {
-            return self.already_stored(now, fill, durable, out);
+        if self.is_sound_in_host(&key) {
+            return self.already_stored(now, fill, out);
         }
         match self.pending.get(&key).map(|pending| &pending.source) {
             None => {}
-            Some(Source::Onboarding | Source::Filling) => {
-                self.counters.put_already += 1;
-                return self.reply(fill.from, Reply::Stored { already: true }, out);
-            }
+            Some(Source::Onboarding | Source::Filling) => return self.queue_put(fill, out),
             Some(Source::Announced { .. }) => {
-                let text = format!("block {key} is announced by another session");
+                let text = format!("block {key} is announced and has not arrived");
                 return self.fault(fill.from, Fault::new(Code::AlreadyReserved, text), out);
             }
         }
@@ -57,14 +55,63 @@ impl Brain {
         self.fill(now, fill, out);
     }
 
-    fn already_stored(&mut self, now: Now, fill: Fill, durable: bool, out: &mut Out) {
+    /// Lets a put wait for what becomes of another of the same block, or of its way up from disk: only then
+    /// is known whether the block is stored.
+    fn queue_put(&mut self, mut fill: Fill, out: &mut Out) {
+        let key = fill.put.key;
+        if self.pending.get(&key).is_some_and(|pending| pending.puts.len() >= self.config.stalled_max) {
+            let fault = self.no_room(NoRoom::Queue, 0, fill.put.bytes);
+            return self.fault(fill.from, fault, out);
+        }
+        fill.timer = self.start_timer(fill.deadline, Timer::Queued { key, from: fill.from });
+        if let Some(pending) = self.pending.get_mut(&key) {
+            pending.puts.push(fill);
+        }
+    }
+
+    /// Puts that waited for another are tried by themselves: it is through, or it came to nothing.
+    pub(crate) fn retry_puts(&mut self, now: Now, puts: Vec<Fill>, out: &mut Out) {
+        for mut fill in puts {
+            self.cancel(fill.timer.take());
+            self.put(now, fill, out);
+        }
+    }
+
+    /// Whether host memory has the block. One kept from an earlier life is verified before it is relied on.
+    fn is_sound_in_host(&mut self, key: &BlockKey) -> bool {
+        let place = self.catalog.find(key).and_then(|entry| entry.host);
+        let Some(held) = place.and_then(|(slot, generation)| self.host.hold(slot, generation)) else {
+            return false;
+        };
+        let sound = held.is_verified() || self.verify_held(&held);
+        drop(held);
+        if !sound {
+            self.host_corrupt(key);
+        }
+        sound
+    }
+
+    fn already_stored(&mut self, now: Now, fill: Fill, out: &mut Out) {
+        let PutOf { key, keep, durable, .. } = fill.put;
         self.counters.put_already += 1;
-        self.touch_key(&fill.put.key);
-        let on_disk = self.catalog.find(&fill.put.key).is_some_and(|entry| entry.disk.is_some());
+        self.touch_key(&key);
+        self.keep_longer(&key, keep);
+        let on_disk = self.catalog.find(&key).is_some_and(|entry| entry.disk.is_some());
         if durable && !on_disk {
-            return self.write_durably(now, fill, out);
+            return self.write_durably(now, fill, true, out);
         }
         self.reply(fill.from, Reply::Stored { already: true }, out);
+    }
+
+    /// Who stores a block again wants it for as long as he says; a block that is about to expire, or has and
+    /// is still in use, must not be reported as stored and then missed. After a restart the end that was
+    /// sealed with the bytes counts again.
+    fn keep_longer(&mut self, key: &BlockKey, keep: Keep) {
+        let Some(entry) = self.catalog.find(key) else { return };
+        let longer = entry.expires_at != 0 && (keep.expires_at == 0 || keep.expires_at > entry.expires_at);
+        if longer {
+            self.catalog.keep(key, entry.priority, keep.expires_at);
+        }
     }
 
     /// Enters a block that is not readable yet. What was known of it on disk stays known.
@@ -78,40 +125,45 @@ impl Brain {
         let full =
             |_| Fault::new(Code::HostFull, "the catalog has no free entry; raise `catalog.entries_max`");
         self.catalog.announce(key, binding, keep.priority, keep.expires_at).map_err(full)?;
-        self.pending.insert(*key, Pending { source, waiters: Vec::new() });
+        self.pending.insert(*key, Pending::from(source));
         Ok(())
     }
 
-    /// Finds a slot and has the bytes copied; or lets the put wait for room.
-    fn fill(&mut self, now: Now, fill: Fill, out: &mut Out) {
-        let Err(why) = self.try_fill(now, fill, out) else { return };
-        let queue = self.stalled.len() < self.config.stalled_max;
-        let why = if why == NoRoom::Soon && !queue { NoRoom::Queue } else { why };
-        if self.fill_failed(fill, why, out) {
-            self.start_timer(fill.deadline, Timer::Stalled { from: fill.from });
-            self.stalled.push_back(Stalled::Put(fill));
+    /// Finds a slot and has the bytes copied; or lets the put wait for room, behind those that wait already.
+    fn fill(&mut self, now: Now, mut fill: Fill, out: &mut Out) {
+        let bytes = fill.put.bytes;
+        if !self.stalled.contains_key(&bytes) {
+            match self.try_fill(now, fill, out) {
+                Ok(()) => return,
+                Err(NoRoom::Soon) => {}
+                Err(why) => return self.fill_failed(now, fill, why, out),
+            }
         }
+        if self.stalled_len() >= self.config.stalled_max {
+            return self.fill_failed(now, fill, NoRoom::Queue, out);
+        }
+        fill.timer = self.start_timer(fill.deadline, Timer::Stalled { bytes, from: fill.from });
+        self.stalled.entry(bytes).or_default().push_back(Stalled::Put(fill));
     }
 
-    pub(crate) fn try_fill(&mut self, now: Now, fill: Fill, out: &mut Out) -> Result<(), NoRoom> {
+    pub(crate) fn try_fill(&mut self, now: Now, mut fill: Fill, out: &mut Out) -> Result<(), NoRoom> {
         let tenant = self.tenant_of(fill.put.binding);
         let slot = self.room(now, fill.put.bytes, tenant, out)?;
+        self.cancel(fill.timer.take());
         let token = FillToken(self.number());
         self.fills.insert(token, fill);
+        self.coming(fill.put.binding);
         let PutOf { key, source, bytes, .. } = fill.put;
         out.push(Command::Fill { fill: token, from: fill.from, source, bytes, key, slot });
         Ok(())
     }
 
-    /// A put found no slot: true when it may wait, otherwise it has been answered.
-    pub(crate) fn fill_failed(&mut self, fill: Fill, why: NoRoom, out: &mut Out) -> bool {
-        if why == NoRoom::Soon {
-            return true;
-        }
-        self.withdraw(&fill.put.key, out);
+    /// A put found no slot and will find none.
+    pub(crate) fn fill_failed(&mut self, now: Now, fill: Fill, why: NoRoom, out: &mut Out) {
+        self.cancel(fill.timer);
         let fault = self.no_room(why, self.tenant_of(fill.put.binding), fill.put.bytes);
         self.fault(fill.from, fault, out);
-        false
+        self.withdraw(now, &fill.put.key, out);
     }
 
     pub(crate) fn filled(
@@ -123,12 +175,15 @@ impl Brain {
         out: &mut Out,
     ) {
         let Some(fill) = self.fills.remove(&token) else { return };
-        let Some(checksum) = checksum else {
-            self.withdraw(&fill.put.key, out);
+        self.came(fill.put.binding);
+        let record = checksum.and_then(|checksum| self.record_for(&fill.put, checksum));
+        let Some(record) = record else {
+            drop(slot);
             let text = "the bytes of the block went away before they were copied";
-            return self.fault(fill.from, Fault::new(Code::StagingRange, text), out);
+            self.fault(fill.from, Fault::new(Code::StagingRange, text), out);
+            self.withdraw(now, &fill.put.key, out);
+            return self.retry_stalled(now, out);
         };
-        let Some(record) = self.record_for(&fill.put, checksum) else { return };
         self.publish(now, fill, slot.seal(&record), out);
     }
 
@@ -142,58 +197,61 @@ impl Brain {
     fn publish(&mut self, now: Now, fill: Fill, block: Held, out: &mut Out) {
         let PutOf { key, binding, bytes, durable, .. } = fill.put;
         let (record, place) = (block.record(), (block.id(), block.generation()));
+        let before = self.catalog.find(&key);
         let published = match self.catalog.publish_host(&record, binding, place) {
             Ok(published) => published,
             Err(why) => {
                 drop(block);
                 self.host.retire(place.0, place.1);
-                self.withdraw(&key, out);
+                self.sweep_wanted = true;
+                if let NotEntered::Already { .. } = why {
+                    return self.already_stored(now, fill, out);
+                }
                 let text = format!("block {key} did not enter the catalog: {why}");
-                return self.fault(fill.from, Fault::new(Code::HostFull, text), out);
+                self.fault(fill.from, Fault::new(Code::HostFull, text), out);
+                return self.withdraw(now, &key, out);
             }
         };
-        if let Some(at) = published.stale_disk {
-            self.stale_on_disk(&key, binding, at, out);
+        if let Some(before) = before.filter(|before| before.disk.is_some()) {
+            self.kept_on_disk(&before, binding, published.stale_disk, out);
         }
         self.entered_host(&block, binding, published.returning);
         self.counters.put_blocks += 1;
         self.counters.put_bytes += u64::from(bytes);
         if let Some(session) = self.sessions.get_mut(&fill.from.session) {
             session.puts += 1;
-            session.announced.remove(&key);
         }
-        self.arrived(now, &key, &block, Tier::Host, out);
+        let puts = self.arrived(now, &key, &block, Tier::Host, out);
         drop(block);
         if durable {
-            self.write_durably(now, fill, out);
+            self.write_durably(now, fill, false, out);
         } else {
             self.reply(fill.from, Reply::Stored { already: false }, out);
         }
+        self.retry_puts(now, puts, out);
         self.free_ahead(now, out);
     }
 
-    /// Answers when the block is on disk, writing it there if nobody does yet.
-    fn write_durably(&mut self, now: Now, fill: Fill, out: &mut Out) {
+    /// Answers when the block is on disk, writing it there if nobody does yet. `again`: it was in host memory
+    /// before, so somebody may.
+    fn write_durably(&mut self, now: Now, fill: Fill, again: bool, out: &mut Out) {
         let key = fill.put.key;
         if self.disk_serving != Some(true) {
             let text =
                 "the block is stored in host memory; there is no disk tier in service to make it durable";
             return self.fault(fill.from, Fault::new(Code::TierDegraded, text), out);
         }
-        let under_way = self.ops.iter_mut().find_map(|(token, op)| match op {
-            DiskOp::Write { key: of, durable_for, .. } if *of == key => Some((*token, durable_for)),
-            _ => None,
+        let mut writes = self.ops.iter().filter(|_| again);
+        let under_way = writes.find_map(|(token, op)| {
+            matches!(op, DiskOp::Write { key: of, .. } if *of == key).then_some(*token)
         });
-        if let Some((token, durable_for)) = under_way {
-            durable_for.push(fill.from);
-            return self.start_timer(fill.deadline, Timer::Durable { token, from: fill.from });
-        }
-        match self.start_write(now, &key, false, vec![fill.from], out) {
-            Some(token) => self.start_timer(fill.deadline, Timer::Durable { token, from: fill.from }),
-            None => {
-                let text = "the block left host memory before it could be written to disk";
-                self.fault(fill.from, Fault::new(Code::TierDegraded, text), out);
-            }
+        let Some(token) = under_way.or_else(|| self.start_write(now, &key, false, out)) else {
+            let text = "the block left host memory before it could be written to disk";
+            return self.fault(fill.from, Fault::new(Code::TierDegraded, text), out);
+        };
+        let timer = self.start_timer(fill.deadline, Timer::Durable { token, from: fill.from });
+        if let Some(DiskOp::Write { durable_for, .. }) = self.ops.get_mut(&token) {
+            durable_for.push(Waiter { from: fill.from, timer });
         }
     }
 
@@ -203,15 +261,16 @@ impl Brain {
         _now: Now,
         key: &BlockKey,
         leave: bool,
-        durable_for: Vec<Origin>,
         out: &mut Out,
     ) -> Option<OpToken> {
         let (slot, generation) = self.catalog.find(key)?.host?;
         let bytes = self.host.hold(slot, generation)?;
         let record = bytes.record();
         let token = OpToken(self.number());
+        let durable_for = Vec::new();
         self.ops.insert(token, DiskOp::Write { key: *key, slot, generation, leave, durable_for });
         self.offloads += 1;
+        self.leaving += usize::from(leave);
         self.store(StoreOp::Write { token, record, bytes }, out);
         Some(token)
     }
@@ -234,6 +293,7 @@ impl Brain {
         let present =
             self.catalog.find(&key).is_some_and(|entry| entry.host.is_some() || entry.disk.is_some());
         if present || self.pending.contains_key(&key) {
+            self.keep_longer(&key, keep);
             return self.reply(from, Reply::AlreadyThere, out);
         }
         let mut slot = None;
@@ -256,35 +316,49 @@ impl Brain {
             checksum: Checksum::default(),
             tier: Tier::Host,
         });
-        let source = Source::Announced { session: from.session, binding, keep, slot };
+        if slot.is_some() {
+            self.coming(binding);
+        }
+        let lapses = now.micros.plus_ms(self.config.pending_ttl_ms);
+        let timer = self.start_timer(lapses, Timer::Announcement { key });
+        let source = Source::Announced { session: from.session, binding, keep, slot, timer };
         if let Err(fault) = self.announce(&key, binding, keep, source) {
+            self.cancel(timer);
+            if grant.is_some() {
+                self.came(binding);
+            }
             return self.fault(from, fault, out);
         }
         if let Some(session) = self.sessions.get_mut(&from.session) {
             session.announced.insert(key);
         }
-        let lapses = now.micros.plus_ms(self.config.pending_ttl_ms);
-        self.start_timer(lapses, Timer::Announcement { key, session: from.session });
         self.reply(from, Reply::Reserved { slot: grant }, out);
     }
 
-    /// The announcement of `key` by this session, taken out of the table for a moment.
-    fn announced_by(
+    /// Ends the announcement of `key` by this session: its bytes come now, or the caller withdraws it.
+    fn end_announcement(
         &mut self,
         from: Origin,
         key: &BlockKey,
     ) -> Result<(BindingId, Keep, Option<LentSlot>), Fault> {
-        let not_reserved = || {
-            let text = format!("block {key} is not reserved by this session");
-            Fault::new(Code::NotReserved, text)
+        let own =
+            |source: &Source| matches!(source, Source::Announced { session, .. } if *session == from.session);
+        let announced = match self.pending.get_mut(key) {
+            Some(pending) if own(&pending.source) => std::mem::replace(&mut pending.source, Source::Filling),
+            _ => Source::Filling,
         };
-        let pending = self.pending.get_mut(key).ok_or_else(not_reserved)?;
-        match &mut pending.source {
-            Source::Announced { session, binding, keep, slot } if *session == from.session => {
-                Ok((*binding, *keep, slot.take()))
-            }
-            _ => Err(not_reserved()),
+        let Source::Announced { session, binding, keep, slot, timer } = announced else {
+            let text = format!("block {key} is not reserved by this session");
+            return Err(Fault::new(Code::NotReserved, text));
+        };
+        self.cancel(timer);
+        if slot.is_some() {
+            self.came(binding);
         }
+        if let Some(session) = self.sessions.get_mut(&session) {
+            session.announced.remove(key);
+        }
+        Ok((binding, keep, slot))
     }
 
     #[allow(clippy::too_many_arguments, reason = "the fields of one request")]
@@ -299,21 +373,18 @@ impl Brain {
         durable: bool,
         out: &mut Out,
     ) {
-        let (binding, keep, slot) = match self.announced_by(from, &key) {
+        let (binding, keep, slot) = match self.end_announcement(from, &key) {
             Ok(announced) => announced,
             Err(fault) => return self.fault(from, fault, out),
         };
         drop(slot); // reserved in place but sent by staging: the copy finds its own slot
         if let Err(fault) = self.check_put(binding, Some(bytes)) {
-            self.withdraw(&key, out);
-            return self.fault(from, fault, out);
+            self.fault(from, fault, out);
+            return self.withdraw(now, &key, out);
         }
         self.admission.seen(&key);
-        if let Some(pending) = self.pending.get_mut(&key) {
-            pending.source = Source::Filling;
-        }
         let put = PutOf { key, binding, source, bytes, keep, durable };
-        self.fill(now, Fill { from, deadline, put }, out);
+        self.fill(now, Fill { from, deadline, put, timer: None }, out);
     }
 
     #[allow(clippy::too_many_arguments, reason = "the fields of one request")]
@@ -329,42 +400,54 @@ impl Brain {
         deadline: Micros,
         out: &mut Out,
     ) {
-        let (binding, keep, filled) = match self.announced_by(from, &key) {
+        let (binding, keep, filled) = match self.end_announcement(from, &key) {
             Ok(announced) => announced,
             Err(fault) => return self.fault(from, fault, out),
         };
         let Some(filled) = filled.filter(|own| own.id() == slot && own.generation() == generation) else {
-            self.withdraw(&key, out);
             let text = format!("slot {slot} generation {generation} is not the one reserved for block {key}");
-            return self.fault(from, Fault::new(Code::NotReserved, text), out);
+            self.fault(from, Fault::new(Code::NotReserved, text), out);
+            return self.withdraw(now, &key, out);
         };
         self.admission.seen(&key);
         let put = PutOf { key, binding, source: 0, bytes: self.bytes_of(binding), keep, durable };
-        let Some(record) = self.record_for(&put, checksum) else { return };
-        self.publish(now, Fill { from, deadline, put }, filled.seal(&record), out);
+        let Some(record) = self.record_for(&put, checksum) else {
+            let text = format!("binding {binding} is not registered");
+            self.fault(from, Fault::new(Code::UnknownBinding, text), out);
+            return self.withdraw(now, &key, out);
+        };
+        let fill = Fill { from, deadline, put, timer: None };
+        self.publish(now, fill, filled.seal(&record), out);
     }
 
-    pub(crate) fn abort(&mut self, from: Origin, key: &BlockKey, out: &mut Out) {
-        match self.announced_by(from, key) {
+    pub(crate) fn abort(&mut self, now: Now, from: Origin, key: &BlockKey, out: &mut Out) {
+        match self.end_announcement(from, key) {
             Ok(_) => {
-                self.withdraw(key, out);
+                self.withdraw(now, key, out);
                 self.reply(from, Reply::Counted { done: 1, kept: 0, absent: 0 }, out);
             }
             Err(fault) => self.fault(from, fault, out),
         }
     }
 
-    /// Takes an announcement back: the block is no longer expected, whoever waits for it misses.
-    pub(crate) fn withdraw(&mut self, key: &BlockKey, out: &mut Out) {
-        let Some(pending) = self.pending.remove(key) else { return };
-        if let Source::Announced { session, .. } = &pending.source
-            && let Some(session) = self.sessions.get_mut(session)
-        {
-            session.announced.remove(key);
+    /// Takes an announcement back: the block is no longer expected, whoever waits for it misses, and other
+    /// puts of it are tried. Its slot, if it had one, comes back.
+    pub(crate) fn withdraw(&mut self, now: Now, key: &BlockKey, out: &mut Out) {
+        let Some(Pending { source, waiters, puts }) = self.pending.remove(key) else { return };
+        if let Source::Announced { session, binding, slot, timer, .. } = source {
+            self.cancel(timer);
+            if slot.is_some() {
+                self.came(binding);
+            }
+            if let Some(session) = self.sessions.get_mut(&session) {
+                session.announced.remove(key);
+            }
         }
         self.catalog.withdraw(key);
-        for waiter in pending.waiters.into_iter().filter(|waiter| waiter.wants_lease) {
+        for waiter in waiters {
+            self.cancel(waiter.timer);
             self.miss(waiter.from, key, MissReason::NotComplete, out);
         }
+        self.retry_puts(now, puts, out);
     }
 }

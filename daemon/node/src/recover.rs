@@ -18,6 +18,7 @@ impl Brain {
             let binding = self.binding_of(&record, bind);
             let expired = record.expires_at != 0 && record.expires_at <= now.unix;
             let entered = !expired
+                && self.bytes_of(binding) == record.bytes
                 && self.catalog.find(&record.key).is_none()
                 && self.catalog.publish_host(&record, binding, (slot, generation)).is_ok();
             let held = self.host.hold(slot, generation);
@@ -49,6 +50,9 @@ impl Brain {
                 continue;
             }
             let binding = self.binding_of(record, bind);
+            if self.bytes_of(binding) != record.bytes {
+                continue;
+            }
             if self.catalog.recover_disk(record, binding, *at).is_ok() {
                 self.entered_disk(&record.key, binding);
                 taken += 1;

@@ -9,13 +9,18 @@
 //!   retired slot --- nobody's hazard names it ---> free
 //! ```
 
-use kv_arena::{EntryState, Held, Slot};
+use std::collections::VecDeque;
+
+use kv_arena::{Entry, EntryState, Held, Slot};
 use kv_block::code::Code;
-use kv_block::{BindingId, BlockKey, Eviction, Fault, Generation, MissReason, SlotId, Tier};
+use kv_block::{BindingId, BlockKey, Fault, Generation, MissReason, Priority, SlotId, Tier};
 use kv_tiers::store::{OpToken, StoreOp};
 
 use crate::brain::{Brain, DiskOp, Out, Stalled};
 use crate::io::{Now, Origin, Reply};
+
+/// Blocks of a tenant that one eviction for its quota looks at.
+const QUOTA_SCAN_MAX: usize = 1024;
 
 /// Why there is no slot.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -44,23 +49,15 @@ impl Brain {
         if u64::from(bytes) > self.host.block_bytes_max() {
             return Err(NoRoom::TooLarge);
         }
+        if !self.tenants[tenant].may_hold(u64::from(bytes)) {
+            return Err(NoRoom::Quota);
+        }
         while self.tenants[tenant].excess(u64::from(bytes)) > 0 {
-            if !self.evict_one(now, bytes, Some(tenant), Eviction::Quota, out) {
+            if !self.evict_of_tenant(tenant) {
                 return Err(NoRoom::Quota);
             }
         }
-        if let Some(slot) = self.host.take(bytes) {
-            return Ok(slot);
-        }
-        self.make_room(now, bytes, out);
-        if let Some(slot) = self.host.take(bytes) {
-            return Ok(slot);
-        }
-        if self.host.limbo_len() > 0 || self.offloads > 0 {
-            self.sweep_wanted = true;
-            return Err(NoRoom::Soon);
-        }
-        Err(NoRoom::Full)
+        self.take_or_evict(now, bytes, out)
     }
 
     pub(crate) fn no_room(&self, why: NoRoom, tenant: usize, bytes: u32) -> Fault {
@@ -86,21 +83,36 @@ impl Brain {
         }
     }
 
+    /// A free slot for bytes that nobody will keep; on behalf of no tenant.
+    pub(crate) fn room_for_a_while(&mut self, now: Now, bytes: u32, out: &mut Out) -> Result<Slot, NoRoom> {
+        self.take_or_evict(now, bytes, out)
+    }
+
+    fn take_or_evict(&mut self, now: Now, bytes: u32, out: &mut Out) -> Result<Slot, NoRoom> {
+        if let Some(slot) = self.host.take(bytes) {
+            return Ok(slot);
+        }
+        self.make_room(now, bytes, out);
+        if let Some(slot) = self.host.take(bytes) {
+            return Ok(slot);
+        }
+        if self.host.limbo_len() > 0 || self.offloads > 0 {
+            self.sweep_wanted = true;
+            return Err(NoRoom::Soon);
+        }
+        Err(NoRoom::Full)
+    }
+
     /// Starts as many evictions as one more block of this size needs.
     fn make_room(&mut self, now: Now, bytes: u32, out: &mut Out) {
-        for _ in 0..self.host.missing(bytes, self.leaving()) {
-            if !self.evict_one(now, bytes, None, Eviction::Capacity, out) {
+        for _ in 0..self.host.missing(bytes, self.leaving) {
+            if !self.evict_one(now, bytes, out) {
                 break;
             }
         }
-        if self.host.limbo_len() + self.leaving() == 0 {
+        if self.host.limbo_len() + self.leaving == 0 {
             self.steal_region(now, bytes, out);
         }
-    }
-
-    /// Writes under way after which a slot comes back.
-    fn leaving(&self) -> usize {
-        self.offloads
     }
 
     /// Empties the cheapest region of another block size.
@@ -108,7 +120,7 @@ impl Brain {
         let pins = &self.pins;
         let Some(region) = self.host.region_to_steal(bytes, &mut |key| !pins.holds(key)) else { return };
         for (slot, generation) in self.host.slots_of(region) {
-            self.evict_slot(now, slot, generation, Eviction::Capacity, out);
+            self.evict_slot(now, slot, generation, out);
         }
     }
 
@@ -116,9 +128,9 @@ impl Brain {
     pub(crate) fn free_ahead(&mut self, now: Now, out: &mut Out) {
         for bytes in self.host.sizes_below_low() {
             let mut missing = self.host.missing_to_high(bytes);
-            missing = missing.saturating_sub(self.leaving());
+            missing = missing.saturating_sub(self.leaving);
             for _ in 0..missing {
-                if !self.evict_one(now, bytes, None, Eviction::Capacity, out) {
+                if !self.evict_one(now, bytes, out) {
                     break;
                 }
             }
@@ -128,48 +140,60 @@ impl Brain {
         }
     }
 
-    /// Starts the departure of one block of this size; of one tenant only, for its quota. False when none
-    /// can go.
-    fn evict_one(
-        &mut self,
-        now: Now,
-        bytes: u32,
-        tenant: Option<usize>,
-        by: Eviction,
-        out: &mut Out,
-    ) -> bool {
-        let (pins, host, catalog, bindings) = (&self.pins, &mut self.host, &self.catalog, &self.bindings);
-        let of_tenant = |key: &BlockKey| {
-            tenant.is_none_or(|wanted| {
-                let binding = catalog.find(key).map(|entry| usize::from(entry.binding.0));
-                let bound = binding.and_then(|at| bindings.get(at)).and_then(Option::as_ref);
-                bound.is_some_and(|bound| bound.tenant == wanted)
-            })
-        };
-        let victim = host.victim(bytes, &mut |key| !pins.holds(key) && of_tenant(key));
+    /// Starts the departure of one block of this size. False when none can go.
+    fn evict_one(&mut self, now: Now, bytes: u32, out: &mut Out) -> bool {
+        let (pins, host) = (&self.pins, &mut self.host);
+        let victim = host.victim(bytes, &mut |key| !pins.holds(key));
         let Some((slot, generation)) = victim else { return false };
-        self.evict_slot(now, slot, generation, by, out);
+        self.evict_slot(now, slot, generation, out);
         true
     }
 
+    /// Takes out one block of a tenant, whatever its size: the oldest that was not read lately, as far as
+    /// [`QUOTA_SCAN_MAX`] looks reach. False when none can go.
+    fn evict_of_tenant(&mut self, tenant: usize) -> bool {
+        let looks = self.tenants[tenant].order.len().min(QUOTA_SCAN_MAX);
+        for look in 0..looks * 2 {
+            let Some((slot, generation)) = self.tenants[tenant].order.pop_front() else { return false };
+            let key = self.host.key_in(slot);
+            let entry = key.and_then(|key| self.catalog.find(&key));
+            let Some(entry) = entry.filter(|entry| entry.host == Some((slot, generation))) else { continue };
+            let warm = look < looks && (entry.frequency > 0 || entry.priority == Priority::High);
+            if warm {
+                self.catalog.cool(&entry.key);
+            }
+            if warm || self.pins.holds(&entry.key) || self.host.holds(slot) > 0 {
+                self.tenants[tenant].order.push_back((slot, generation));
+                continue;
+            }
+            self.host.forget(slot);
+            if self.leave_host(&entry.key, slot, generation, MissReason::EvictedQuota) {
+                return true;
+            }
+        }
+        false
+    }
+
     /// Lets the block in a slot leave host memory, by way of the disk when it is worth it.
-    fn evict_slot(&mut self, now: Now, slot: SlotId, generation: Generation, by: Eviction, out: &mut Out) {
+    fn evict_slot(&mut self, now: Now, slot: SlotId, generation: Generation, out: &mut Out) {
         let Some(key) = self.host.key_in(slot) else { return };
-        let Some(entry) = self.catalog.find(&key) else {
-            self.host.retire(slot, generation);
+        let entry = self.catalog.find(&key).filter(|entry| entry.host == Some((slot, generation)));
+        let Some(entry) = entry else {
+            // Forgotten already, only somebody held it then.
+            self.sweep_wanted |= self.host.retire(slot, generation);
             return;
         };
-        let worth = by == Eviction::Capacity
-            && entry.disk.is_none()
-            && self.disk_serving == Some(true)
-            && self.admission.admits(&key);
-        if worth
-            && self.offloads < self.config.offloads_max
-            && self.start_write(now, &key, true, vec![], out).is_some()
-        {
-            return;
+        let mut why = MissReason::EvictedCapacity;
+        if entry.disk.is_none() && self.disk_serving == Some(true) {
+            if !self.admission.admits(&key) {
+                why = MissReason::AdmissionRejected;
+            } else if self.offloads < self.config.offloads_max
+                && self.start_write(now, &key, true, out).is_some()
+            {
+                return;
+            }
         }
-        self.leave_host(&key, slot, generation, by.into());
+        self.leave_host(&key, slot, generation, why);
     }
 
     /// Takes a block out of host memory now. Does nothing when somebody reads it: it goes back to the policy.
@@ -188,12 +212,29 @@ impl Brain {
             self.host.keep(slot, entry.priority);
             return false;
         }
+        self.forget_host(&entry, why);
+        true
+    }
+
+    /// The catalog knows a block in host memory no longer; its slot is on its way back, or held.
+    fn forget_host(&mut self, entry: &Entry, why: MissReason) {
         self.left_host(entry.binding);
-        self.catalog.drop_host(key, why);
-        self.removed_event(*key, Tier::Host);
+        self.catalog.drop_host(&entry.key, why);
+        self.removed_event(entry.key, Tier::Host);
         *self.counters.evictions.entry(why.name()).or_default() += 1;
         self.sweep_wanted = true;
-        true
+    }
+
+    /// A slot is being filled with a block of this binding: its quota must hold that, too.
+    pub(crate) fn coming(&mut self, binding: BindingId) {
+        let (tenant, bytes) = (self.tenant_of(binding), u64::from(self.bytes_of(binding)));
+        self.tenants[tenant].coming_bytes += bytes;
+    }
+
+    /// It is filled, or will not be.
+    pub(crate) fn came(&mut self, binding: BindingId) {
+        let (tenant, bytes) = (self.tenant_of(binding), u64::from(self.bytes_of(binding)));
+        self.tenants[tenant].coming_bytes -= bytes;
     }
 
     pub(crate) fn entered_host(&mut self, block: &Held, binding: BindingId, returning: bool) {
@@ -202,6 +243,7 @@ impl Brain {
         let tenant = self.tenant_of(binding);
         self.tenants[tenant].host_bytes += u64::from(record.bytes);
         self.tenants[tenant].host_blocks += 1;
+        self.queue_for_quota(tenant, (block.id(), block.generation()));
         self.stored_event(record.key, binding, Tier::Host);
     }
 
@@ -212,11 +254,28 @@ impl Brain {
         self.tenants[tenant].host_blocks -= 1;
     }
 
+    /// The block is the youngest of its tenant. Places that blocks have left are swept out when they are most.
+    fn queue_for_quota(&mut self, tenant: usize, place: (SlotId, Generation)) {
+        let (host, catalog) = (&self.host, &self.catalog);
+        let tenant = &mut self.tenants[tenant];
+        tenant.order.push_back(place);
+        if tenant.order.len() as u64 > tenant.host_blocks * 2 + 64 {
+            tenant.order.retain(|place| {
+                let entry = host.key_in(place.0).and_then(|key| catalog.find(&key));
+                entry.is_some_and(|entry| entry.host == Some(*place))
+            });
+        }
+    }
+
     pub(crate) fn entered_disk(&mut self, key: &BlockKey, binding: BindingId) {
+        self.charge_disk(binding);
+        self.stored_event(*key, binding, Tier::Disk);
+    }
+
+    pub(crate) fn charge_disk(&mut self, binding: BindingId) {
         let tenant = self.tenant_of(binding);
         self.tenants[tenant].disk_bytes += u64::from(self.bytes_of(binding));
         self.tenants[tenant].disk_blocks += 1;
-        self.stored_event(*key, binding, Tier::Disk);
     }
 
     pub(crate) fn left_disk(&mut self, binding: BindingId) {
@@ -245,9 +304,22 @@ impl Brain {
     pub(crate) fn host_corrupt(&mut self, key: &BlockKey) {
         *self.counters.checksum_failures.entry(Tier::Host.name()).or_default() += 1;
         tracing::warn!(%key, code = %Code::CorruptHost, "a block kept in host memory failed its checksum");
-        let Some((slot, generation)) = self.catalog.find(key).and_then(|entry| entry.host) else { return };
+        let Some(entry) = self.catalog.find(key) else { return };
+        let Some((slot, generation)) = entry.host else { return };
         self.host.forget(slot);
-        self.leave_host(key, slot, generation, MissReason::Corrupt);
+        // Whoever reads it cannot be stopped; nobody else gets it.
+        if !self.host.retire(slot, generation) {
+            self.condemned.push((slot, generation));
+        }
+        self.forget_host(&entry, MissReason::Corrupt);
+    }
+
+    /// Gives back the slots of damaged blocks that nobody holds any more.
+    pub(crate) fn retire_condemned(&mut self) {
+        let host = &mut self.host;
+        self.condemned.retain(|&(slot, generation)| {
+            !host.retire(slot, generation) && host.hold(slot, generation).is_some()
+        });
     }
 
     /// Removes a block whose time is over; says whether it is over. One in use goes when it is released.
@@ -314,18 +386,36 @@ impl Brain {
         Removed::Gone
     }
 
-    /// Tries again what waited for room, in order, until one must wait on.
+    /// Tries again what waited for room: of each block length in order, until one must wait on.
     pub(crate) fn retry_stalled(&mut self, now: Now, out: &mut Out) {
-        while let Some(stalled) = self.stalled.pop_front() {
-            let again = match stalled {
-                Stalled::Put(fill) => {
-                    self.try_fill(now, fill, out).map_err(|why| self.fill_failed(fill, why, out))
+        let lengths: Vec<u32> = self.stalled.keys().copied().collect();
+        for bytes in lengths {
+            while let Some(stalled) = self.stalled.get_mut(&bytes).and_then(VecDeque::pop_front) {
+                let must_wait = match stalled {
+                    Stalled::Put(fill) => match self.try_fill(now, fill, out) {
+                        Ok(()) => false,
+                        Err(NoRoom::Soon) => true,
+                        Err(why) => {
+                            self.fill_failed(now, fill, why, out);
+                            false
+                        }
+                    },
+                    Stalled::Onboard { key } => match self.try_onboard(now, key, out) {
+                        Ok(()) => false,
+                        Err(None) => true,
+                        Err(Some(reason)) => {
+                            self.onboard_failed(now, &key, reason, out);
+                            false
+                        }
+                    },
+                };
+                if must_wait {
+                    self.stalled.entry(bytes).or_default().push_front(stalled);
+                    break;
                 }
-                Stalled::Onboard { key } => self.try_onboard(now, key, out),
-            };
-            if let Err(true) = again {
-                self.stalled.push_front(stalled);
-                return;
+            }
+            if self.stalled.get(&bytes).is_some_and(VecDeque::is_empty) {
+                self.stalled.remove(&bytes);
             }
         }
     }

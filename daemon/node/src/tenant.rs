@@ -1,6 +1,8 @@
 //! Tenants: who pays, how much of host memory each may hold.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, VecDeque};
+
+use kv_block::{Generation, SlotId};
 
 /// Numbers of one tenant.
 #[derive(Default, Clone)]
@@ -8,21 +10,30 @@ pub(crate) struct Tenant {
     pub(crate) name: String,
     pub(crate) quota_bytes: u64,
     pub(crate) host_bytes: u64,
+    /// Bytes of slots that are being filled for it.
+    pub(crate) coming_bytes: u64,
     pub(crate) disk_bytes: u64,
     pub(crate) host_blocks: u64,
     pub(crate) disk_blocks: u64,
     pub(crate) pinned_bytes: u64,
     pub(crate) hits: u64,
     pub(crate) misses: u64,
+    /// Where its blocks in host memory stand, oldest first, and where some stood.
+    pub(crate) order: VecDeque<(SlotId, Generation)>,
 }
 
 impl Tenant {
+    /// Whether it could hold a block of so many bytes if it held nothing else.
+    pub(crate) fn may_hold(&self, bytes: u64) -> bool {
+        self.quota_bytes == 0 || bytes <= self.quota_bytes
+    }
+
     /// Bytes over the quota if `more` came in; 0 when it fits or there is no quota.
     pub(crate) fn excess(&self, more: u64) -> u64 {
         if self.quota_bytes == 0 {
             return 0;
         }
-        (self.host_bytes + more).saturating_sub(self.quota_bytes)
+        (self.host_bytes + self.coming_bytes + more).saturating_sub(self.quota_bytes)
     }
 }
 
