@@ -300,6 +300,30 @@ struct Commit {
     failed: BTreeMap<u32, StoreError>,
 }
 
+/// Segments by state, counted as they change: there are thousands, and every operation asks.
+#[derive(Default)]
+struct Census {
+    /// Offered, or about to be, or being released.
+    with_node: usize,
+    lost: u32,
+    bytes_in_use: u64,
+}
+
+impl Census {
+    fn count(&mut self, segment: &Segment, add: bool) {
+        let step = |count: &mut u64, by: u64| *count = if add { *count + by } else { *count - by };
+        let (mut with_node, mut lost) = (self.with_node as u64, u64::from(self.lost));
+        match segment.state {
+            State::Free => return,
+            State::Offering | State::Offered | State::Releasing => step(&mut with_node, 1),
+            State::Lost => step(&mut lost, 1),
+            State::Active | State::Sealed => {}
+        }
+        (self.with_node, self.lost) = (with_node as usize, lost as u32);
+        step(&mut self.bytes_in_use, segment.header.geometry.segment_bytes());
+    }
+}
+
 enum Room {
     Here,
     Wait,
@@ -309,6 +333,7 @@ enum Room {
 pub(crate) struct Log {
     config: LogConfig,
     segments: BTreeMap<u32, Segment>,
+    census: Census,
     free: VecDeque<u32>,
     active: Option<u32>,
     sequence_next: u64,
@@ -327,6 +352,8 @@ pub(crate) struct Log {
     storing: BTreeSet<(BlockKey, u64)>,
     ready: VecDeque<u64>,
     commit: Option<Commit>,
+    /// Data writes with the device, and their bytes.
+    data_writes: usize,
     data_in_flight: u64,
     spare_buffer: Vec<Pages>,
     probe_file: bool,
@@ -336,6 +363,8 @@ pub(crate) struct Log {
     bytes_written: u64,
     bytes_read: u64,
     closing: bool,
+    /// When the time limits are looked at next.
+    watch_at: Duration,
     /// For the engine.
     pub(crate) io: Vec<IoOp>,
     /// For the directory.
@@ -356,8 +385,11 @@ impl Log {
     ) -> Self {
         let segments: BTreeMap<_, _> = segments.into_iter().map(|one| (one.header.segment, one)).collect();
         let in_state = |state| move |(number, one): (&u32, &Segment)| (one.state == state).then_some(*number);
+        let mut census = Census::default();
+        segments.values().for_each(|one| census.count(one, true));
         let mut log = Self {
             config,
+            census,
             free: segments.iter().filter_map(in_state(State::Free)).collect(),
             active: segments.iter().find_map(in_state(State::Active)),
             sequence_next,
@@ -375,6 +407,7 @@ impl Log {
             storing: BTreeSet::new(),
             ready: VecDeque::new(),
             commit: None,
+            data_writes: 0,
             data_in_flight: 0,
             spare_buffer: Vec::new(),
             probe_file,
@@ -384,6 +417,7 @@ impl Log {
             bytes_written: 0,
             bytes_read: 0,
             closing: false,
+            watch_at: Duration::ZERO,
             io: Vec::new(),
             jobs: Vec::new(),
             done: Vec::new(),
@@ -508,6 +542,13 @@ impl Log {
         self.segments.get_mut(&number).expect("segments in use are not forgotten")
     }
 
+    fn set_state(&mut self, number: u32, state: State) {
+        let segment = self.segments.get_mut(&number).expect("segments in use are not forgotten");
+        self.census.count(segment, false);
+        segment.state = state;
+        self.census.count(segment, true);
+    }
+
     fn start(&mut self, segment: u32, kind: IoKind, what: What) {
         let op = IoOp { token: 0, segment, kind };
         let token = self.ios.insert(Io { op, began: self.now, overdue: false, what });
@@ -630,6 +671,7 @@ impl Log {
             }
             What::Data { append } => {
                 let one = self.appends.get(append).expect("an append ends after its data");
+                self.data_writes -= 1;
                 self.data_in_flight -= u64::from(one.pages()) * PAGE_BYTES as u64;
                 match failure {
                     None => self.ready.push_back(append),
@@ -677,12 +719,17 @@ impl Log {
     /// Does everything that can be done now.
     pub(crate) fn advance(&mut self, now: Duration) {
         self.now = now;
-        self.watch();
+        if now >= self.watch_at {
+            self.watch_at = now + self.config.slow_limit / 16;
+            self.watch();
+        }
         if self.circuit.probe_due(now) {
             self.probe();
         }
         self.place();
-        if self.commit.is_none() {
+        // What is being written will be ready soon: a commit is worth more when it does not come for one
+        // block alone. When as much is ready as is not, nobody waits for a straggler.
+        if self.commit.is_none() && self.ready.len() >= self.data_writes {
             self.begin_commit();
         }
         if self.refusal().is_none() {
@@ -709,10 +756,9 @@ impl Log {
     }
 
     pub(crate) fn usage(&self) -> StoreUsage {
-        let in_use = self.segments.values().filter(|one| one.state != State::Free);
         StoreUsage {
             bytes_max: u64::from(self.config.segments_max) * self.config.geometry.segment_bytes(),
-            bytes_used: in_use.map(|one| one.header.geometry.segment_bytes()).sum(),
+            bytes_used: self.census.bytes_in_use,
             bytes_written: self.bytes_written,
             bytes_read: self.bytes_read,
             in_flight: 0,
@@ -724,7 +770,7 @@ impl Log {
         SsdStats {
             segments: self.segments.len() as u32,
             segments_free: self.free.len() as u32,
-            segments_lost: self.segments.values().filter(|one| one.state == State::Lost).count() as u32,
+            segments_lost: self.census.lost,
             ..self.stats
         }
     }

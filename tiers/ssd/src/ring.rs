@@ -325,21 +325,16 @@ impl BlockIo for Ring {
 
 impl Drop for Ring {
     fn drop(&mut self) {
-        // End the armed read, so that the kernel is done with its word. Blocks are not in flight any
-        // more: the store drains before it drops the engine.
+        // End the armed read, so that the kernel is done with its word. The store has drained the blocks
+        // before, unless it panics; then their memory has to wait here for the device.
         (self.waker())();
         let mut done = Vec::new();
-        for _ in 0..100 {
-            if !self.armed && self.in_flight == 0 {
-                break;
-            }
-            self.enter(Duration::from_millis(10));
+        while self.armed || self.in_flight > 0 {
+            self.enter(Duration::from_millis(100));
             self.reap(&mut done);
         }
-        if !self.armed {
-            // SAFETY: leaked from a box in `new`; the kernel's only use of it has completed.
-            drop(unsafe { Box::from_raw(self.event_word.as_ptr()) });
-        }
+        // SAFETY: leaked from a box in `new`; the kernel's only use of it has completed.
+        drop(unsafe { Box::from_raw(self.event_word.as_ptr()) });
     }
 }
 

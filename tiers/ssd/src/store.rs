@@ -592,8 +592,9 @@ fn make_engine(
 
 /// Log, engine and clerk, and what carries between them.
 struct Machine {
-    log: Log,
+    // Dropped before the log: it waits for what is in flight, and the log owns the memory of that.
     engine: Box<dyn BlockIo>,
+    log: Log,
     clerk: Clerk,
     /// Completions not looked at yet.
     ended: VecDeque<IoDone>,
@@ -624,7 +625,7 @@ impl Machine {
         let probe_file = probe.map(|file| engine.attach(PROBE_FILE, file)).is_ok();
         let log = Log::new(config, made.segments, made.sequence_next, made.order_next, probe_file);
         let clerk = Clerk::new(directory, threaded.then(|| engine.waker()));
-        let machine = Self { log, engine, clerk, ended: VecDeque::new(), taken: Vec::new() };
+        let machine = Self { engine, log, clerk, ended: VecDeque::new(), taken: Vec::new() };
         send(Message::End(Ok(made.report)));
         Some(machine)
     }

@@ -1,7 +1,5 @@
 //! Appending: where a block goes, when its data are written, and the commit that makes it durable.
 
-use std::collections::VecDeque;
-
 use kv_block::DiskLocation;
 use kv_tiers::store::{StoreDone, StoreError};
 
@@ -79,15 +77,8 @@ impl Log {
         self.free.len() + self.makeable()
     }
 
-    /// Segments with the node.
-    pub(super) fn offered_count(&self) -> usize {
-        let with_node =
-            |one: &&Segment| matches!(one.state, State::Offering | State::Offered | State::Releasing);
-        self.segments.values().filter(with_node).count()
-    }
-
     pub(super) fn room(&mut self, pages: u32, is_write: bool) -> Room {
-        let owed = if is_write { self.offered_count().max(1) } else { 0 };
+        let owed = if is_write { self.census.with_node.max(1) } else { 0 };
         if let Some(active) = self.active
             && self.segments[&active].fits(pages)
         {
@@ -111,9 +102,9 @@ impl Log {
         let segment = self.segment(next);
         segment.header.order = order;
         segment.begun = false;
-        segment.state = State::Active;
         let mut header = header_page(&segment.header);
         let memory = header.memory(PAGE_BYTES);
+        self.set_state(next, State::Active);
         let what = What::Begin { segment: next, _header: Some(header) };
         self.start(next, IoKind::Write { offset: 0, memory }, what);
         self.active = Some(next);
@@ -138,8 +129,8 @@ impl Log {
 
     pub(super) fn seal(&mut self) {
         if let Some(active) = self.active.take() {
+            self.set_state(active, State::Sealed);
             let segment = self.segment(active);
-            segment.state = State::Sealed;
             if segment.pending == 0 {
                 segment.images.clear();
             }
@@ -165,6 +156,7 @@ impl Log {
             AppendKind::Move { buffer, .. } => buffer.memory(0).address,
             AppendKind::Remove { .. } | AppendKind::Carry { .. } => unreachable!("removals have no data"),
         };
+        self.data_writes += 1;
         self.data_in_flight += u64::from(bytes);
         let offset = u64::from(page) * PAGE_BYTES as u64;
         self.start(
@@ -176,10 +168,10 @@ impl Log {
 
     pub(super) fn begin_commit(&mut self) {
         let mut commit = Commit::default();
-        let mut not_begun = VecDeque::new();
         while commit.appends.len() < COMMIT_MAX
             && let Some(id) = self.ready.pop_front()
         {
+            // What follows one that has to wait waits too, so that sequence is the order of placement.
             let one = self.appends.get(id).expect("ready appends are in the table");
             if one.answered {
                 self.end_append(id, Ok(None));
@@ -191,8 +183,8 @@ impl Log {
                 continue;
             }
             if !self.segments[&number].begun {
-                not_begun.push_back(id);
-                continue;
+                self.ready.push_front(id);
+                break;
             }
             let is_move = matches!(one.kind, AppendKind::Move { .. });
             let sequence = self.sequence_next;
@@ -222,8 +214,6 @@ impl Log {
             }
             commit.appends.push(id);
         }
-        not_begun.append(&mut self.ready);
-        self.ready = not_begun;
         if commit.appends.is_empty() {
             return;
         }

@@ -70,7 +70,7 @@ impl Log {
     pub(super) fn offer(&mut self) {
         let low = (self.config.segments_max as usize / 16).clamp(1, 8);
         loop {
-            let offered = self.offered_count();
+            let offered = self.census.with_node;
             let excess = self.segments.len() > self.config.segments_max as usize;
             let wanted = self.spare() + offered <= low || (excess && offered == 0);
             if !wanted || offered >= OFFERED_MAX.min(self.spare().max(1)) {
@@ -81,14 +81,14 @@ impl Log {
                 self.discard(number);
                 continue;
             }
-            let emptiest =
-                self.segments.iter().filter(|(_, one)| one.state == State::Sealed && one.pending == 0);
+            let idle = |one: &Segment| one.state == State::Sealed && one.pending == 0 && one.carry_left == 0;
+            let emptiest = self.segments.iter().filter(|(_, one)| idle(one));
             let victim = emptiest.min_by_key(|(_, one)| (one.live * 8 / one.blocks.max(1), one.header.order));
             let Some((number, segment)) = victim.map(|(number, one)| (*number, one)) else { return };
             let length = segment.header.geometry.index_bytes();
             let mut buffer = Pages::new(length);
             let memory = buffer.memory(length);
-            self.segment(number).state = State::Offering;
+            self.set_state(number, State::Offering);
             let kind = IoKind::Read { offset: PAGE_BYTES as u64, memory };
             self.start(number, kind, What::Offer { segment: number, buffer });
         }
@@ -99,8 +99,8 @@ impl Log {
         let segment = self.segment(number);
         if failed {
             segment.offer_tries += 1;
-            segment.state = if segment.offer_tries < OFFER_TRIES { State::Sealed } else { State::Lost };
-            return;
+            let lost = segment.offer_tries >= OFFER_TRIES;
+            return self.set_state(number, if lost { State::Lost } else { State::Sealed });
         }
         let mut scan = IndexScan::default();
         segment::parse_segment_index(
@@ -122,7 +122,7 @@ impl Log {
                 }
             }
         }
-        segment.state = State::Offered;
+        self.set_state(number, State::Offered);
         self.done.push(StoreDone::Reclaim { segment: number, entries });
     }
 
@@ -132,9 +132,9 @@ impl Log {
             self.done.push(StoreDone::Released { token, result: Err(StoreError::Stale { segment: number }) });
             return;
         };
-        segment.state = State::Releasing;
         segment.release = Some(token);
         let (order, removals) = (segment.header.order, std::mem::take(&mut segment.removals));
+        self.set_state(number, State::Releasing);
         let older =
             |one: &Segment| one.header.order > 0 && one.header.order < order && one.state != State::Free;
         if self.segments.values().any(older) {
@@ -199,8 +199,10 @@ impl Log {
         segment.release_begun = false;
         match &result {
             // It will be offered again. What was carried already is carried twice then, which does no harm.
-            Err(_) => segment.state = State::Sealed,
+            Err(_) => self.set_state(number, State::Sealed),
             Ok(()) => {
+                self.set_state(number, State::Free);
+                let segment = self.segment(number);
                 let header = Header { generation: segment.header.generation + 1, order: 0, ..segment.header };
                 let cut = segment.cut;
                 *segment = Segment { cut, ..Segment::new(header, State::Free) };
