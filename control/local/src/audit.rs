@@ -1,0 +1,122 @@
+//! The account of promises: blocks that the daemon acknowledged as durable must be found again, whatever
+//! happened to it, unless it says that it evicted them.
+//!
+//! What a daemon evicted before a kill it may not remember after it. So the account is settled just before
+//! each kill: what it says it evicted leaves the account, the rest must be there afterwards.
+
+use std::time::Duration;
+
+use kv_client::{Binding, Error, Got, MissReason, SequenceHash, Worker};
+
+use crate::check::wrong_bytes;
+use crate::replay::Patience;
+use crate::tally::Tally;
+
+/// Blocks asked for in one call.
+const BATCH: usize = 32;
+
+/// What became of the promises.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Audit {
+    /// Hashes of blocks that are there.
+    pub kept: Vec<u64>,
+    /// Blocks evicted, as the daemon says.
+    pub evicted: u64,
+    /// Blocks that are gone without a reason that would do.
+    pub lost: u64,
+    /// Blocks that could not be read now, for a reason that passes.
+    pub undecided: u64,
+}
+
+enum Verdict {
+    Evicted,
+    Lost,
+    Undecided,
+}
+
+fn verdict(reason: MissReason) -> Verdict {
+    match reason {
+        MissReason::EvictedCapacity
+        | MissReason::EvictedQuota
+        | MissReason::EvictedRequest
+        | MissReason::EvictedReclaim
+        | MissReason::Expired => Verdict::Evicted,
+        MissReason::TierDegraded
+        | MissReason::NotComplete
+        | MissReason::Quota
+        | MissReason::TierTimeout
+        | MissReason::Overloaded => Verdict::Undecided,
+        MissReason::NeverStored
+        | MissReason::ScopeDiffers
+        | MissReason::Corrupt
+        | MissReason::AdmissionRejected => Verdict::Lost,
+    }
+}
+
+impl Audit {
+    fn enter(&mut self, hash: u64, reason: Option<MissReason>) {
+        match reason.map(verdict) {
+            None => self.kept.push(hash),
+            Some(Verdict::Evicted) => self.evicted += 1,
+            Some(Verdict::Lost) => self.lost += 1,
+            Some(Verdict::Undecided) => {
+                self.undecided += 1;
+                self.kept.push(hash);
+            }
+        }
+    }
+
+    /// Looks the blocks up, reading none.
+    pub fn look(worker: &Worker, binding: &Binding, hashes: &[u64]) -> Result<Self, Error> {
+        let mut audit = Self::default();
+        for hash in hashes {
+            let found = worker.lookup(binding, &[SequenceHash::from(*hash)])?;
+            audit.enter(*hash, found.first_miss.map(|(_, miss)| miss.reason));
+        }
+        Ok(audit)
+    }
+
+    /// Reads every byte of the blocks; what is wrong goes into `tally`.
+    pub fn read(
+        worker: &Worker,
+        binding: &Binding,
+        hashes: &[u64],
+        patience: &Patience,
+        tally: &mut Tally,
+    ) -> Result<Self, Error> {
+        let mut audit = Self::default();
+        for batch in hashes.chunks(BATCH) {
+            let names: Vec<SequenceHash> = batch.iter().copied().map(SequenceHash::from).collect();
+            let ask = || worker.acquire_many(binding, &names, Duration::from_secs(5));
+            let answers = patience.insist(worker, &mut tally.retries, ask)?;
+            for (hash, got) in batch.iter().zip(answers) {
+                match got {
+                    Got::Miss(miss) => audit.enter(*hash, Some(miss.reason)),
+                    Got::Block(block) => {
+                        let wrong = wrong_bytes(&block.key(), &block, binding.block_bytes() as usize);
+                        let right_key = block.key() == binding.key(&SequenceHash::from(*hash));
+                        let wrong = if right_key { wrong } else { block.len() as u64 };
+                        tally.checked(block.len(), wrong, || format!("durable block {}", block.key()));
+                        audit.enter(*hash, None);
+                    }
+                }
+            }
+        }
+        Ok(audit)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_an_eviction_excuses_a_missing_durable_block() {
+        let mut audit = Audit::default();
+        audit.enter(0, None);
+        for (hash, reason) in MissReason::ALL.into_iter().enumerate() {
+            audit.enter(hash as u64 + 1, Some(reason));
+        }
+        assert_eq!((audit.evicted, audit.lost, audit.undecided, audit.kept.len()), (5, 4, 5, 6));
+    }
+}

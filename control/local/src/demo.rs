@@ -1,0 +1,387 @@
+//! The demo: a daemon, workers that replay a trace, a `kill -9` on the way, and the account at the end.
+
+use std::collections::BTreeMap;
+use std::io::IsTerminal as _;
+use std::path::PathBuf;
+use std::sync::atomic::Ordering;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context as _, ensure};
+use clap::Args;
+use kv_client::{Binding, Client, Tier, Worker, WorkerOptions, v1};
+use kvd::config::units::{Admission, Policy, Size, Text};
+
+use crate::audit::Audit;
+use crate::daemon::{Daemon, Setup, flags};
+use crate::places::{Places, Wishes};
+use crate::progress::Progress;
+use crate::replay::{Patience, Plan, Replay, scope, slice};
+use crate::report::{Report, Restart};
+use crate::stop::Stop;
+use crate::tally::Tally;
+use crate::trace;
+
+/// How long a daemon may take until it answers, recovery included.
+const START_LIMIT: Duration = Duration::from_secs(30);
+/// How long a worker goes on trying one call.
+const CALL_LIMIT: Duration = Duration::from_secs(40);
+/// How long a single call may take.
+const DEADLINE: Duration = Duration::from_secs(5);
+/// One block in so many is stored durably.
+const DURABLE_EVERY: u64 = 32;
+const STAGING_BYTES_MIN: u64 = 4 << 20;
+
+fn text<T: Text>(value: &str) -> Result<T, String> {
+    T::parse(value).ok_or_else(|| format!("expected {}", T::expected()))
+}
+
+fn speed(value: &str) -> Result<f64, String> {
+    let speed: f64 = value.parse().map_err(|_| "expected a number, such as 1 or 100".to_owned())?;
+    if speed.is_finite() && speed > 0.0 { Ok(speed) } else { Err("expected a number above 0".into()) }
+}
+
+/// What to run.
+#[derive(Args, Clone, Debug)]
+pub struct Options {
+    /// Replay this trace instead of the built-in one; Mooncake's format, one JSON object a line
+    #[arg(long, value_name = "FILE")]
+    pub trace: Option<PathBuf>,
+    /// So many times faster than it was recorded [default: as fast as it goes]
+    #[arg(long, value_name = "FACTOR", value_parser = speed)]
+    pub speed: Option<f64>,
+    /// Begin no request after so many seconds
+    #[arg(long, value_name = "SECONDS", default_value_t = 40)]
+    pub duration: u64,
+    /// At most so many requests
+    #[arg(long, value_name = "COUNT")]
+    pub requests: Option<usize>,
+    /// Kill the daemon so often, at equal distances
+    #[arg(long, value_name = "COUNT", default_value_t = 1)]
+    pub kills: usize,
+    /// Worker sessions, each a thread [default: one a core, 2 to 8]
+    #[arg(long, value_name = "COUNT", value_parser = clap::value_parser!(u16).range(1..=32))]
+    pub workers: Option<u16>,
+    /// Length of a block
+    #[arg(long, value_name = "SIZE", default_value = "64KiB", value_parser = text::<Size>)]
+    pub block_bytes: Size,
+    /// Host tier, in shared memory [default: 256MiB, less where there is less]
+    #[arg(long, value_name = "SIZE", value_parser = text::<Size>)]
+    pub host_bytes: Option<Size>,
+    /// Disk tier [default: 2GiB, less where there is less]
+    #[arg(long, value_name = "SIZE", value_parser = text::<Size>)]
+    pub disk_bytes: Option<Size>,
+    /// Which blocks are written to disk when they leave host memory: frequency, all or never
+    #[arg(long, value_name = "WHICH", default_value = "frequency", value_parser = text::<Admission>)]
+    pub admission: Admission,
+    /// Which block goes when room is needed: sieve, s3fifo or lru
+    #[arg(long, value_name = "POLICY", default_value = "sieve", value_parser = text::<Policy>)]
+    pub policy: Policy,
+    /// A tmpfs for the host tier [default: /dev/shm]
+    #[arg(long, value_name = "DIR")]
+    pub memory_dir: Option<PathBuf>,
+    /// A directory on a disk for the disk tier [default: the one for temporary files]
+    #[arg(long, value_name = "DIR")]
+    pub data_dir: Option<PathBuf>,
+    /// Print one JSON object instead of the table
+    #[arg(long)]
+    pub json: bool,
+    /// Store one wrong byte, to see that it is found
+    #[arg(long, hide = true)]
+    pub plant: bool,
+}
+
+/// Runs the demo to its end, or until `stop` is asked.
+pub fn run(options: &Options, stop: &Stop) -> anyhow::Result<Report> {
+    let (name, mut requests) = match &options.trace {
+        Some(path) => {
+            let requests = trace::read(path).with_context(|| format!("the trace {}", path.display()))?;
+            (path.display().to_string(), requests)
+        }
+        None => ("mooncake-conversation (built in)".to_owned(), trace::parse(trace::BUILT_IN)?),
+    };
+    requests.truncate(options.requests.unwrap_or(usize::MAX));
+    ensure!(!requests.is_empty(), "no request to replay");
+    let block_bytes = u32::try_from(options.block_bytes.0).ok().filter(|bytes| *bytes > 0);
+    let block_bytes = block_bytes.context("--block-bytes must be from 1B to 4GiB")?;
+
+    let wishes = Wishes {
+        host: options.host_bytes,
+        disk: options.disk_bytes,
+        memory_dir: options.memory_dir.clone(),
+        data_dir: options.data_dir.clone(),
+    };
+    let places = Places::make(&wishes, Size::mib(256), Size::gib(2))?;
+    let workers = options.workers.map_or_else(
+        || std::thread::available_parallelism().map_or(2, |cores| cores.get().clamp(2, 8)),
+        usize::from,
+    );
+    let total = requests.len();
+    eprintln!(
+        "a kvd daemon with {} of host memory and {} of disk; {workers} workers replay {total} requests of {name}\n\
+         in blocks of {}; files in {} and {}, removed at the end",
+        places.host.about(),
+        places.disk.about(),
+        Size(block_bytes.into()).about(),
+        places.memory_dir().display(),
+        places.data_dir().display(),
+    );
+    places.notes.iter().for_each(|note| eprintln!("note: {note}"));
+
+    let mut args =
+        flags(&places.run_dir(), &places.memory_dir(), places.data_dir(), places.host.0, places.disk.0);
+    let settings = [
+        "listen.http=off".to_owned(),
+        format!("disk.admission={}", options.admission),
+        format!("host.policy={}", options.policy),
+        "node.name=kv-local".to_owned(),
+    ];
+    args.extend(settings.iter().flat_map(|setting| ["--set".into(), setting.into()]));
+    let setup = Setup { args, run_dir: places.run_dir(), log: Some(places.log()) };
+    let mut daemon = Daemon::start(&setup)?;
+    let client = daemon.wait_ready(START_LIMIT, || stop.is_asked())?.with_deadline(DEADLINE);
+
+    let report = Report {
+        trace: name,
+        workers,
+        block_bytes,
+        host_bytes: places.host.0,
+        disk_bytes: places.disk.0,
+        admission: options.admission.to_string(),
+        ..Report::default()
+    };
+    let abort = Stop::default();
+    let patience = Patience { limit: CALL_LIMIT, stop: abort.clone() };
+    let auditor = session(&client, "auditor", block_bytes)?;
+    let mut hands = Vec::new();
+    for at in 0..workers {
+        // Each with a connection of its own, as engine processes have.
+        let own = daemon.wait_ready(START_LIMIT, || stop.is_asked())?.with_deadline(DEADLINE);
+        hands.push(session(&own, &format!("worker {at}"), block_bytes)?);
+    }
+    let plan = Plan { requests, speed: options.speed, durable_every: DURABLE_EVERY, plant: options.plant };
+    let gate = Director::gate(total, options.kills, 0, workers);
+    let replay = Replay::new(plan, patience.clone(), gate);
+    let mut director = Director {
+        options,
+        total,
+        workers,
+        setup,
+        daemon,
+        client,
+        runtime: tokio::runtime::Builder::new_current_thread().enable_all().build()?,
+        auditor,
+        patience,
+        replay: &replay,
+        progress: Progress::new(total as u64, std::io::stderr().is_terminal()),
+        tally: Tally::default(),
+        report,
+    };
+    let (directed, done) = std::thread::scope(|scope| {
+        let work = |(worker, binding): &(Worker, Binding)| replay.work(worker, binding);
+        let threads: Vec<_> = hands.iter().map(|hand| scope.spawn(move || work(hand))).collect();
+        let directed = director.direct(stop);
+        if directed.is_err() || stop.is_asked() {
+            abort.ask();
+        }
+        let done: Vec<_> = threads.into_iter().map(|thread| thread.join().expect("a worker panicked")).collect();
+        (directed, done)
+    });
+    director.progress.end();
+    directed?;
+    let mut failed = None;
+    for (tally, error) in done {
+        director.tally.merge(tally);
+        failed = failed.or(error);
+    }
+    if let Some(error) = failed {
+        return Err(error).context("a worker could not go on");
+    }
+    drop(hands);
+    director.close(stop)
+    // The daemon ended; `places` removes what is left.
+}
+
+/// A worker session and its binding.
+fn session(client: &Client, name: &str, block_bytes: u32) -> anyhow::Result<(Worker, Binding)> {
+    let options = WorkerOptions {
+        name: format!("kv-local {name}"),
+        staging_bytes: (4 * u64::from(block_bytes)).max(STAGING_BYTES_MIN),
+        hazards: 64,
+        ring_entries: 256,
+        ..WorkerOptions::default()
+    };
+    let worker = client.worker(options).wait().with_context(|| format!("opening a session for {name}"))?;
+    let registered = worker.register(scope(), slice(), block_bytes).wait();
+    Ok((worker, registered.context("registering the blocks of the demo")?))
+}
+
+/// Whoever watches the replay, kills the daemon and keeps the account.
+struct Director<'a> {
+    options: &'a Options,
+    total: usize,
+    workers: usize,
+    setup: Setup,
+    daemon: Daemon,
+    client: Client,
+    runtime: tokio::runtime::Runtime,
+    auditor: (Worker, Binding),
+    patience: Patience,
+    replay: &'a Replay,
+    progress: Progress,
+    tally: Tally,
+    report: Report,
+}
+
+impl Director<'_> {
+    /// Requests that may begin before kill number `kill` (from 0): enough beyond its point that the daemon dies
+    /// at work, few enough that it dies before they are done.
+    fn gate(total: usize, kills: usize, kill: usize, workers: usize) -> usize {
+        let point = Self::point(total, kills, kill);
+        if kill >= kills { total } else { total.min(point + workers + (total - point) / 2) }
+    }
+
+    /// Requests after which kill number `kill` is due.
+    fn point(total: usize, kills: usize, kill: usize) -> usize {
+        (total as u128 * (kill as u128 + 1) / (kills as u128 + 1)) as usize
+    }
+
+    /// Until all workers have ended.
+    fn direct(&mut self, stop: &Stop) -> anyhow::Result<()> {
+        let limit = Duration::from_secs(self.options.duration);
+        let kills = self.options.kills;
+        self.report.ended = "trace";
+        while self.replay.live.ended.load(Ordering::Relaxed) < self.workers as u64 {
+            if stop.is_asked() {
+                self.report.ended = "signal";
+                break;
+            }
+            let elapsed = self.replay.elapsed();
+            let requests = self.replay.live.requests.load(Ordering::Relaxed) as usize;
+            let share = elapsed.as_secs_f64() / limit.as_secs_f64().max(0.001);
+            let killed = self.report.kills;
+            let due_at = (killed + 1) as f64 / (kills + 1) as f64;
+            if killed < kills && (requests >= Self::point(self.total, kills, killed) || share >= due_at) {
+                self.kill(requests as u64, stop)?;
+            } else if elapsed >= limit && self.report.ended == "trace" {
+                self.report.ended = "duration";
+                self.replay.finish();
+            }
+            self.daemon.check()?;
+            self.progress.show(&self.replay.live);
+            std::thread::sleep(Duration::from_millis(2));
+        }
+        self.report.seconds = self.replay.elapsed().as_secs_f64();
+        Ok(())
+    }
+
+    fn status(&self) -> anyhow::Result<v1::StatusResponse> {
+        let ask = async {
+            let mut request = self.client.admin();
+            tokio::time::timeout(DEADLINE, request.status(v1::StatusRequest {})).await
+        };
+        let answer = self.runtime.block_on(ask).context("the daemon did not tell its status in time")?;
+        Ok(answer.context("asking the daemon for its status")?.into_inner())
+    }
+
+    /// Settles the account, kills the daemon at work, starts the next one and reads the account back.
+    fn kill(&mut self, after_requests: u64, stop: &Stop) -> anyhow::Result<()> {
+        let asked = self.replay.acked();
+        let (worker, binding) = &self.auditor;
+        let before = Audit::look(worker, binding, &asked)?;
+        self.replay.settle(&asked, &before.kept);
+        let status = self.status()?;
+        self.report.disk_bytes_written += status.disk_bytes_written;
+        let was = blocks(&status);
+
+        self.daemon.kill()?;
+        let since = Instant::now();
+        self.report.kills += 1;
+        let next = Self::gate(self.total, self.options.kills, self.report.kills, self.workers);
+        self.replay.open(next);
+        self.daemon = Daemon::start(&self.setup)?;
+        self.client = self.daemon.wait_ready(START_LIMIT, || stop.is_asked())?.with_deadline(DEADLINE);
+        let ready_ms = since.elapsed().as_millis() as u64;
+
+        let recovery = self.status()?.recovery.unwrap_or_default();
+        let (worker, binding) = &self.auditor;
+        let after = Audit::read(worker, binding, &before.kept, &self.patience, &mut self.tally)?;
+        self.replay.settle(&before.kept, &after.kept);
+        let count = |tier: Tier| was.get(&tier).copied().unwrap_or(0);
+        let restart = Restart {
+            after_requests,
+            ready_ms,
+            host_blocks_before: count(Tier::Host),
+            host_blocks: recovery.host_blocks,
+            disk_blocks_before: count(Tier::Disk),
+            disk_blocks: recovery.disk_blocks,
+            durable_checked: after.kept.len() as u64 - after.undecided,
+        };
+        self.progress.say(&format!(
+            "kill -9 after {after_requests} requests; back in {ready_ms} ms with {} blocks in memory and {} on disk",
+            restart.host_blocks, restart.disk_blocks
+        ));
+        self.report.recovered_blocks += recovery.host_blocks + recovery.disk_blocks;
+        self.report.restarts.push(restart);
+        self.enter(&before);
+        self.enter(&after);
+        Ok(())
+    }
+
+    fn enter(&mut self, audit: &Audit) {
+        self.report.durable_evicted += audit.evicted;
+        self.report.lost_durable_blocks += audit.lost;
+        // What is undecided stays in the account; only the last word on it counts.
+        self.report.durable_undecided = audit.undecided;
+    }
+
+    /// Reads the whole account back, ends the daemon in order, and gives the report.
+    fn close(mut self, stop: &Stop) -> anyhow::Result<Report> {
+        if !stop.is_asked() {
+            let (worker, binding) = &self.auditor;
+            let asked = self.replay.acked();
+            let audit = Audit::read(worker, binding, &asked, &self.patience, &mut self.tally)?;
+            self.enter(&audit);
+            self.report.disk_bytes_written += self.status()?.disk_bytes_written;
+        }
+        let ended_in_order = self.daemon.stop()?;
+        ensure!(ended_in_order, "the daemon did not end in order when it was told to");
+        self.report.take(&self.tally);
+        Ok(self.report)
+    }
+}
+
+/// Blocks by tier, over all shards.
+fn blocks(status: &v1::StatusResponse) -> BTreeMap<Tier, u64> {
+    let mut blocks = BTreeMap::new();
+    for info in &status.tiers {
+        let tier = match info.tier() {
+            v1::Tier::Host => Tier::Host,
+            v1::Tier::Disk => Tier::Disk,
+            _ => continue,
+        };
+        *blocks.entry(tier).or_default() += info.blocks;
+    }
+    blocks
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn kills_are_spread_evenly_and_the_gate_opens_at_the_end() {
+        assert_eq!([0, 1, 2].map(|kill| Director::point(300, 2, kill)), [100, 200, 300]);
+        assert_eq!(Director::gate(300, 2, 0, 4), 204);
+        assert_eq!(Director::gate(300, 2, 2, 4), 300);
+        assert_eq!(Director::gate(300, 0, 0, 4), 300);
+        assert_eq!(Director::gate(1, 1, 0, 4), 1);
+    }
+
+    #[test]
+    fn a_speed_is_a_number_above_zero() {
+        assert_eq!(speed("2.5"), Ok(2.5));
+        for bad in ["0", "-1", "inf", "NaN", "fast"] {
+            assert!(speed(bad).is_err(), "{bad}");
+        }
+    }
+}

@@ -1,0 +1,26 @@
+//! kv-local: everything on one machine, and the demo.
+//!
+//! ```text
+//!   kv-local demo  -->  kv-local kvd ...   the real daemon, a process of its own, killed on the way
+//!        |                   ^  ^  ^
+//!        |  trace.rs         |  |  |       worker sessions over shared memory, one a thread
+//!        '-> replay.rs ------'--'--'
+//!              request: look the prefix up, read and check what is there, store what is not
+//!              tally.rs counts, check.rs knows every byte, audit.rs asks for what was promised durable
+//!        report.rs        a table for people, one JSON object for programs
+//! ```
+//! The daemon is this very program, started again with `kvd` as its first argument, so that there is only one
+//! thing to build and a `kill -9` hits a process, not a thread.
+
+pub mod audit;
+pub mod check;
+pub mod daemon;
+pub mod demo;
+pub mod places;
+pub mod progress;
+pub mod replay;
+pub mod report;
+pub mod stop;
+pub mod tally;
+pub mod trace;
+pub mod up;

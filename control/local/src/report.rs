@@ -1,0 +1,313 @@
+//! What came of a run: a table for people, a JSON object for programs.
+
+use std::collections::BTreeMap;
+use std::fmt;
+
+use kvd::config::units::Size;
+use serde::Serialize;
+
+use crate::tally::{Tally, Times};
+
+/// The result of a demo. Field names are stable.
+#[derive(Clone, Debug, Default, Serialize)]
+pub struct Report {
+    /// Where the trace is from.
+    pub trace: String,
+    /// Why it ended: `trace`, `duration` or `signal`.
+    pub ended: &'static str,
+    /// Time from the first request to the last answer, in seconds.
+    pub seconds: f64,
+    /// Worker sessions.
+    pub workers: usize,
+    /// Length of a block in bytes.
+    pub block_bytes: u32,
+    /// Size of the host tier in bytes.
+    pub host_bytes: u64,
+    /// Size of the disk tier in bytes.
+    pub disk_bytes: u64,
+    /// Which blocks are written to disk when they leave host memory.
+    pub admission: String,
+    /// Requests replayed to their end.
+    pub requests: u64,
+    /// Blocks of prefixes that were here and were read.
+    pub blocks_read: u64,
+    /// Bytes read and compared, one by one; the read-back of durable blocks included.
+    pub bytes_read: u64,
+    /// Bytes that were not what had been stored.
+    pub wrong_bytes: u64,
+    /// The first wrong block, in words.
+    pub first_wrong: Option<String>,
+    /// Blocks read, by the tier that had them.
+    pub hits: BTreeMap<&'static str, u64>,
+    /// Blocks that were not here, by reason.
+    pub misses: BTreeMap<&'static str, u64>,
+    /// Blocks that were here behind one that was not, and so of no use.
+    pub behind_gap: u64,
+    /// Blocks stored.
+    pub put_blocks: u64,
+    /// How often the daemon was killed.
+    pub kills: usize,
+    /// Each kill and what came after.
+    pub restarts: Vec<Restart>,
+    /// Entries that restarts brought back, host and disk, over all kills.
+    pub recovered_blocks: u64,
+    /// Blocks acknowledged as durable.
+    pub durable_blocks: u64,
+    /// Of those, blocks that the daemon says it evicted.
+    pub durable_evicted: u64,
+    /// Of those, blocks that could not be read at the time, for a reason that passes.
+    pub durable_undecided: u64,
+    /// Of those, blocks that are gone without such a reason.
+    pub lost_durable_blocks: u64,
+    /// Reading a block, wherever it was.
+    pub read_us: Quantiles,
+    /// Reading a block in host memory.
+    pub read_host_us: Quantiles,
+    /// Reading a block on disk.
+    pub read_disk_us: Quantiles,
+    /// Storing a block in host memory.
+    pub put_us: Quantiles,
+    /// Storing a block durably.
+    pub put_durable_us: Quantiles,
+    /// Calls made again because the daemon was away, busy or full.
+    pub retries: u64,
+    /// Bytes written to disk. What was written within milliseconds of a kill is not in it.
+    pub disk_bytes_written: u64,
+    /// Bytes written to disk for each byte read from either tier.
+    pub bytes_written_per_byte_hit: f64,
+}
+
+/// One kill, and what the daemon brought back.
+#[derive(Clone, Debug, Default, Serialize)]
+pub struct Restart {
+    /// Requests done at that time.
+    pub after_requests: u64,
+    /// From the kill until the next daemon answered, in milliseconds.
+    pub ready_ms: u64,
+    /// Blocks in host memory just before.
+    pub host_blocks_before: u64,
+    /// Blocks found in host memory.
+    pub host_blocks: u64,
+    /// Blocks on disk just before.
+    pub disk_blocks_before: u64,
+    /// Blocks found on disk.
+    pub disk_blocks: u64,
+    /// Durable blocks that had to be there, read back byte by byte.
+    pub durable_checked: u64,
+}
+
+/// Median and worst but for one in a hundred, in microseconds.
+#[derive(Clone, Copy, Debug, Default, Serialize)]
+pub struct Quantiles {
+    /// Half stayed within.
+    pub p50: f64,
+    /// 99 of 100 stayed within.
+    pub p99: f64,
+}
+
+impl From<&Times> for Quantiles {
+    fn from(times: &Times) -> Self {
+        Self { p50: times.quantile_us(0.5), p99: times.quantile_us(0.99) }
+    }
+}
+
+impl fmt::Display for Quantiles {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "p50 {}, p99 {}", micros(self.p50), micros(self.p99))
+    }
+}
+
+impl Report {
+    /// Takes the counts of all workers in.
+    pub fn take(&mut self, tally: &Tally) {
+        self.requests = tally.requests;
+        self.blocks_read = tally.blocks_read();
+        self.bytes_read = tally.bytes_read;
+        self.wrong_bytes = tally.wrong_bytes;
+        self.first_wrong.clone_from(&tally.first_wrong);
+        self.hits = BTreeMap::from([("host", tally.hits_host), ("disk", tally.hits_disk)]);
+        self.misses.clone_from(&tally.misses);
+        self.behind_gap = tally.behind_gap;
+        self.put_blocks = tally.put_blocks;
+        self.durable_blocks = tally.durable_blocks;
+        self.retries = tally.retries;
+        let mut read = tally.read_host.clone();
+        read.merge(&tally.read_disk);
+        self.read_us = (&read).into();
+        self.read_host_us = (&tally.read_host).into();
+        self.read_disk_us = (&tally.read_disk).into();
+        self.put_us = (&tally.put).into();
+        self.put_durable_us = (&tally.put_durable).into();
+        let bytes_hit = self.blocks_read * u64::from(self.block_bytes);
+        let ratio = self.disk_bytes_written as f64 / bytes_hit.max(1) as f64;
+        self.bytes_written_per_byte_hit = if bytes_hit == 0 { 0.0 } else { ratio };
+    }
+
+    /// Whether every promise was kept.
+    pub fn is_right(&self) -> bool {
+        self.wrong_bytes == 0 && self.lost_durable_blocks == 0
+    }
+
+    /// One line of JSON.
+    pub fn json(&self) -> String {
+        serde_json::to_string(self).expect("numbers, text and maps by name")
+    }
+}
+
+impl fmt::Display for Report {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let size = |bytes: u64| Size(bytes).about();
+        let asked = self.blocks_read + self.behind_gap + self.misses.values().sum::<u64>();
+        let share = |count: u64| 100.0 * count as f64 / asked.max(1) as f64;
+        writeln!(
+            f,
+            "requests   {} in {:.1} s, {} workers, {} blocks of {} asked for; ended with the {}",
+            grouped(self.requests),
+            self.seconds,
+            self.workers,
+            grouped(asked),
+            size(self.block_bytes.into()),
+            self.ended,
+        )?;
+        write!(f, "hits      ")?;
+        for tier in ["host", "disk"] {
+            let count = self.hits.get(tier).copied().unwrap_or(0);
+            write!(f, " {tier} {} ({:.1}%) ", grouped(count), share(count))?;
+        }
+        writeln!(f, "  of {} and {}, admission {}", size(self.host_bytes), size(self.disk_bytes), self.admission)?;
+        write!(f, "misses    ")?;
+        for (reason, count) in &self.misses {
+            write!(f, " {reason} {} ({:.1}%) ", grouped(*count), share(*count))?;
+        }
+        if self.behind_gap > 0 {
+            write!(f, "  and {} here, but behind one that was not", grouped(self.behind_gap))?;
+        }
+        writeln!(f, "\nread       host {}; disk {}", self.read_host_us, self.read_disk_us)?;
+        writeln!(
+            f,
+            "put        {} blocks, {}; durable {}",
+            grouped(self.put_blocks),
+            self.put_us,
+            self.put_durable_us
+        )?;
+        writeln!(
+            f,
+            "written    {} to disk, {:.2} bytes for each byte hit",
+            size(self.disk_bytes_written),
+            self.bytes_written_per_byte_hit
+        )?;
+        for restart in &self.restarts {
+            writeln!(
+                f,
+                "kill -9    after {} requests; back in {} ms with {} of {} blocks in memory, {} of {} on disk",
+                grouped(restart.after_requests),
+                restart.ready_ms,
+                grouped(restart.host_blocks),
+                grouped(restart.host_blocks_before),
+                grouped(restart.disk_blocks),
+                grouped(restart.disk_blocks_before),
+            )?;
+        }
+        write!(
+            f,
+            "durable    {} acknowledged, {} evicted since, {} lost",
+            grouped(self.durable_blocks),
+            grouped(self.durable_evicted),
+            grouped(self.lost_durable_blocks)
+        )?;
+        if self.durable_undecided > 0 {
+            write!(f, ", {} could not be read in time", grouped(self.durable_undecided))?;
+        }
+        writeln!(f, "\nchecked    {} byte by byte: {} wrong", size(self.bytes_read), grouped(self.wrong_bytes))?;
+        if let Some(first) = &self.first_wrong {
+            writeln!(f, "           the first: {first}")?;
+        }
+        Ok(())
+    }
+}
+
+/// `1,234,567`.
+fn grouped(count: u64) -> String {
+    let digits = count.to_string();
+    let mut text = String::with_capacity(digits.len() + digits.len() / 3);
+    for (at, digit) in digits.chars().enumerate() {
+        if at > 0 && (digits.len() - at).is_multiple_of(3) {
+            text.push(',');
+        }
+        text.push(digit);
+    }
+    text
+}
+
+fn micros(us: f64) -> String {
+    match us {
+        us if us >= 10_000.0 => format!("{:.1} ms", us / 1e3),
+        us if us >= 100.0 => format!("{us:.0} us"),
+        us => format!("{us:.2} us"),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use kv_client::Tier;
+
+    use super::*;
+
+    fn report() -> Report {
+        let mut tally = Tally { requests: 1234, put_blocks: 7, ..Tally::default() };
+        tally.hit(Tier::Host, Duration::from_micros(2));
+        tally.hit(Tier::Disk, Duration::from_micros(20_000));
+        tally.miss("never_stored");
+        let mut report = Report {
+            ended: "trace",
+            kills: 1,
+            restarts: vec![Restart::default()],
+            block_bytes: 4096,
+            disk_bytes_written: 4096,
+            ..Report::default()
+        };
+        report.take(&tally);
+        report
+    }
+
+    #[test]
+    fn the_json_has_the_shape_that_programs_rely_on() {
+        let json: serde_json::Value = serde_json::from_str(&report().json()).unwrap();
+        for number in [
+            "requests",
+            "blocks_read",
+            "wrong_bytes",
+            "kills",
+            "recovered_blocks",
+            "lost_durable_blocks",
+            "bytes_written_per_byte_hit",
+        ] {
+            assert!(json[number].is_number(), "{number}: {json}");
+        }
+        for times in ["read_us", "put_us"] {
+            assert!(json[times]["p50"].is_number() && json[times]["p99"].is_number(), "{times}: {json}");
+        }
+        assert_eq!((&json["hits"]["host"], &json["hits"]["disk"]), (&1.into(), &1.into()));
+        assert_eq!(json["misses"]["never_stored"], 1);
+        assert_eq!(json["bytes_written_per_byte_hit"], 0.5);
+        assert!(!report().json().contains('\n'));
+    }
+
+    #[test]
+    fn the_table_names_what_matters_and_is_not_wide() {
+        let table = report().to_string();
+        for part in ["1,234 in", "host 1 (33.3%)", "never_stored 1", "20.0 ms", "2.00 us", "0 lost", "0 wrong"] {
+            assert!(table.contains(part), "{part}: {table}");
+        }
+        assert!(table.lines().all(|line| line.chars().count() <= 110), "{table}");
+    }
+
+    #[test]
+    fn a_wrong_byte_or_a_lost_block_is_not_right() {
+        assert!(report().is_right());
+        assert!(!Report { wrong_bytes: 1, ..report() }.is_right());
+        assert!(!Report { lost_durable_blocks: 1, ..report() }.is_right());
+    }
+}

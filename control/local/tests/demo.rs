@@ -1,0 +1,84 @@
+//! The demo as a newcomer runs it, made small: the real program, its real daemon, killed once.
+
+use std::path::Path;
+use std::process::{Command, Output, Stdio};
+
+use serde_json::Value;
+
+/// Runs `kv-local demo` with its files in `memory` and `data`.
+fn demo(memory: &Path, data: &Path, more: &[&str]) -> Output {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_kv-local"));
+    let sizes = ["--host-bytes", "16MiB", "--disk-bytes", "256MiB", "--block-bytes", "32KiB"];
+    command.args(["demo", "--json", "--requests", "60", "--workers", "2", "--duration", "15"]).args(sizes);
+    command.arg("--memory-dir").arg(memory).arg("--data-dir").arg(data).args(more);
+    command.stdin(Stdio::null()).output().unwrap()
+}
+
+/// The last line of what it printed.
+fn json(output: &Output) -> Value {
+    let text = String::from_utf8_lossy(&output.stdout);
+    let words = String::from_utf8_lossy(&output.stderr);
+    let line = text.lines().last().unwrap_or_else(|| panic!("no JSON; it said:\n{words}"));
+    serde_json::from_str(line).unwrap_or_else(|error| panic!("{error}: {line}\n{words}"))
+}
+
+/// Directories on shared memory and beside it; `None` where there is no shared memory to speak of.
+fn dirs() -> Option<(tempfile::TempDir, tempfile::TempDir)> {
+    let shm = Path::new("/dev/shm");
+    let free = rustix::fs::statvfs(shm).map_or(0, |found| found.f_bavail * found.f_frsize);
+    if free < 256 << 20 {
+        eprintln!("skipped: /dev/shm has {free} bytes free");
+        return None;
+    }
+    let memory = tempfile::Builder::new().prefix("kvl").tempdir_in(shm).unwrap();
+    Some((memory, tempfile::tempdir().unwrap()))
+}
+
+#[test]
+fn a_killed_daemon_loses_nothing_durable_and_serves_no_wrong_byte_and_nothing_is_left_behind() {
+    let Some((memory, data)) = dirs() else { return };
+    let output = demo(memory.path(), data.path(), &["--admission", "all"]);
+    let report = json(&output);
+    assert!(output.status.success(), "{report}\n{}", String::from_utf8_lossy(&output.stderr));
+    assert_eq!((&report["wrong_bytes"], &report["lost_durable_blocks"]), (&0.into(), &0.into()), "{report}");
+    assert_eq!(report["kills"], 1, "{report}");
+    assert!(report["requests"].as_u64() > Some(0), "{report}");
+    assert!(report["durable_blocks"].as_u64() > Some(0), "{report}");
+    assert!(report["recovered_blocks"].as_u64() > Some(0), "{report}");
+    assert!(report["hits"]["host"].as_u64() > Some(0), "{report}");
+    assert!(report["disk_bytes_written"].as_u64() > Some(0), "{report}");
+    for dir in [&memory, &data] {
+        assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 0, "files are left in {dir:?}");
+    }
+}
+
+#[test]
+fn a_wrong_byte_that_was_stored_is_found_and_fails_the_run() {
+    let Some((memory, data)) = dirs() else { return };
+    let output = demo(memory.path(), data.path(), &["--plant", "--kills", "0", "--requests", "20"]);
+    let report = json(&output);
+    assert!(report["wrong_bytes"].as_u64() > Some(0), "{report}");
+    assert!(report["first_wrong"].is_string(), "{report}");
+    assert_eq!(output.status.code(), Some(1));
+}
+
+#[test]
+fn a_trace_that_is_none_is_refused_with_file_and_line() {
+    let Some((memory, data)) = dirs() else { return };
+    let trace = data.path().join("trace.jsonl");
+    std::fs::write(&trace, "{}\n").unwrap();
+    let output = demo(memory.path(), data.path(), &["--trace", trace.to_str().unwrap()]);
+    let words = String::from_utf8_lossy(&output.stderr);
+    assert_eq!(output.status.code(), Some(1));
+    assert!(words.contains("trace.jsonl") && words.contains("line 1"), "{words}");
+}
+
+#[test]
+fn the_daemon_inside_takes_the_daemons_own_flags() {
+    let program = || Command::new(env!("CARGO_BIN_EXE_kv-local"));
+    let output = program().args(["kvd", "--help"]).output().unwrap();
+    let text = String::from_utf8_lossy(&output.stdout);
+    assert!(output.status.success() && text.contains("--run-dir"), "{text}");
+    let output = program().args(["kvd", "--set", "nonsense=1", "--check"]).output().unwrap();
+    assert_eq!(output.status.code(), Some(78), "{}", String::from_utf8_lossy(&output.stderr));
+}
