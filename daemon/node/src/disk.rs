@@ -15,6 +15,8 @@ use crate::brain::{Brain, DiskOp, Out, Pending, Source, Stalled, Timer};
 use crate::io::{Now, Reply};
 use crate::room::NoRoom;
 
+/// Segments that a store may keep free or open, beside those that are full.
+const SEGMENTS_KEPT_FREE: u64 = 4;
 /// After how many milliseconds a segment that could not be released is tried again.
 const RELEASE_AGAIN_MS: u64 = 1000;
 
@@ -324,7 +326,11 @@ impl Brain {
     fn reclaim(&mut self, now: Now, segment: u32, entries: &[(Record, DiskLocation)], out: &mut Out) {
         let alive: u64 = self.tenants.iter().map(|tenant| tenant.disk_bytes).sum();
         let listed: u64 = entries.iter().map(|(record, _)| u64::from(record.bytes)).sum();
-        let roomy = alive.saturating_mul(2) <= self.config.disk_bytes_max;
+        // On a disk of few segments, what is alive can fill all that are not kept free: moving it around would
+        // never end.
+        let few =
+            alive.saturating_add(listed.saturating_mul(SEGMENTS_KEPT_FREE)) > self.config.disk_bytes_max;
+        let roomy = !few && alive.saturating_mul(2) <= self.config.disk_bytes_max;
         let limit = if roomy { MoveLimit::All } else { MoveLimit::Bytes(listed / 2) };
         let plan = plan_reclaim(entries, limit, |record, at| {
             let entry = self.catalog.find(&record.key).filter(|entry| entry.disk == Some(at))?;

@@ -140,6 +140,10 @@ impl Brain {
         out: &mut Out,
     ) -> Vec<Fill> {
         let Some(pending) = self.pending.remove(key) else { return Vec::new() };
+        if !pending.waiters.is_empty() {
+            // It is read: that counts when it is to leave the host, or its segment the disk.
+            self.touch_slot(held.id());
+        }
         for waiter in pending.waiters {
             self.cancel(waiter.timer);
             self.grant(now, waiter.from, held.clone(), tier, out);

@@ -95,23 +95,32 @@ impl Brain {
         let PutOf { key, keep, durable, .. } = fill.put;
         self.counters.put_already += 1;
         self.touch_key(&key);
-        self.keep_longer(&key, keep);
+        let longer = self.keep_longer(&key, keep);
         let on_disk = self.catalog.find(&key).is_some_and(|entry| entry.disk.is_some());
-        if durable && !on_disk {
+        if on_disk && longer && self.disk_serving == Some(true) {
+            // The copy on disk says when it ends: another one says it anew.
+            self.start_write(now, &key, false, out);
+        }
+        if durable && (!on_disk || self.write_under_way(&key).is_some()) {
             return self.write_durably(now, fill, true, out);
         }
         self.reply(fill.from, Reply::Stored { already: true }, out);
     }
 
     /// Who stores a block again wants it for as long as he says; a block that is about to expire, or has and
-    /// is still in use, must not be reported as stored and then missed. After a restart the end that was
-    /// sealed with the bytes counts again.
-    fn keep_longer(&mut self, key: &BlockKey, keep: Keep) {
-        let Some(entry) = self.catalog.find(key) else { return };
+    /// is still in use, must not be reported as stored and then missed. Says whether that is longer than before.
+    pub(crate) fn keep_longer(&mut self, key: &BlockKey, keep: Keep) -> bool {
+        let Some(entry) = self.catalog.find(key) else { return false };
         let longer = entry.expires_at != 0 && (keep.expires_at == 0 || keep.expires_at > entry.expires_at);
         if longer {
             self.catalog.keep(key, entry.priority, keep.expires_at);
         }
+        longer
+    }
+
+    fn write_under_way(&self, key: &BlockKey) -> Option<OpToken> {
+        let of_it = |op: &DiskOp| matches!(op, DiskOp::Write { key: of, .. } if of == key);
+        self.ops.iter().find_map(|(token, op)| of_it(op).then_some(*token))
     }
 
     /// Enters a block that is not readable yet. What was known of it on disk stays known.
@@ -241,10 +250,7 @@ impl Brain {
                 "the block is stored in host memory; there is no disk tier in service to make it durable";
             return self.fault(fill.from, Fault::new(Code::TierDegraded, text), out);
         }
-        let mut writes = self.ops.iter().filter(|_| again);
-        let under_way = writes.find_map(|(token, op)| {
-            matches!(op, DiskOp::Write { key: of, .. } if *of == key).then_some(*token)
-        });
+        let under_way = if again { self.write_under_way(&key) } else { None };
         let Some(token) = under_way.or_else(|| self.start_write(now, &key, false, out)) else {
             let text = "the block left host memory before it could be written to disk";
             return self.fault(fill.from, Fault::new(Code::TierDegraded, text), out);
@@ -263,9 +269,11 @@ impl Brain {
         leave: bool,
         out: &mut Out,
     ) -> Option<OpToken> {
-        let (slot, generation) = self.catalog.find(key)?.host?;
+        let entry = self.catalog.find(key)?;
+        let (slot, generation) = entry.host?;
         let bytes = self.host.hold(slot, generation)?;
-        let record = bytes.record();
+        // It may be kept longer by now than when it was sealed.
+        let record = Record { expires_at: entry.expires_at, ..bytes.record() };
         let token = OpToken(self.number());
         let durable_for = Vec::new();
         self.ops.insert(token, DiskOp::Write { key: *key, slot, generation, leave, durable_for });

@@ -7,7 +7,7 @@
 use kv_block::{BindingId, DiskLocation, Record};
 
 use crate::brain::Brain;
-use crate::io::{Binding, Now};
+use crate::io::{Binding, Keep, Now};
 
 impl Brain {
     /// Enters the blocks that the arena adopted. `bind` gives the binding of a record, making one known if
@@ -55,6 +55,9 @@ impl Brain {
             }
             if self.catalog.recover_disk(record, binding, *at).is_ok() {
                 self.entered_disk(&record.key, binding);
+                // The copy in host memory may have been sealed with an earlier end.
+                let keep = Keep { priority: record.priority, expires_at: record.expires_at };
+                self.keep_longer(&record.key, keep);
                 taken += 1;
             }
         }
