@@ -95,16 +95,22 @@ impl Brain {
         let PutOf { key, keep, durable, .. } = fill.put;
         self.counters.put_already += 1;
         self.touch_key(&key);
-        let longer = self.keep_longer(&key, keep);
+        self.renew(now, &key, keep, out);
         let on_disk = self.catalog.find(&key).is_some_and(|entry| entry.disk.is_some());
-        if on_disk && longer && self.disk_serving == Some(true) {
-            // The copy on disk says when it ends: another one says it anew.
-            self.start_write(now, &key, false, out);
-        }
         if durable && (!on_disk || self.write_under_way(&key).is_some()) {
             return self.write_durably(now, fill, true, out);
         }
         self.reply(fill.from, Reply::Stored { already: true }, out);
+    }
+
+    /// Keeps a block of host memory for as long as who stores it again says.
+    fn renew(&mut self, now: Now, key: &BlockKey, keep: Keep, out: &mut Out) {
+        let entry = self.catalog.find(key).filter(|entry| entry.host.is_some());
+        let Some(entry) = entry.filter(|_| self.keep_longer(key, keep)) else { return };
+        if entry.disk.is_some() && self.disk_serving == Some(true) {
+            // The copy on disk says when it ends: another one says it anew.
+            self.start_write(now, key, false, out);
+        }
     }
 
     /// Who stores a block again wants it for as long as he says; a block that is about to expire, or has and
@@ -221,7 +227,9 @@ impl Brain {
                 return self.withdraw(now, &key, out);
             }
         };
+        let mut on_disk = false;
         if let Some(before) = before.filter(|before| before.disk.is_some()) {
+            on_disk = published.stale_disk.is_none() && before.expires_at == record.expires_at;
             self.kept_on_disk(&before, binding, published.stale_disk, out);
         }
         self.entered_host(&block, binding, published.returning);
@@ -232,7 +240,7 @@ impl Brain {
         }
         let puts = self.arrived(now, &key, &block, Tier::Host, out);
         drop(block);
-        if durable {
+        if durable && !on_disk {
             self.write_durably(now, fill, false, out);
         } else {
             self.reply(fill.from, Reply::Stored { already: false }, out);
@@ -301,7 +309,7 @@ impl Brain {
         let present =
             self.catalog.find(&key).is_some_and(|entry| entry.host.is_some() || entry.disk.is_some());
         if present || self.pending.contains_key(&key) {
-            self.keep_longer(&key, keep);
+            self.renew(now, &key, keep, out);
             return self.reply(from, Reply::AlreadyThere, out);
         }
         let mut slot = None;

@@ -273,7 +273,7 @@ fn run(steps: &[Step], admission: AdmissionKind) {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig { cases: 96, max_shrink_iters: 4000, ..ProptestConfig::default() })]
+    #![proptest_config(ProptestConfig { cases: 64, max_shrink_iters: 4000, ..ProptestConfig::default() })]
 
     #[test]
     fn any_history_keeps_every_promise(steps in steps(), admission in 0usize..3) {
