@@ -290,7 +290,7 @@ fn submit_put<'a>(
     until: Instant,
 ) -> Result<Ticket<'a>, Error> {
     let mut slot = stage(link, bytes.len(), until)?;
-    slot.copy_from_slice(bytes);
+    slot.write(bytes);
     let request = Request::Put {
         key,
         binding,
@@ -345,6 +345,14 @@ impl Reservation {
     /// Whether the bytes are written where they will stay.
     pub fn is_in_place(&self) -> bool {
         matches!(self.room, Some(Room::InPlace(..)))
+    }
+
+    /// Copies `bytes` to the front, faster than through the slice. Panics when they are longer than the block.
+    pub fn write(&mut self, bytes: &[u8]) {
+        match &mut self.room {
+            Some(Room::Staging(_, slot)) => slot.write(bytes),
+            _ => self[..bytes.len()].copy_from_slice(bytes),
+        }
     }
 
     /// Stores the bytes; whoever waits for the block gets it.

@@ -211,8 +211,8 @@ fn an_announced_block_is_waited_for_and_a_withdrawn_one_is_a_miss() {
         std::thread::scope(|scope| {
             let waiting = scope.spawn(|| worker.acquire_wait(&binding, &hash(1), LONG).unwrap());
             std::thread::sleep(Duration::from_millis(20));
-            let key = room.key();
-            room.copy_from_slice(&body(&key));
+            let bytes = body(&room.key());
+            room.write(&bytes);
             assert!(!room.commit().unwrap().already);
             // Over gRPC, until announcement and put are one, the waiter may have been told to go.
             match waiting.join().unwrap() {
