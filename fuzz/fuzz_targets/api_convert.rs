@@ -3,7 +3,6 @@
 
 use kv_api::{convert, fault, v1};
 use libfuzzer_sys::fuzz_target;
-use prost::Message as _;
 
 const KEYS_MAX: usize = 64;
 
@@ -61,7 +60,7 @@ fuzz_target!(|data: &[u8]| {
 });
 
 /// A request that decodes also does when it is encoded again.
-fn decoded<M: prost::Message + Default + PartialEq>(bytes: &[u8]) -> Option<M> {
+fn decoded<M: prost::Message + Default + PartialEq + std::fmt::Debug>(bytes: &[u8]) -> Option<M> {
     let message = M::decode(bytes).ok()?;
     assert_eq!(M::decode(&*message.encode_to_vec()).ok().as_ref(), Some(&message));
     Some(message)
