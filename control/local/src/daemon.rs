@@ -82,7 +82,10 @@ impl Daemon {
         let until = Instant::now() + limit;
         loop {
             self.check()?;
-            let options = ClientOptions { deadline: Duration::from_secs(2), ..ClientOptions::socket(&self.setup.run_dir) };
+            let options = ClientOptions {
+                deadline: Duration::from_secs(2),
+                ..ClientOptions::socket(&self.setup.run_dir)
+            };
             match Client::connect(options).wait() {
                 Ok(client) => return Ok(client),
                 Err(_) if over() => bail!("stopped while the daemon started"),

@@ -183,7 +183,8 @@ pub fn run(options: &Options, stop: &Stop) -> anyhow::Result<Report> {
         if directed.is_err() || stop.is_asked() {
             abort.ask();
         }
-        let done: Vec<_> = threads.into_iter().map(|thread| thread.join().expect("a worker panicked")).collect();
+        let done: Vec<_> =
+            threads.into_iter().map(|thread| thread.join().expect("a worker panicked")).collect();
         (directed, done)
     });
     director.progress.end();

@@ -11,7 +11,8 @@ use std::time::{Duration, Instant};
 
 use kv_block::payload;
 use kv_client::{
-    Binding, Error, FaultKind, Got, MissReason, PutOptions, Scope, ScopeKind, SequenceHash, Slice, Tier, Worker,
+    Binding, Error, FaultKind, Got, MissReason, PutOptions, Scope, ScopeKind, SequenceHash, Slice, Tier,
+    Worker,
 };
 
 use crate::check::wrong_bytes;

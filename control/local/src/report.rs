@@ -174,7 +174,13 @@ impl fmt::Display for Report {
             let count = self.hits.get(tier).copied().unwrap_or(0);
             write!(f, " {tier} {} ({:.1}%) ", grouped(count), share(count))?;
         }
-        writeln!(f, "  of {} and {}, admission {}", size(self.host_bytes), size(self.disk_bytes), self.admission)?;
+        writeln!(
+            f,
+            "  of {} and {}, admission {}",
+            size(self.host_bytes),
+            size(self.disk_bytes),
+            self.admission
+        )?;
         write!(f, "misses    ")?;
         for (reason, count) in &self.misses {
             write!(f, " {reason} {} ({:.1}%) ", grouped(*count), share(*count))?;
@@ -218,7 +224,12 @@ impl fmt::Display for Report {
         if self.durable_undecided > 0 {
             write!(f, ", {} could not be read in time", grouped(self.durable_undecided))?;
         }
-        writeln!(f, "\nchecked    {} byte by byte: {} wrong", size(self.bytes_read), grouped(self.wrong_bytes))?;
+        writeln!(
+            f,
+            "\nchecked    {} byte by byte: {} wrong",
+            size(self.bytes_read),
+            grouped(self.wrong_bytes)
+        )?;
         if let Some(first) = &self.first_wrong {
             writeln!(f, "           the first: {first}")?;
         }
@@ -298,7 +309,9 @@ mod tests {
     #[test]
     fn the_table_names_what_matters_and_is_not_wide() {
         let table = report().to_string();
-        for part in ["1,234 in", "host 1 (33.3%)", "never_stored 1", "20.0 ms", "2.00 us", "0 lost", "0 wrong"] {
+        for part in
+            ["1,234 in", "host 1 (33.3%)", "never_stored 1", "20.0 ms", "2.00 us", "0 lost", "0 wrong"]
+        {
             assert!(table.contains(part), "{part}: {table}");
         }
         assert!(table.lines().all(|line| line.chars().count() <= 110), "{table}");

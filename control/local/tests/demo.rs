@@ -6,10 +6,11 @@ use std::process::{Command, Output, Stdio};
 use serde_json::Value;
 
 /// Runs `kv-local demo` with its files in `memory` and `data`.
-fn demo(memory: &Path, data: &Path, more: &[&str]) -> Output {
+fn demo(memory: &Path, data: &Path, requests: u32, more: &[&str]) -> Output {
     let mut command = Command::new(env!("CARGO_BIN_EXE_kv-local"));
     let sizes = ["--host-bytes", "16MiB", "--disk-bytes", "256MiB", "--block-bytes", "32KiB"];
-    command.args(["demo", "--json", "--requests", "60", "--workers", "2", "--duration", "15"]).args(sizes);
+    command.args(["demo", "--json", "--workers", "2", "--duration", "15"]).args(sizes);
+    command.arg("--requests").arg(requests.to_string());
     command.arg("--memory-dir").arg(memory).arg("--data-dir").arg(data).args(more);
     command.stdin(Stdio::null()).output().unwrap()
 }
@@ -37,7 +38,7 @@ fn dirs() -> Option<(tempfile::TempDir, tempfile::TempDir)> {
 #[test]
 fn a_killed_daemon_loses_nothing_durable_and_serves_no_wrong_byte_and_nothing_is_left_behind() {
     let Some((memory, data)) = dirs() else { return };
-    let output = demo(memory.path(), data.path(), &["--admission", "all"]);
+    let output = demo(memory.path(), data.path(), 60, &["--admission", "all"]);
     let report = json(&output);
     assert!(output.status.success(), "{report}\n{}", String::from_utf8_lossy(&output.stderr));
     assert_eq!((&report["wrong_bytes"], &report["lost_durable_blocks"]), (&0.into(), &0.into()), "{report}");
@@ -55,7 +56,7 @@ fn a_killed_daemon_loses_nothing_durable_and_serves_no_wrong_byte_and_nothing_is
 #[test]
 fn a_wrong_byte_that_was_stored_is_found_and_fails_the_run() {
     let Some((memory, data)) = dirs() else { return };
-    let output = demo(memory.path(), data.path(), &["--plant", "--kills", "0", "--requests", "20"]);
+    let output = demo(memory.path(), data.path(), 20, &["--plant", "--kills", "0"]);
     let report = json(&output);
     assert!(report["wrong_bytes"].as_u64() > Some(0), "{report}");
     assert!(report["first_wrong"].is_string(), "{report}");
@@ -67,7 +68,7 @@ fn a_trace_that_is_none_is_refused_with_file_and_line() {
     let Some((memory, data)) = dirs() else { return };
     let trace = data.path().join("trace.jsonl");
     std::fs::write(&trace, "{}\n").unwrap();
-    let output = demo(memory.path(), data.path(), &["--trace", trace.to_str().unwrap()]);
+    let output = demo(memory.path(), data.path(), 1, &["--trace", trace.to_str().unwrap()]);
     let words = String::from_utf8_lossy(&output.stderr);
     assert_eq!(output.status.code(), Some(1));
     assert!(words.contains("trace.jsonl") && words.contains("line 1"), "{words}");
