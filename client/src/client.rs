@@ -5,13 +5,12 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
-use kv_api::fault::from_status;
 use kv_api::v1;
 use kv_block::Epoch;
 use tonic::transport::{Certificate, Channel, ClientTlsConfig, Identity};
 use tonic::{Request, Response, Status};
 
-use crate::error::{Error, timed_out, unreachable};
+use crate::error::{Error, of_status, timed_out, unreachable};
 use crate::events::{Events, WatchOptions};
 use crate::options::{ClientOptions, DEADLINE_MAX, Endpoint, Tls, WorkerOptions};
 use crate::runtime::{Call, Runtime};
@@ -176,7 +175,7 @@ impl Client {
         // A little more than the daemon has, so that its own word arrives.
         let limit = self.deadline + (self.deadline / 16).min(Duration::from_millis(100));
         match tokio::time::timeout(limit, work).await {
-            Ok(answer) => answer.map(Response::into_inner).map_err(|status| from_status(&status).into()),
+            Ok(answer) => answer.map(Response::into_inner).map_err(|status| of_status(&status)),
             Err(_) => Err(timed_out("the call")),
         }
     }

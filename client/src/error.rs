@@ -72,6 +72,22 @@ impl std::fmt::Display for Miss {
     }
 }
 
+/// What a failed gRPC call means. A connection that broke is nobody's defect: the daemon is away.
+pub(crate) fn of_status(status: &tonic::Status) -> Error {
+    use std::error::Error as _;
+    let mut source = status.source();
+    if source.is_some() && status.details().is_empty() && status.code() != tonic::Code::DeadlineExceeded {
+        while let Some(error) = source {
+            if error.is::<tonic::TimeoutExpired>() {
+                return timed_out("the call");
+            }
+            source = error.source();
+        }
+        return unreachable(format!("the connection broke: {}", status.message()));
+    }
+    kv_api::fault::from_status(status).into()
+}
+
 pub(crate) fn timed_out(what: &str) -> Error {
     Fault::new(Code::DeadlinePassed, format!("{what} did not end in time")).into()
 }
@@ -83,4 +99,19 @@ pub(crate) fn unreachable(why: impl std::fmt::Display) -> Error {
 /// An answer that the protocol does not know for this question.
 pub(crate) fn bug(what: impl Into<String>) -> Error {
     Fault::new(Code::Bug, what).into()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_broken_connection_is_unavailable_and_a_daemons_word_stays() {
+        let broken = tonic::Status::from_error(Box::new(std::io::Error::other("broken pipe")));
+        assert_eq!(of_status(&broken).kind(), FaultKind::Unavailable);
+        let expired = tonic::Status::from_error(Box::new(tonic::TimeoutExpired(())));
+        assert_eq!(of_status(&expired).kind(), FaultKind::Timeout);
+        let fault = Fault::new(Code::HostFull, "all slots are pinned");
+        assert_eq!(of_status(&kv_api::fault::to_status(&fault)), Error::Fault(fault));
+    }
 }

@@ -4,13 +4,12 @@
 use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
 
-use kv_api::fault::from_status;
 use kv_api::{convert, v1};
 use kv_block::{BindingTag, BlockEvent, Epoch, EventKind, FaultKind, ShardId};
 use tokio::sync::mpsc;
 
 use crate::client::Client;
-use crate::error::{Error, bug};
+use crate::error::{Error, bug, of_status};
 use crate::options::DEADLINE_MAX;
 
 const BACKOFF_MAX: Duration = Duration::from_secs(1);
@@ -127,7 +126,7 @@ async fn follow(client: Client, options: WatchOptions, sender: mpsc::Sender<Resu
                         cursors.advance(&batch);
                     }
                     Ok(None) => break crate::error::unreachable("the daemon ended the stream"),
-                    Err(status) => break from_status(&status).into(),
+                    Err(status) => break of_status(&status),
                 }
             },
         };

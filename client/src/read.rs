@@ -4,7 +4,6 @@ use std::ops::Deref;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use kv_api::fault::from_status;
 use kv_api::{convert, v1};
 use kv_arena::{Absent, ReadGuard};
 use kv_block::code::Code;
@@ -13,7 +12,7 @@ use kv_shm::{Outcome, Request};
 
 use crate::binding::Binding;
 use crate::client::Client;
-use crate::error::{Error, Miss, bug, timed_out};
+use crate::error::{Error, Miss, bug, of_status, timed_out};
 use crate::hub::{Hold, Ticket};
 use crate::options::DEADLINE_MAX;
 use crate::session::{Known, Life, Link, Shm, Way, unix_now};
@@ -322,7 +321,7 @@ async fn read_all(
     let mut stream = client.within(client.blocks().get(client.request(message))).await?;
     let mut header = None;
     let mut bytes = Vec::new();
-    while let Some(message) = stream.message().await.map_err(|status| from_status(&status))? {
+    while let Some(message) = stream.message().await.map_err(|status| of_status(&status))? {
         match (message.what, &header) {
             (Some(v1::get_response::What::Miss(found)), None) => return Ok(Err(miss(found))),
             (Some(v1::get_response::What::Header(found)), None) => {

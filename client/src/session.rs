@@ -5,7 +5,6 @@ use std::path::Path;
 use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
-use kv_api::fault::from_status;
 use kv_api::v1;
 use kv_arena::{EntryState, ShardView};
 use kv_block::code::Code;
@@ -17,7 +16,7 @@ use tokio::time::timeout;
 use tonic::Streaming;
 
 use crate::client::Client;
-use crate::error::{Error, bug, timed_out, unreachable};
+use crate::error::{Error, bug, of_status, timed_out, unreachable};
 use crate::hub::Hub;
 use crate::options::WorkerOptions;
 
@@ -182,7 +181,7 @@ impl Life {
         let first = timeout(client.deadline(), stream.message()).await;
         let first = first
             .map_err(|_| timed_out("opening a session"))?
-            .map_err(|status| from_status(&status))?
+            .map_err(|status| of_status(&status))?
             .ok_or_else(|| unreachable("the daemon closed the session at once"))?;
         let life = Self {
             epoch: Epoch(first.epoch),

@@ -94,6 +94,7 @@ fn wait_until(deadline: Instant, wait_ms: u32) -> (Instant, bool) {
 }
 
 /// For `map_err`.
+#[allow(clippy::needless_pass_by_value, reason = "map_err gives the fault away")]
 fn status(fault: Fault) -> Status {
     to_status(&fault)
 }

@@ -129,6 +129,7 @@ pub struct ShardHandle {
 
 impl ShardHandle {
     /// Leaves a letter; gives it back when the mailbox is full.
+    #[allow(clippy::result_large_err, reason = "the letter comes back whole")]
     pub fn post(&self, letter: Letter) -> Result<(), Letter> {
         self.mailbox.push(letter)?;
         self.waker.wake();
@@ -477,7 +478,7 @@ impl Shard {
             self.serving = serving;
             match &trouble {
                 Some(why) => {
-                    tracing::warn!(code = %Code::TierDegraded, why, "the disk tier is out of service")
+                    tracing::warn!(code = %Code::TierDegraded, why, "the disk tier is out of service");
                 }
                 None => tracing::info!("the disk tier serves again"),
             }

@@ -116,7 +116,7 @@ fn check_all(home: &Home, known: &Mutex<BTreeMap<u64, Known>>) -> u64 {
             (Ok(_), Known::Durable) => durable += 1,
             (Err(miss), Known::Durable) => panic!("durable block {number} is lost: {:?}", miss.reason()),
             (Err(miss), Known::Unsure) => {
-                assert_ne!(miss.reason(), v1::MissReason::Corrupt, "block {number}")
+                assert_ne!(miss.reason(), v1::MissReason::Corrupt, "block {number}");
             }
             (Ok(_), Known::Unsure) => {}
         }

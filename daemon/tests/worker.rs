@@ -265,6 +265,9 @@ fn a_quota_pushes_out_only_its_own_tenant() {
     assert_eq!(gone.reason, MissReason::EvictedQuota);
 }
 
+/// What is readable, and from where.
+type Seen = std::collections::BTreeSet<(Tier, BlockKey)>;
+
 #[test]
 fn events_tell_exactly_what_is_there() {
     let home = Home::sized("events", "16MiB", Some("256MiB")).set("disk.admission=all");
@@ -272,22 +275,21 @@ fn events_tell_exactly_what_is_there() {
     let (worker, binding) = worker(&home);
     put(&worker, &binding, 0..40, &PutOptions::default());
     let mut events = worker.client().watch(WatchOptions::default());
-    let mut seen = std::collections::BTreeSet::new();
-    let mut apply =
-        |limit: Duration, stop: &mut dyn FnMut(&std::collections::BTreeSet<(Tier, BlockKey)>) -> bool| {
-            let until = Instant::now() + limit;
-            while Instant::now() < until && !stop(&seen) {
-                let Some(batch) = events.next_within(Duration::from_millis(300)) else { continue };
-                for event in batch.unwrap().events {
-                    match event.kind {
-                        EventKind::Stored { key, tier, .. } => seen.insert((tier, key)),
-                        EventKind::Removed { key, tier } => seen.remove(&(tier, key)),
-                        EventKind::Cleared { .. } => false,
-                    };
-                }
+    let mut seen = Seen::new();
+    let mut apply = |limit: Duration, stop: &mut dyn FnMut(&Seen) -> bool| {
+        let until = Instant::now() + limit;
+        while Instant::now() < until && !stop(&seen) {
+            let Some(batch) = events.next_within(Duration::from_millis(300)) else { continue };
+            for event in batch.unwrap().events {
+                match event.kind {
+                    EventKind::Stored { key, tier, .. } => seen.insert((tier, key)),
+                    EventKind::Removed { key, tier } => seen.remove(&(tier, key)),
+                    EventKind::Cleared { .. } => false,
+                };
             }
-            seen.len()
-        };
+        }
+        seen.len()
+    };
     assert_eq!(apply(Duration::from_secs(10), &mut |seen| seen.len() == 40), 40, "the inventory");
     for start in (1000..1600).step_by(100) {
         put(&worker, &binding, start..start + 100, &PutOptions::default());
@@ -295,7 +297,7 @@ fn events_tell_exactly_what_is_there() {
     let all: Vec<SequenceHash> = hashes(0..40).into_iter().chain(hashes(1000..1600)).collect();
     // When the node has come to rest, what was told is what it has.
     std::thread::sleep(Duration::from_secs(1));
-    let mut wanted = std::collections::BTreeSet::new();
+    let mut wanted = Seen::new();
     for hash in &all {
         if let Some(tier) = worker.lookup(&binding, &[*hash]).unwrap().tiers.first() {
             wanted.insert((*tier, binding.key(hash)));

@@ -1,10 +1,10 @@
 //! Where a run puts its files: directories of its own, gone when it ends.
 //!
 //! ```text
-//! /dev/shm/kv-local-XXXX/memory   the host tier        (a tmpfs: shared memory)
+//! /dev/shm/kv-local-RANDOM/memory   the host tier        (a tmpfs: shared memory)
 //!                       /run      the sockets          (short names: a socket's path has 107 bytes at most)
 //!                       /kvd.log  what the daemon says
-//! /tmp/kv-local-XXXX/             the disk tier        (no tmpfs: direct I/O, and it should not cost memory)
+//! /tmp/kv-local-RANDOM/             the disk tier        (no tmpfs: direct I/O, and it should not cost memory)
 //! ```
 
 use std::path::{Path, PathBuf};

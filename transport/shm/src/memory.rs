@@ -183,7 +183,7 @@ mod tests {
     fn a_worker_that_scribbles_everything_at_full_speed_harms_nobody() {
         let (mut shard, mut worker) = pair(16, 4 * crate::PAGE);
         let region = Region::map_for_test(&mut worker);
-        let (stop, rounds) = (AtomicBool::new(false), AtomicU64::new(0));
+        let (stop, rounds, near) = (AtomicBool::new(false), AtomicU64::new(0), AtomicU64::new(0));
         std::thread::scope(|scope| {
             scope.spawn(|| {
                 let mut state = 0x9e37_79b9_7f4a_7c15u64;
@@ -192,8 +192,9 @@ mod tests {
                         state ^= state << 13;
                         state ^= state >> 7;
                         state ^= state << 17;
-                        // Mostly plausible numbers, so that the checks behind the first one are reached.
-                        if state & 3 == 0 { state } else { (state >> 8) & 15 }
+                        // Mostly plausible indices, so that the checks behind the first one are reached.
+                        let near = near.load(Ordering::Relaxed);
+                        if state & 3 == 0 { state } else { near.wrapping_add((state >> 8) & 15) }
                     });
                     rounds.fetch_add(1, Ordering::Relaxed);
                 }
@@ -208,6 +209,7 @@ mod tests {
                     Ok(count) => {
                         assert!(count <= 7 && out.len() == count, "work is bounded");
                         took += count as u64;
+                        near.store(took, Ordering::Relaxed);
                     }
                     Err(Error::Index { .. }) => refused += 1,
                     Err(other) => panic!("{other}"),
