@@ -4,7 +4,9 @@
 //! every checksum mended, which is what damage that a checksum does not catch would look like.
 #![no_main]
 
-use kv_ssd::segment::{ENTRY_BYTES, HEADER_BYTES, PAGE_BYTES, parse_segment};
+use kv_ssd::segment::{
+    ENTRY_BYTES, Entry, HEADER_BYTES, IndexScan, PAGE_BYTES, parse_segment, parse_segment_index,
+};
 use libfuzzer_sys::fuzz_target;
 
 fuzz_target!(|data: &[u8]| {
@@ -20,13 +22,17 @@ fn check(bytes: &[u8]) {
     assert!(
         scan.entries.len() as u32 + scan.empty + scan.stale + scan.broken <= header.geometry.entries_max()
     );
+    let mut again = bytes.to_vec();
     for (index, entry) in &scan.entries {
-        let at = PAGE_BYTES + *index as usize * ENTRY_BYTES;
-        assert_eq!(entry.encode(&header, *index), bytes[at..at + ENTRY_BYTES], "{entry:?}");
-        if let kv_ssd::segment::Entry::Stored { record, page, .. } = entry {
+        let mut again = IndexScan::default();
+        parse_segment_index(&header, *index, &entry.encode(&header, *index), &mut again);
+        assert_eq!(again.entries, [(*index, *entry)]);
+        if let Entry::Stored { record, page, .. } = entry {
             assert!(header.geometry.holds(*page, record.bytes), "a block outside the data of its segment");
         }
     }
+    let (_, reread) = parse_segment(&again).expect("the header is as it was");
+    assert_eq!(reread.entries, scan.entries);
 }
 
 /// The first bytes are the header, the rest are entries, spread to where they belong.
