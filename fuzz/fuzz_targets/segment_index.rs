@@ -22,7 +22,6 @@ fn check(bytes: &[u8]) {
     assert!(
         scan.entries.len() as u32 + scan.empty + scan.stale + scan.broken <= header.geometry.entries_max()
     );
-    let mut again = bytes.to_vec();
     for (index, entry) in &scan.entries {
         let mut again = IndexScan::default();
         parse_segment_index(&header, *index, &entry.encode(&header, *index), &mut again);
@@ -31,8 +30,6 @@ fn check(bytes: &[u8]) {
             assert!(header.geometry.holds(*page, record.bytes), "a block outside the data of its segment");
         }
     }
-    let (_, reread) = parse_segment(&again).expect("the header is as it was");
-    assert_eq!(reread.entries, scan.entries);
 }
 
 /// The first bytes are the header, the rest are entries, spread to where they belong.
