@@ -213,7 +213,11 @@ fn session(client: &Client, name: &str, block_bytes: u32) -> anyhow::Result<(Wor
     };
     let worker = client.worker(options).wait().with_context(|| format!("opening a session for {name}"))?;
     let registered = worker.register(scope(), slice(), block_bytes).wait();
-    Ok((worker, registered.context("registering the blocks of the demo")?))
+    let context = || {
+        let length = Size(block_bytes.into()).about();
+        format!("blocks of {length}: take shorter ones with --block-bytes, or more memory with --host-bytes")
+    };
+    Ok((worker, registered.with_context(context)?))
 }
 
 /// Whoever watches the replay, kills the daemon and keeps the account.
@@ -288,7 +292,8 @@ impl Director<'_> {
     fn kill(&mut self, after_requests: u64, stop: &Stop) -> anyhow::Result<()> {
         let asked = self.replay.acked();
         let (worker, binding) = &self.auditor;
-        let before = Audit::look(worker, binding, &asked)?;
+        let look = || Audit::look(worker, binding, &asked);
+        let before = self.patience.insist(worker, &mut self.tally.retries, look)?;
         self.replay.settle(&asked, &before.kept);
         let status = self.status()?;
         self.report.disk_bytes_written += status.disk_bytes_written;

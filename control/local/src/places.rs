@@ -1,15 +1,15 @@
 //! Where a run puts its files: directories of its own, gone when it ends.
 //!
 //! ```text
-//! /dev/shm/kv-local-RANDOM/memory   the host tier        (a tmpfs: shared memory)
-//!                       /run      the sockets          (short names: a socket's path has 107 bytes at most)
-//!                       /kvd.log  what the daemon says
-//! /tmp/kv-local-RANDOM/             the disk tier        (no tmpfs: direct I/O, and it should not cost memory)
+//! /dev/shm/kv-local-RANDOM/memory    the host tier   (a tmpfs: shared memory)
+//!                         /run       the sockets     (short names: a socket's path has 107 bytes at most)
+//!                         /kvd.log   what the daemon says
+//! /tmp/kv-local-RANDOM/              the disk tier   (no tmpfs: direct I/O, and it should not cost memory)
 //! ```
 
 use std::path::{Path, PathBuf};
 
-use anyhow::{Context as _, bail, ensure};
+use anyhow::{Context as _, anyhow, bail, ensure};
 use kvd::config::units::Size;
 use tempfile::TempDir;
 
@@ -59,21 +59,38 @@ impl Places {
             None => roomiest(&candidates())?,
         };
         let shm = room(&shared).with_context(|| {
-            format!("no shared memory at {}: mount a tmpfs there (mount -t tmpfs -o size=2G tmpfs {0}), or name another one with --memory-dir", shared.display())
+            format!(
+                "no shared memory at {}: mount a tmpfs there (mount -t tmpfs -o size=2G tmpfs {0}), or name \
+                 another one with --memory-dir",
+                shared.display()
+            )
         })?;
         let memory = shm.min(available_memory().unwrap_or(u64::MAX));
         let mut notes = Vec::new();
-        let host = fit("host tier", wishes.host, host, memory.saturating_sub(MEMORY_SPARE), HOST_BYTES_MIN, &mut notes)
-            .with_context(|| format!(
-                "{} has {} free, this machine {} of memory; make it larger (docker run --shm-size=1g, or mount -o remount,size=2G {0}), ask for less with --host-bytes, or name another tmpfs with --memory-dir",
-                shared.display(), Size(shm).about(), available_memory().map_or("?".into(), |free| Size(free).about()),
-            ))?;
+        let spare = memory.saturating_sub(MEMORY_SPARE);
+        let host =
+            fit("host tier", wishes.host, host, spare, HOST_BYTES_MIN, &mut notes).map_err(|error| {
+                let free =
+                    available_memory().map_or_else(|| "an unknown amount".into(), |free| Size(free).about());
+                anyhow!(
+                    "{error}: {} has {} free, this machine {free} of memory; make it larger (docker run \
+                 --shm-size=1g, or mount -o remount,size=2G {0}), ask for less with --host-bytes, or name \
+                 another tmpfs with --memory-dir",
+                    shared.display(),
+                    Size(shm).about(),
+                )
+            })?;
         let free = room(&data).with_context(|| format!("no directory {}", data.display()))?;
-        let disk = fit("disk tier", wishes.disk, disk, free.saturating_sub(DISK_SPARE), DISK_BYTES_MIN, &mut notes)
-            .with_context(|| format!(
-                "{} has {} free; free some, ask for less with --disk-bytes, or name another directory with --data-dir",
-                data.display(), Size(free).about(),
-            ))?;
+        let spare = free.saturating_sub(DISK_SPARE);
+        let disk =
+            fit("disk tier", wishes.disk, disk, spare, DISK_BYTES_MIN, &mut notes).map_err(|error| {
+                anyhow!(
+                    "{error}: {} has {} free; free some, ask for less with --disk-bytes, or name another \
+                 directory with --data-dir",
+                    data.display(),
+                    Size(free).about(),
+                )
+            })?;
         if is_memory(&data) {
             notes.push(format!("{} is memory, not a disk: name a disk with --data-dir", data.display()));
         }

@@ -169,26 +169,25 @@ impl fmt::Display for Report {
             size(self.block_bytes.into()),
             self.ended,
         )?;
-        write!(f, "hits      ")?;
-        for tier in ["host", "disk"] {
-            let count = self.hits.get(tier).copied().unwrap_or(0);
-            write!(f, " {tier} {} ({:.1}%) ", grouped(count), share(count))?;
-        }
+        let counts = |counts: &BTreeMap<&'static str, u64>| {
+            let one =
+                |(name, count): (&&str, &u64)| format!("{name} {} ({:.1}%)", grouped(*count), share(*count));
+            let all: Vec<String> = counts.iter().map(one).collect();
+            if all.is_empty() { "none".to_owned() } else { all.join(", ") }
+        };
         writeln!(
             f,
-            "  of {} and {}, admission {}",
+            "tiers      host {}, disk {}, admission to disk {}",
             size(self.host_bytes),
             size(self.disk_bytes),
             self.admission
         )?;
-        write!(f, "misses    ")?;
-        for (reason, count) in &self.misses {
-            write!(f, " {reason} {} ({:.1}%) ", grouped(*count), share(*count))?;
-        }
+        writeln!(f, "hits       {}", counts(&self.hits))?;
+        writeln!(f, "misses     {}", counts(&self.misses))?;
         if self.behind_gap > 0 {
-            write!(f, "  and {} here, but behind one that was not", grouped(self.behind_gap))?;
+            writeln!(f, "           {} were here, but behind one that was not", grouped(self.behind_gap))?;
         }
-        writeln!(f, "\nread       host {}; disk {}", self.read_host_us, self.read_disk_us)?;
+        writeln!(f, "read       host {}; disk {}", self.read_host_us, self.read_disk_us)?;
         writeln!(
             f,
             "put        {} blocks, {}; durable {}",
@@ -205,7 +204,7 @@ impl fmt::Display for Report {
         for restart in &self.restarts {
             writeln!(
                 f,
-                "kill -9    after {} requests; back in {} ms with {} of {} blocks in memory, {} of {} on disk",
+                "kill -9    after {} requests, back in {} ms; in memory {} blocks ({} before), on disk {} ({})",
                 grouped(restart.after_requests),
                 restart.ready_ms,
                 grouped(restart.host_blocks),

@@ -1,13 +1,17 @@
-//! Ctrl-C and its like: the first asks for an orderly end, the second ends at once.
+//! Ctrl-C and its like: the first asks for an orderly end, a later one ends at once.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
 
 use anyhow::Context as _;
 use tokio::signal::unix::{SignalKind, signal};
 
 /// Exit status of a program that a signal ended (128 and SIGINT).
 pub const EXIT_STOPPED: u8 = 130;
+
+/// Signals that come so soon after the first are the same wish: `timeout` and the like send theirs twice.
+const ECHO: Duration = Duration::from_secs(1);
 
 /// Set once somebody asked for the end. Cheap to clone.
 #[derive(Clone, Debug, Default)]
@@ -37,13 +41,14 @@ impl Stop {
             (watch(SignalKind::interrupt())?, watch(SignalKind::terminate())?, watch(SignalKind::hangup())?);
         let asked = stop.clone();
         let follow = async move {
+            let mut first = None;
             loop {
                 tokio::select! {
                     _ = signals.0.recv() => {}
                     _ = signals.1.recv() => {}
                     _ = signals.2.recv() => {}
                 }
-                if asked.is_asked() {
+                if first.get_or_insert_with(Instant::now).elapsed() > ECHO {
                     eprintln!("stopped at once; files of this run are left behind");
                     std::process::exit(EXIT_STOPPED.into());
                 }
