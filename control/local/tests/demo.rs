@@ -1,8 +1,11 @@
 //! The demo as a newcomer runs it, made small: the real program, its real daemon, killed once.
 
+use std::io::{BufRead as _, BufReader};
 use std::path::Path;
-use std::process::{Command, Output, Stdio};
+use std::process::{Child, Command, Output, Stdio};
+use std::time::{Duration, Instant};
 
+use rustix::process::{Pid, Signal, kill_process};
 use serde_json::Value;
 
 /// Runs `kv-local demo` with its files in `memory` and `data`.
@@ -82,4 +85,58 @@ fn the_daemon_inside_takes_the_daemons_own_flags() {
     assert!(output.status.success() && text.contains("--run-dir"), "{text}");
     let output = program().args(["kvd", "--set", "nonsense=1", "--check"]).output().unwrap();
     assert_eq!(output.status.code(), Some(78), "{}", String::from_utf8_lossy(&output.stderr));
+}
+
+/// `kv-local up` with its files in `memory` and `data`, once it serves; and the process of its daemon.
+fn up(memory: &Path, data: &Path) -> (Child, u32) {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_kv-local"));
+    command.args(["up", "--host-bytes", "16MiB", "--disk-bytes", "256MiB", "--http", "off"]);
+    command.arg("--memory-dir").arg(memory).arg("--data-dir").arg(data);
+    let mut child =
+        command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+    let words = BufReader::new(child.stderr.take().unwrap());
+    let mut lines = words.lines().map_while(Result::ok);
+    let pid = lines.find_map(|line| line.split_once("process ")?.1.split(':').next()?.parse().ok());
+    let Some(pid) = pid else {
+        let status = child.wait().unwrap();
+        panic!("kv-local up ended with {status}");
+    };
+    // Nobody may block on a full pipe.
+    std::thread::spawn(move || lines.count());
+    (child, pid)
+}
+
+#[test]
+fn a_daemon_of_up_ends_with_a_signal_even_a_doubled_one_and_leaves_nothing_behind() {
+    let Some((memory, data)) = dirs() else { return };
+    let (mut child, _) = up(memory.path(), data.path());
+    let mut said = String::new();
+    BufReader::new(child.stdout.take().unwrap()).read_line(&mut said).unwrap();
+    let socket = said.split_once("KVD_SOCKET=").unwrap().1.split_whitespace().next().unwrap().to_owned();
+    assert!(Path::new(&socket).join("kvd.sock").exists(), "{said}");
+    for _ in 0..2 {
+        kill_process(Pid::from_child(&child), Signal::TERM).unwrap();
+        std::thread::sleep(Duration::from_millis(10));
+    }
+    assert!(child.wait().unwrap().success());
+    for dir in [&memory, &data] {
+        assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 0, "files are left in {dir:?}");
+    }
+}
+
+#[test]
+fn a_daemon_dies_with_the_program_that_started_it() {
+    let Some((memory, data)) = dirs() else { return };
+    let (mut child, daemon) = up(memory.path(), data.path());
+    child.kill().unwrap();
+    child.wait().unwrap();
+    let until = Instant::now() + Duration::from_secs(10);
+    let lives = || {
+        let stat = std::fs::read_to_string(format!("/proc/{daemon}/stat"));
+        stat.is_ok_and(|stat| !stat.contains(") Z "))
+    };
+    while lives() {
+        assert!(Instant::now() < until, "process {daemon} outlives its parent");
+        std::thread::sleep(Duration::from_millis(10));
+    }
 }
