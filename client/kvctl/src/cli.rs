@@ -1,6 +1,7 @@
 //! The command line. Every page of help fits a terminal of 80 x 24: what all commands take stands on the
 //! page of `kvctl options` alone.
 
+use std::ffi::OsString;
 use std::path::PathBuf;
 use std::time::Duration;
 
@@ -143,6 +144,18 @@ pub(crate) struct Listing {
     pub(crate) sort_by: Option<String>,
 }
 
+/// Splits `describe block/KEY`, the name that `get -o name` prints, into the words that the grammar has.
+pub(crate) fn spread(mut words: Vec<OsString>) -> Vec<OsString> {
+    let Some(verb) = words.iter().skip(1).position(|word| word == "describe") else { return words };
+    let at = verb + 2;
+    let named = words.get(at).and_then(|word| word.to_str()).and_then(|word| word.split_once('/'));
+    let Some((noun, name)) = named.map(|(noun, name)| (noun.to_owned(), name.to_owned())) else {
+        return words;
+    };
+    words.splice(at..=at, [noun.into(), name.into()]);
+    words
+}
+
 /// A tier by name.
 pub(crate) fn tier_parser() -> impl TypedValueParser<Value = Tier> {
     PossibleValuesParser::new(Tier::ALL.map(Tier::name)).map(|name| {
@@ -220,6 +233,22 @@ mod tests {
         let globals: Vec<&str> = globals.map(|argument| argument.get_id().as_str()).collect();
         assert!(globals.contains(&"timeout"));
         walk(&command, &globals, "kvctl");
+    }
+
+    #[test]
+    fn a_name_with_its_noun_is_two_words_to_describe_alone() {
+        let spread = |line: &str| {
+            let words = spread(line.split(' ').map(OsString::from).collect());
+            words.iter().map(|word| word.to_str().unwrap()).collect::<Vec<_>>().join(" ")
+        };
+        assert_eq!(spread("kvctl describe block/ab -o json"), "kvctl describe block ab -o json");
+        assert_eq!(
+            spread("kvctl --timeout 1s describe tier/host/0"),
+            "kvctl --timeout 1s describe tier host/0"
+        );
+        for same in ["kvctl", "kvctl describe", "kvctl describe block ab", "kvctl why block/ab"] {
+            assert_eq!(spread(same), same);
+        }
     }
 
     #[test]

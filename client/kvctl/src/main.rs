@@ -28,7 +28,7 @@ use crate::exit::{Exit, Failure};
 use crate::paint::Paint;
 
 fn main() -> ExitCode {
-    let cli = Cli::parse();
+    let cli = Cli::parse_from(cli::spread(std::env::args_os().collect()));
     let exit = run(cli).unwrap_or_else(|failure| {
         eprint!("{}", failure.render(Paint::stderr()));
         failure.exit

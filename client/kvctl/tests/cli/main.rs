@@ -92,6 +92,7 @@ fn what_is_not_there_is_3() {
     kvctl(&socket, "describe block 99999999").fails(3, "no block's key begins with", "give the whole key");
     kvctl(&socket, "describe tenant nobody").fails(3, "no tenant is called `nobody`", "`kvctl get tenants`");
     kvctl(&socket, "describe client 8").fails(3, "no client", "`kvctl get clients`");
+    kvctl(&socket, "describe tenant/nobody").fails(3, "no tenant is called `nobody`", "`kvctl get");
     kvctl(&socket, "describe tier object").fails(3, "no tier", "`kvctl get tiers`");
     kvctl(&socket, "explain KVD-9999").fails(3, "nothing is called", "`kvctl explain` lists");
     kvctl(&socket, &format!("evict --yes {absent}")).exits(3);
