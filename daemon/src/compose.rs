@@ -251,6 +251,7 @@ fn brain_config(config: &Config, bounds: &Bounds, shard: &ShardPlan, epoch: Epoc
     use kv_tiers::admit::AdmissionKind;
     let admission = match config.disk.admission {
         Admission::Frequency => AdmissionKind::Frequency,
+        Admission::Budget => AdmissionKind::Budget,
         Admission::All => AdmissionKind::All,
         Admission::Never => AdmissionKind::Never,
     };

@@ -199,7 +199,7 @@ section! {
         queue_depth: u32 = 64,
         /// An operation slower than this counts against the device; several open its circuit.
         slow_limit: Span = Span::millis(500),
-        /// Which blocks are written when they leave host memory: frequency, all or never.
+        /// Which blocks are written when they leave host memory: frequency, budget, all or never.
         admission: Admission = Admission::Frequency,
         /// When the device's own cache is made durable: always, after each batch of writes, or never.
         sync: Sync = Sync::Always,

@@ -8,8 +8,8 @@
 //! The host tier runs the real policies. The disk is a log of segments, reclaimed oldest first; blocks read
 //! from it since they were written move to the end, which counts as written too. A request hits the run of
 //! blocks from its beginning that are in either tier; all its blocks are in the host tier afterwards.
-//! `through` writes a block when it is stored, `all` when it leaves the host tier, `frequency` if it is
-//! admitted then, `foresight` if the rest of the trace asks for it: nobody can write less for all hits.
+//! `through` writes a block when it is stored, `all` when it leaves the host tier, `frequency` and `budget` if
+//! it is admitted then, `6 of 10` within that budget, `foresight` if the rest of the trace asks for it: nobody can write less for all hits.
 //! `written/hit` is bytes written to disk for each byte hit in either tier.
 
 use std::collections::{HashMap, VecDeque};
@@ -27,6 +27,8 @@ const GHOSTS: usize = 4;
 enum Writes {
     Through,
     Evicted(AdmissionKind),
+    /// Within a budget of so many tenths.
+    Share(u8),
     Foresight,
 }
 
@@ -94,10 +96,14 @@ struct Tiers {
 
 impl Tiers {
     fn new(policy: PolicyKind, writes: Writes, host: usize, disk: usize) -> Self {
-        let kind = if let Writes::Evicted(kind) = writes { kind } else { AdmissionKind::Never };
+        let admission = match writes {
+            Writes::Evicted(kind) => Admission::new(kind, host + disk),
+            Writes::Share(tenths) => Admission::new(AdmissionKind::Budget, host + disk).with_share(tenths),
+            Writes::Through | Writes::Foresight => Admission::new(AdmissionKind::Never, host + disk),
+        };
         Self {
             writes,
-            admission: Admission::new(kind, host + disk),
+            admission,
             policy: policy.build(),
             host: HashMap::new(),
             slots: Vec::new(),
@@ -130,7 +136,7 @@ impl Tiers {
         }
         // From the end, so that the beginning of a prompt, of use to more requests, is the newest.
         for key in keys.iter().rev() {
-            self.admission.seen(key);
+            self.admission.seen(key, self.host.contains_key(key));
             self.future.entry(*key).and_modify(|times| *times -= 1);
             match self.host.get(key) {
                 Some(slot) => self.policy.touch(*slot),
@@ -161,11 +167,12 @@ impl Tiers {
         let slot = self.policy.victim(&mut |_| true).expect("nothing is pinned");
         let key = self.slots[slot as usize];
         self.host.remove(&key);
+        let on_disk = self.disk.blocks.contains_key(&key);
         let admitted = match self.writes {
             Writes::Foresight => self.future[&key] > 0,
-            _ => self.admission.admits(&key),
+            _ => self.admission.leaves(&key, on_disk),
         };
-        if admitted && !self.disk.blocks.contains_key(&key) {
+        if admitted && !on_disk {
             self.disk.append(key);
         }
         self.evictions += 1;
@@ -206,6 +213,10 @@ fn main() -> anyhow::Result<()> {
                 ("through", Writes::Through),
                 ("all", Writes::Evicted(AdmissionKind::All)),
                 ("frequency", Writes::Evicted(AdmissionKind::Frequency)),
+                ("budget", Writes::Evicted(AdmissionKind::Budget)),
+                ("6 of 10", Writes::Share(6)),
+                ("8 of 10", Writes::Share(8)),
+                ("9 of 10", Writes::Share(9)),
                 ("foresight", Writes::Foresight),
             ] {
                 let mut tiers = Tiers::new(policy, writes, host, disk);

@@ -52,6 +52,12 @@ impl Brain {
         right
     }
 
+    /// Somebody stores or wants a block: admission is told whether it is in host memory, or about to be.
+    pub(crate) fn sighted(&mut self, key: &BlockKey) {
+        let in_host = self.catalog.find(key).is_some_and(|entry| entry.host.is_some());
+        self.admission.seen(key, in_host || self.pending.contains_key(key));
+    }
+
     pub(crate) fn acquire(
         &mut self,
         now: Now,
@@ -61,7 +67,7 @@ impl Brain {
         wait: bool,
         out: &mut Out,
     ) {
-        self.admission.seen(&key);
+        self.sighted(&key);
         match self.locate(now, &key, out) {
             Located::Host(held) => {
                 self.touch_slot(held.id());
@@ -252,7 +258,7 @@ impl Brain {
         for slot in slots {
             let Some(key) = self.host.key_in(*slot) else { continue };
             self.touch_slot(*slot);
-            self.admission.seen(&key);
+            self.admission.seen(&key, true);
             self.count_hit(&key, Tier::Host);
         }
     }

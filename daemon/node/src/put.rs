@@ -36,7 +36,7 @@ impl Brain {
         if let Err(fault) = self.check_put(binding, Some(bytes)) {
             return self.fault(fill.from, fault, out);
         }
-        self.admission.seen(&key);
+        self.sighted(&key);
         self.expire_if_due(now, &key, out);
         if self.is_sound_in_host(&key) {
             return self.already_stored(now, fill, out);
@@ -398,7 +398,7 @@ impl Brain {
             self.fault(from, fault, out);
             return self.withdraw(now, &key, out);
         }
-        self.admission.seen(&key);
+        self.admission.seen(&key, false);
         let put = PutOf { key, binding, source, bytes, keep, durable };
         self.fill(now, Fill { from, deadline, put, timer: None }, out);
     }
@@ -425,7 +425,7 @@ impl Brain {
             self.fault(from, Fault::new(Code::NotReserved, text), out);
             return self.withdraw(now, &key, out);
         };
-        self.admission.seen(&key);
+        self.admission.seen(&key, false);
         let put = PutOf { key, binding, source: 0, bytes: self.bytes_of(binding), keep, durable };
         let Some(record) = self.record_for(&put, checksum) else {
             let text = format!("binding {binding} is not registered");

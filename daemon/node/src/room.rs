@@ -184,8 +184,10 @@ impl Brain {
             return;
         };
         let mut why = MissReason::EvictedCapacity;
-        if entry.disk.is_none() && self.disk_serving == Some(true) {
-            if !self.admission.admits(&key) {
+        let on_disk = entry.disk.is_some();
+        let admitted = self.disk_serving == Some(true) && self.admission.leaves(&key, on_disk);
+        if !on_disk && self.disk_serving == Some(true) {
+            if !admitted {
                 why = MissReason::AdmissionRejected;
             } else if self.offloads < self.config.offloads_max
                 && self.start_write(now, &key, true, out).is_some()

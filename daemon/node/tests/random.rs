@@ -276,7 +276,7 @@ proptest! {
     #![proptest_config(ProptestConfig { cases: 64, max_shrink_iters: 4000, ..ProptestConfig::default() })]
 
     #[test]
-    fn any_history_keeps_every_promise(steps in steps(), admission in 0usize..3) {
+    fn any_history_keeps_every_promise(steps in steps(), admission in 0..AdmissionKind::ALL.len()) {
         run(&steps, AdmissionKind::ALL[admission]);
     }
 }

@@ -293,6 +293,22 @@ fn a_block_that_leaves_for_the_disk_comes_back_equal() {
 }
 
 #[test]
+fn a_budget_is_spent_on_blocks_stored_once_when_such_come_back() {
+    for returns in [false, true] {
+        let mut rig = Rig::new(Setup { disk: Some(AdmissionKind::Budget), ..Setup::default() });
+        rig.put_all(0..400);
+        assert_eq!(rig.report().disk_blocks, 0, "nothing has come back yet");
+        if returns {
+            rig.put_all(0..100);
+        }
+        rig.put_all(1000..1400);
+        let written = (1000..1400).filter(|n| rig.tiers(*n).contains(&Tier::Disk)).count();
+        assert_eq!(written > 0, returns, "{written} blocks stored once are on disk");
+        end(rig);
+    }
+}
+
+#[test]
 fn a_prefetched_block_is_in_memory_when_it_is_wanted() {
     let mut rig = Rig::new(Setup::default());
     rig.send_down(1);

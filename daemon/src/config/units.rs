@@ -512,6 +512,8 @@ words! {
     Admission {
         /// Those asked for more than once of late.
         Frequency = "frequency",
+        /// Three tenths of them: those asked for most often.
+        Budget = "budget",
         /// Every one.
         All = "all",
         /// None but those stored as durable.
