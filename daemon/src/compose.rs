@@ -23,7 +23,7 @@ use crate::config::units::{Admission, HugePages, Policy};
 use crate::config::{Config, Loaded};
 use crate::disk;
 use crate::listen::{RunDir, SocketFile};
-use crate::node::{Node, Recovered, TierNotes};
+use crate::node::{Node, Recovered, TierNotes, quota_share};
 use crate::plan::{Bounds, Plan, ShardPlan};
 use crate::registry::Registry;
 use crate::sessions::{Door, Sessions};
@@ -80,12 +80,14 @@ pub fn start(loaded: &Loaded, plan: &Plan) -> anyhow::Result<Running> {
     let mut memory = Vec::new();
     let mut notes = Vec::new();
     let mut ready = Vec::new();
+    let quotas = quotas(config, plan);
     for (mut one, shard_plan) in opened.into_iter().zip(&plan.shards) {
         recovered.host_blocks += one.host_blocks;
         recovered.disk_blocks += one.disk_blocks;
         recovered.notes.append(&mut one.remarks);
-        for (tenant, bytes_max) in quotas(config, plan) {
-            one.shard.tell(Event::Quota { tenant, bytes_max });
+        for (tenant, whole) in &quotas {
+            let bytes_max = Some(quota_share(*whole, shards.len(), plan.shards.len()));
+            one.shard.tell(Event::Quota { tenant: tenant.clone(), bytes_max });
         }
         one.shard.tell(Event::Opened { session: guest });
         shards.push(one.handle);
@@ -148,11 +150,10 @@ fn spawn(
     })
 }
 
-/// Quota of each configured tenant on one shard, in bytes.
+/// Quota of each configured tenant on all shards together, in bytes.
 fn quotas(config: &Config, plan: &Plan) -> Vec<(String, u64)> {
     let arena: u64 = plan.shards.iter().map(|shard| shard.arena_bytes).sum();
-    let shards = plan.shards.len() as u64;
-    let quota = |tenant: &crate::config::Tenant| tenant.bytes_max.get().map(|size| size.of(arena) / shards);
+    let quota = |tenant: &crate::config::Tenant| tenant.bytes_max.get().map(|size| size.of(arena));
     config.tenants.iter().filter_map(|(name, tenant)| Some((name.clone(), quota(tenant)?))).collect()
 }
 

@@ -303,6 +303,15 @@ impl Node {
         Ok(Ok((held, grant.tier)))
     }
 
+    /// Sets what a tenant may hold on all shards together; `None` lifts its quota.
+    pub fn set_quota(&self, tenant: &str, bytes_max: Option<u64>) {
+        let count = self.shards.len();
+        for (at, shard) in self.shards.iter().enumerate() {
+            let bytes_max = bytes_max.map(|whole| quota_share(whole, at, count));
+            shard.post_surely(Letter::Tell(Event::Quota { tenant: tenant.to_owned(), bytes_max }));
+        }
+    }
+
     /// The counters of every shard.
     pub async fn reports(&self, deadline: Instant) -> Result<Vec<ShardReport>, Fault> {
         let mut reports = Vec::with_capacity(self.shards.len());
@@ -371,6 +380,12 @@ impl Node {
     }
 }
 
+/// The part of a quota that falls to the shard at `at` of `count`: the parts sum to the whole.
+pub fn quota_share(whole: u64, at: usize, count: usize) -> u64 {
+    let count = count.max(1) as u64;
+    whole / count + u64::from((at as u64) < whole % count)
+}
+
 /// Scopes of a tenant that an explanation compares with.
 const SCOPES_COMPARED_MAX: usize = 64;
 
@@ -423,4 +438,20 @@ fn better(left: Found, right: Found) -> Found {
         Found::Miss(_) => 11,
     };
     if rank(right) < rank(left) { right } else { left }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_quota_is_shared_out_without_a_rest_and_a_small_one_is_not_lifted() {
+        for whole in [0, 1, 2, 3, 7, 1 << 30, u64::MAX] {
+            for count in 1..9 {
+                let parts: Vec<u64> = (0..count).map(|at| quota_share(whole, at, count)).collect();
+                assert_eq!(parts.iter().map(|part| u128::from(*part)).sum::<u128>(), u128::from(whole));
+                assert!(parts.iter().max().unwrap() - parts.iter().min().unwrap() <= 1, "{parts:?}");
+            }
+        }
+    }
 }

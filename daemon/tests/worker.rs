@@ -263,6 +263,19 @@ fn a_quota_pushes_out_only_its_own_tenant() {
     assert_eq!(here(&ours, 0..50), 50);
     let gone = worker.lookup(&small, &hashes(0..1)).unwrap().first_miss.unwrap().1;
     assert_eq!(gone.reason, MissReason::EvictedQuota);
+    // A quota of nothing is one, and none is none.
+    let door = support::Door::of(&home);
+    let set = |bytes_max| {
+        let request = kv_api::v1::SetQuotaRequest { tenant: "small".into(), bytes_max };
+        door.runtime.block_on(door.admin().set_quota(request)).unwrap();
+        let tenants = door.runtime.block_on(door.admin().list_tenants(kv_api::v1::ListTenantsRequest {}));
+        let tenants = tenants.unwrap().into_inner().tenants;
+        assert_eq!(tenants.iter().find(|row| row.tenant == "small").unwrap().quota_bytes, bytes_max);
+        let hash = SequenceHash::from(200);
+        worker.put(&small, &hash, &body(&small.key(&hash)))
+    };
+    assert_eq!(set(Some(0)).unwrap_err().code(), Some(Code::QuotaFull));
+    assert!(!set(None).unwrap().already);
 }
 
 /// What is readable, and from where.

@@ -99,12 +99,12 @@ pub enum Event {
     },
     /// Workers read these slots by themselves since the last report.
     Touched(Vec<SlotId>),
-    /// A tenant's quota changed; 0 means none.
+    /// A tenant's quota changed.
     Quota {
         /// Which tenant.
         tenant: String,
-        /// Host bytes it may hold.
-        bytes_max: u64,
+        /// Host bytes it may hold; `None` for as many as there are, 0 for nothing at all.
+        bytes_max: Option<u64>,
     },
     /// Nothing; time passed.
     Tick,

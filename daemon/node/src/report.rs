@@ -106,7 +106,7 @@ pub struct TenantReport {
     /// Pinned bytes.
     pub pinned_bytes: u64,
     /// Quota for host memory; 0 none.
-    pub quota_bytes: u64,
+    pub quota_bytes: Option<u64>,
     /// Blocks found.
     pub hits: u64,
     /// Blocks not found.

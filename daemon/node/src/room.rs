@@ -70,7 +70,8 @@ impl Brain {
                 .retry_after(soon),
             NoRoom::Quota => {
                 let tenant = &self.tenants[tenant];
-                let text = format!("tenant {} may hold {} bytes", tenant.name, tenant.quota_bytes);
+                let quota = tenant.quota_bytes.unwrap_or(u64::MAX);
+                let text = format!("tenant {} may hold {quota} bytes of this shard", tenant.name);
                 Fault::new(Code::QuotaFull, text)
             }
             NoRoom::TooLarge => Fault::new(

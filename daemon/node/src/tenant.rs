@@ -8,7 +8,8 @@ use kv_block::{Generation, SlotId};
 #[derive(Default, Clone)]
 pub(crate) struct Tenant {
     pub(crate) name: String,
-    pub(crate) quota_bytes: u64,
+    /// `None`: no quota. 0 is one: it may hold nothing.
+    pub(crate) quota_bytes: Option<u64>,
     pub(crate) host_bytes: u64,
     /// Bytes of slots that are being filled for it.
     pub(crate) coming_bytes: u64,
@@ -25,15 +26,13 @@ pub(crate) struct Tenant {
 impl Tenant {
     /// Whether it could hold a block of so many bytes if it held nothing else.
     pub(crate) fn may_hold(&self, bytes: u64) -> bool {
-        self.quota_bytes == 0 || bytes <= self.quota_bytes
+        self.quota_bytes.is_none_or(|quota| bytes <= quota)
     }
 
     /// Bytes over the quota if `more` came in; 0 when it fits or there is no quota.
     pub(crate) fn excess(&self, more: u64) -> u64 {
-        if self.quota_bytes == 0 {
-            return 0;
-        }
-        (self.host_bytes + self.coming_bytes + more).saturating_sub(self.quota_bytes)
+        let held = self.host_bytes + self.coming_bytes + more;
+        self.quota_bytes.map_or(0, |quota| held.saturating_sub(quota))
     }
 }
 

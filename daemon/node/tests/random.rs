@@ -185,10 +185,12 @@ impl World {
             }
             Step::Quota { blocks } => {
                 // Only while it is kept: a quota below what is there is worked off by puts alone.
-                let bytes_max = blocks * u64::from(SMALL);
+                let bytes_max = blocks.checked_sub(1).map(|blocks| blocks * u64::from(SMALL));
                 let held =
                     rig.report().tenants.iter().find(|one| one.tenant == "b").map_or(0, |b| b.host_bytes);
-                if bytes_max == 0 || (held <= bytes_max && !rig.hold_fills && rig.unanswered() == 0) {
+                let kept =
+                    bytes_max.is_none_or(|quota| held <= quota && !rig.hold_fills && rig.unanswered() == 0);
+                if kept {
                     rig.tell(Event::Quota { tenant: "b".into(), bytes_max });
                 }
             }

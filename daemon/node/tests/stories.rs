@@ -236,7 +236,7 @@ fn pins_survive_any_pressure_until_they_end() {
 #[test]
 fn a_quota_costs_its_own_tenant_blocks_of_any_size_and_nobody_else() {
     let mut rig = Rig::new(Setup { regions: 4, ..Setup::without_disk() });
-    rig.tell(Event::Quota { tenant: "b".into(), bytes_max: 4 * u64::from(SMALL) });
+    rig.tell(Event::Quota { tenant: "b".into(), bytes_max: Some(4 * u64::from(SMALL)) });
     rig.put_all(0..8);
     let put_b = |rig: &mut Rig, n| words(&rig.get(session(1), Rig::put_op(n, B, false)));
     for n in 10..14 {
@@ -253,11 +253,23 @@ fn a_quota_costs_its_own_tenant_blocks_of_any_size_and_nobody_else() {
     }
     assert_eq!(put_b(&mut rig, 15), "QuotaFull", "all that is left of b is read");
     assert_eq!(words(&rig.get(session(1), Rig::put_op(50, A, false))), "stored");
-    rig.tell(Event::Quota { tenant: "b".into(), bytes_max: u64::from(SMALL) });
+    rig.tell(Event::Quota { tenant: "b".into(), bytes_max: Some(u64::from(SMALL)) });
     rig.close(session(2));
     assert_eq!(words(&rig.get(session(1), Rig::put_op(21, B_LARGE, false))), "QuotaFull");
     assert_eq!(rig.read(20), "leased", "a block that can never fit costs nothing");
-    rig.tell(Event::Quota { tenant: "b".into(), bytes_max: 0 });
+    rig.tell(Event::Quota { tenant: "b".into(), bytes_max: None });
+    end(rig);
+}
+
+#[test]
+fn a_quota_of_nothing_is_a_quota_and_none_is_none() {
+    let mut rig = Rig::new(Setup::default());
+    let put_b = |rig: &mut Rig, n| words(&rig.get(session(1), Rig::put_op(n, B, false)));
+    rig.tell(Event::Quota { tenant: "b".into(), bytes_max: Some(0) });
+    assert_eq!(put_b(&mut rig, 10), "QuotaFull");
+    assert_eq!(rig.put(1), "stored", "tenant a has no quota");
+    rig.tell(Event::Quota { tenant: "b".into(), bytes_max: None });
+    assert_eq!(put_b(&mut rig, 10), "stored");
     end(rig);
 }
 
@@ -268,7 +280,7 @@ fn a_quota_counts_what_is_on_its_way() {
         rig.get(session(1), Rig::put_op(n, B, true));
         rig.evict(n, Some(Tier::Host));
     }
-    rig.tell(Event::Quota { tenant: "b".into(), bytes_max: u64::from(SMALL) });
+    rig.tell(Event::Quota { tenant: "b".into(), bytes_max: Some(u64::from(SMALL)) });
     rig.hold_store = true;
     let first = rig.ask(session(1), Rig::acquire_op(10));
     let second = rig.ask(session(1), Rig::acquire_op(11));
@@ -335,7 +347,7 @@ fn every_miss_says_why() {
             rig.read(1)
         }),
         (Why::EvictedQuota, Setup::default(), |rig| {
-            rig.tell(Event::Quota { tenant: "a".into(), bytes_max: u64::from(SMALL) });
+            rig.tell(Event::Quota { tenant: "a".into(), bytes_max: Some(u64::from(SMALL)) });
             rig.put_all(1..3);
             rig.read(1)
         }),
@@ -400,7 +412,7 @@ fn every_miss_says_why() {
             rig.send_down(1);
             rig.put(2);
             rig.lease(session(2), 2);
-            rig.tell(Event::Quota { tenant: "a".into(), bytes_max: u64::from(SMALL) });
+            rig.tell(Event::Quota { tenant: "a".into(), bytes_max: Some(u64::from(SMALL)) });
             rig.read(1)
         }),
         (Why::TierTimeout, Setup::default(), |rig| {

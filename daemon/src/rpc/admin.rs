@@ -7,7 +7,7 @@ use bytes::Bytes;
 use kv_api::{convert, v1};
 use kv_block::code::Code;
 use kv_block::{BlockKey, Fault, SessionId, Tier};
-use kv_node::{Event, Filter, Op, Reply, ShardReport};
+use kv_node::{Filter, Op, Reply, ShardReport};
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Request, Response, Status};
 
@@ -296,7 +296,10 @@ impl v1::admin_server::Admin for AdminService {
             tenant.disk_bytes += row.disk_bytes;
             tenant.blocks += row.blocks;
             tenant.pinned_bytes += row.pinned_bytes;
-            tenant.quota_bytes += row.quota_bytes;
+            // Every shard has a part of the quota, or none has.
+            if let Some(part) = row.quota_bytes {
+                *tenant.quota_bytes.get_or_insert(0) += part;
+            }
             tenant.hits += row.hits;
             tenant.misses += row.misses;
         }
@@ -365,8 +368,7 @@ impl v1::admin_server::Admin for AdminService {
     ) -> Result<Response<v1::SetQuotaResponse>, Status> {
         self.shared.allow_admin(&request)?;
         let request = request.into_inner();
-        let share = request.bytes_max / self.shared.node.shards.len() as u64;
-        self.shared.node.tell_all(|| Event::Quota { tenant: request.tenant.clone(), bytes_max: share });
+        self.shared.node.set_quota(&request.tenant, request.bytes_max);
         Ok(Response::new(v1::SetQuotaResponse {}))
     }
 

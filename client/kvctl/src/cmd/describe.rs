@@ -204,8 +204,8 @@ fn client_fields(client: &v1::ClientInfo) -> String {
 
 fn tenant_fields(tenant: &v1::TenantInfo) -> String {
     let quota = match tenant.quota_bytes {
-        0 => "none".into(),
-        quota => {
+        None => "none".into(),
+        Some(quota) => {
             let used = tenant.host_bytes.saturating_add(tenant.disk_bytes);
             format!("{} ({} used)", bytes(quota), percent(used, quota))
         }

@@ -313,8 +313,8 @@ const TENANTS: Kind<v1::TenantInfo> = Kind {
         column("DISK", |tenant, _| Cell::bytes(tenant.disk_bytes)),
         column("PINNED", |tenant, _| Cell::bytes(tenant.pinned_bytes)),
         column("QUOTA", |tenant, _| match tenant.quota_bytes {
-            0 => Cell::number(u64::MAX, "none".into()),
-            quota => Cell::bytes(quota),
+            None => Cell::number(u64::MAX, "none".into()),
+            Some(quota) => Cell::bytes(quota),
         }),
         column("HIT%", |tenant, _| share(tenant.hits, tenant.hits.saturating_add(tenant.misses))),
         wide("HITS", |tenant, _| Cell::count(tenant.hits)),
@@ -424,7 +424,7 @@ disk       0   degraded   10.0TiB   30.0TiB   33.3%   64.0MiB    16384         7
             quota_bytes,
             ..Default::default()
         };
-        let mut items = vec![tenant("free", 0), tenant("tight", 1)];
+        let mut items = vec![tenant("free", None), tenant("tight", Some(1))];
         TENANTS.sort(&mut items, "quota", 0).unwrap();
         assert_eq!(TENANTS.names(&items), "tenant/tight\ntenant/free\n");
     }

@@ -26,7 +26,7 @@ enum What {
         tenant: String,
         /// Most bytes it may hold, such as 64GiB; none lifts the quota
         #[arg(value_parser = parse_quota)]
-        size: u64,
+        size: Quota,
     },
 }
 
@@ -37,22 +37,22 @@ pub(crate) async fn run(global: &Global, arguments: Arguments) -> Result<Exit, F
         .within(
             daemon
                 .admin()
-                .set_quota(daemon.request(v1::SetQuotaRequest { tenant: tenant.clone(), bytes_max: size })),
+                .set_quota(daemon.request(v1::SetQuotaRequest { tenant: tenant.clone(), bytes_max: size.0 })),
         )
         .await?;
-    let quota = if size == 0 { "none".into() } else { bytes(size) };
+    let quota = size.0.map_or("none".into(), bytes);
     out::print(&format!("quota of {tenant}: {quota}\n"))?;
     Ok(Exit::Ok)
 }
 
-/// Bytes; 0 is no quota.
-fn parse_quota(text: &str) -> Result<u64, String> {
+/// Bytes, or no quota. A type of its own, because clap takes an `Option` for an argument left out.
+#[derive(Debug, Clone, Copy, PartialEq)]
+struct Quota(Option<u64>);
+
+fn parse_quota(text: &str) -> Result<Quota, String> {
     match text {
-        "none" => Ok(0),
-        text => match parse_bytes(text)? {
-            0 => Err("a quota of nothing keeps nothing; `none` lifts the quota".into()),
-            bytes => Ok(bytes),
-        },
+        "none" => Ok(Quota(None)),
+        text => Ok(Quota(Some(parse_bytes(text)?))),
     }
 }
 
@@ -62,8 +62,9 @@ mod tests {
 
     #[test]
     fn no_quota_must_be_said_in_words() {
-        assert_eq!(parse_quota("none"), Ok(0));
-        assert_eq!(parse_quota("64GiB"), Ok(64 << 30));
-        assert!(parse_quota("0").unwrap_err().contains("none"));
+        assert_eq!(parse_quota("none"), Ok(Quota(None)));
+        assert_eq!(parse_quota("64GiB"), Ok(Quota(Some(64 << 30))));
+        assert_eq!(parse_quota("0"), Ok(Quota(Some(0))), "it may hold nothing");
+        assert!(parse_quota("much").is_err());
     }
 }

@@ -715,7 +715,7 @@ impl Rig {
             let bytes = |tier: Tier| on(tier).filter(own).map(|block| u64::from(block.bytes)).sum::<u64>();
             assert_eq!(tenant.host_bytes, bytes(Tier::Host), "{}", tenant.tenant);
             assert_eq!(tenant.disk_bytes, bytes(Tier::Disk), "{}", tenant.tenant);
-            assert!(tenant.quota_bytes == 0 || tenant.host_bytes <= tenant.quota_bytes);
+            assert!(tenant.quota_bytes.is_none_or(|quota| tenant.host_bytes <= quota));
         }
         let pending = blocks.iter().filter(|block| block.state == BlockState::Pending).count() as u64;
         assert_eq!(report.pending, pending);
