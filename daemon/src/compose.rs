@@ -24,6 +24,7 @@ use crate::config::{Config, Loaded};
 use crate::disk;
 use crate::listen::{RunDir, SocketFile};
 use crate::node::{Node, Recovered, TierNotes, quota_share};
+use crate::peercred::Caller;
 use crate::plan::{Bounds, Plan, ShardPlan};
 use crate::registry::Registry;
 use crate::sessions::{Door, Sessions};
@@ -73,9 +74,9 @@ pub fn start(loaded: &Loaded, plan: &Plan) -> anyhow::Result<Running> {
         opened.push(one);
     }
 
-    let sessions = Sessions::new(epoch, config.limits.sessions_max as usize + 1);
-    let guest =
-        sessions.open("grpc".into(), Door::Grpc, std::process::id(), None).map_err(anyhow::Error::new)?.id;
+    let sessions = Sessions::new(config.limits.sessions_max as usize + 1);
+    // Of nobody who can call: its number opens nothing.
+    let guest = sessions.open("grpc".into(), Door::Grpc, Caller::Unknown).map_err(anyhow::Error::new)?.id;
     let mut shards = Vec::new();
     let mut memory = Vec::new();
     let mut notes = Vec::new();

@@ -1,7 +1,8 @@
 //! Who calls, and what they may do. A caller on a Unix socket is known by what the kernel says of it; a caller
 //! on TCP by the certificate that its connection was let in with. Nothing a caller says of itself counts.
 
-use tonic::transport::server::UdsConnectInfo;
+use axum::http::Extensions;
+use tonic::transport::server::{TcpConnectInfo, TlsConnectInfo, UdsConnectInfo};
 
 use crate::config::Config;
 use crate::config::units::UidRule;
@@ -34,16 +35,43 @@ pub struct Rights {
 }
 
 impl Caller {
-    /// Who sent this gRPC request.
-    pub fn of<T>(request: &tonic::Request<T>) -> Self {
-        if let Some(peer) = request.extensions().get::<UdsConnectInfo>() {
+    /// Who is at the other end, from what the listener knows of the connection.
+    pub fn of(known: &Extensions) -> Self {
+        if let Some(peer) = known.get::<UdsConnectInfo>() {
             return peer.peer_cred.map_or(Self::Unknown, |cred| Self::Process {
                 uid: cred.uid(),
                 pid: cred.pid().and_then(|pid| u32::try_from(pid).ok()),
             });
         }
-        // Known for TCP with and without TLS.
-        if request.remote_addr().is_some() { Self::Network } else { Self::Unknown }
+        let over_tcp = known.get::<TcpConnectInfo>().is_some()
+            || known.get::<TlsConnectInfo<TcpConnectInfo>>().is_some();
+        if over_tcp { Self::Network } else { Self::Unknown }
+    }
+
+    /// Whether `self` may use what `owner` opened: a process by its user, a caller over TCP by being one (what
+    /// it must know besides is a number that cannot be guessed).
+    pub fn may_use_what_is_of(self, owner: Self) -> bool {
+        match (self, owner) {
+            (Self::Process { uid, .. }, Self::Process { uid: of, .. }) => uid == of,
+            (Self::Network, Self::Network) => true,
+            _ => false,
+        }
+    }
+
+    /// Its user id, where there is one.
+    pub fn uid(self) -> Option<u32> {
+        match self {
+            Self::Process { uid, .. } => Some(uid),
+            Self::Network | Self::Unknown => None,
+        }
+    }
+
+    /// Its process id, 0 when not known.
+    pub fn pid(self) -> u32 {
+        match self {
+            Self::Process { pid, .. } => pid.unwrap_or(0),
+            Self::Network | Self::Unknown => 0,
+        }
     }
 
     /// What `config` lets this caller do, where the daemon runs as `own_uid`.
@@ -92,6 +120,6 @@ mod tests {
         config.listen.admin_uids = vec![];
         assert_eq!(user(9).rights(&config, 5), Rights { blocks: true, ..Rights::default() });
         assert!(!user(5).rights(&config, 5).admin, "an empty list leaves root alone");
-        assert_eq!(Caller::of(&tonic::Request::new(())), Caller::Unknown);
+        assert_eq!(Caller::of(&Extensions::new()), Caller::Unknown);
     }
 }

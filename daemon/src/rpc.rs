@@ -1,8 +1,10 @@
-//! The gRPC services: parse, ask the node, answer. A wrong message stops before it reaches the node.
+//! The gRPC services: parse, ask the node, answer. A wrong message stops before it reaches the node, a caller
+//! without the right before it reaches the service (`guard.rs`).
 
 mod admin;
 mod blocks;
 mod events;
+mod guard;
 mod worker;
 
 use std::sync::Arc;
@@ -10,12 +12,12 @@ use std::time::{Duration, Instant};
 
 use kv_api::fault::to_status;
 use kv_block::Fault;
-use kv_block::code::Code;
 use tonic::{Request, Status};
 
 pub use admin::AdminService;
 pub use blocks::BlocksService;
 pub use events::EventsService;
+pub use guard::{Guard, METHODS, Needs};
 pub use worker::WorkerService;
 
 use crate::config::Config;
@@ -34,30 +36,11 @@ pub struct Shared {
     pub node: Arc<Node>,
     /// The configuration it runs with.
     pub config: Arc<Config>,
-    /// User of this process.
-    pub own_uid: u32,
 }
 
-impl Shared {
-    /// Lets through whoever may store and read.
-    fn allow_blocks<T>(&self, request: &Request<T>) -> Result<(), Status> {
-        let rights = Caller::of(request).rights(&self.config, self.own_uid);
-        if rights.blocks {
-            return Ok(());
-        }
-        let text = "the caller may not use blocks; add its user id to workers.uids";
-        Err(to_status(&Fault::new(Code::Denied, text)))
-    }
-
-    /// Lets through whoever may administer.
-    fn allow_admin<T>(&self, request: &Request<T>) -> Result<(), Status> {
-        let rights = Caller::of(request).rights(&self.config, self.own_uid);
-        if rights.admin {
-            return Ok(());
-        }
-        let text = "the caller may not administer this daemon; use its Unix socket as its own user, or add the user id to listen.admin_uids";
-        Err(to_status(&Fault::new(Code::Denied, text)))
-    }
+/// Who sent this request, as the guard found out.
+fn caller<T>(request: &Request<T>) -> Caller {
+    request.extensions().get().copied().unwrap_or(Caller::Unknown)
 }
 
 /// By when a call must end: what the caller's `grpc-timeout` says, within bounds.

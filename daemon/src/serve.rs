@@ -19,7 +19,7 @@ use crate::http::{Check, HealthSource};
 use crate::node::Node;
 use crate::plan::Plan;
 use crate::requests::Timed;
-use crate::rpc::{AdminService, BlocksService, EventsService, Shared, WorkerService};
+use crate::rpc::{AdminService, BlocksService, EventsService, Guard, Shared, WorkerService};
 use crate::{gauges, http, metrics, systemd, tls};
 
 /// A loop that has not come around for so long is stuck.
@@ -80,11 +80,7 @@ async fn serve(
     for service in ["", "kv.v1.Blocks", "kv.v1.Worker", "kv.v1.Events", "kv.v1.Admin"] {
         health_reporter.set_service_status(service, tonic_health::ServingStatus::Serving).await;
     }
-    let shared = Shared {
-        node: Arc::clone(&node),
-        config: Arc::clone(&config),
-        own_uid: rustix::process::geteuid().as_raw(),
-    };
+    let shared = Shared { node: Arc::clone(&node), config: Arc::clone(&config) };
     let routes = || -> anyhow::Result<Routes> {
         let message_max = config.limits.message_bytes_max.0 as usize;
         let admin = AdminService {
@@ -119,7 +115,8 @@ async fn serve(
     let mut servers = tokio::task::JoinSet::new();
     listener.set_nonblocking(true)?;
     let unix = UnixListenerStream::new(tokio::net::UnixListener::from_std(listener)?);
-    let router = server(Server::builder(), routes()?);
+    let guard = Guard { config: Arc::clone(&config), own_uid: rustix::process::geteuid().as_raw() };
+    let router = server(Server::builder(), guard.clone(), routes()?);
     servers.spawn(router.serve_with_incoming_shutdown(unix, end(stopped.clone())));
     if let Some(address) = config.listen.tcp.get() {
         let tcp = tokio::net::TcpListener::bind(address.0)
@@ -132,7 +129,7 @@ async fn serve(
             tracing::warn!(address = %address.0, "gRPC over TCP without certificates: whoever reaches it reads and writes every block");
         }
         tracing::info!(address = %tcp.local_addr()?, "gRPC over TCP");
-        let router = server(builder, routes()?);
+        let router = server(builder, guard, routes()?);
         servers.spawn(router.serve_with_incoming_shutdown(TcpListenerStream::new(tcp), end(stopped.clone())));
     }
     let source = Arc::new(Health { node: Arc::clone(&node), beats: std::sync::Mutex::new(Vec::new()) });
@@ -174,13 +171,14 @@ async fn serve(
     Ok(())
 }
 
-fn server(builder: Server, routes: Routes) -> Router<Stack<Timed, Identity>> {
+fn server(builder: Server, guard: Guard, routes: Routes) -> Router<Stack<Guard, Stack<Timed, Identity>>> {
     builder
         .http2_keepalive_interval(Some(Duration::from_secs(20)))
         .http2_keepalive_timeout(Some(Duration::from_secs(10)))
         .http2_max_header_list_size(16 << 10)
         .max_concurrent_streams(1024)
         .layer(Timed)
+        .layer(guard)
         .add_routes(routes)
 }
 

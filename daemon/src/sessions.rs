@@ -1,15 +1,17 @@
 //! Who is connected: one row per worker or gRPC session, node-wide.
 //!
-//! A session number carries the daemon's epoch in its upper half, so a number from an earlier life is never
-//! taken for one of this life.
+//! What a session holds is given back by whoever names it, so a session is bound to the caller that opened it:
+//! on a Unix socket to the user, over TCP to callers over TCP. Those are many, so a number is also random, all
+//! 64 bits of it: nobody can name what he was not told, and a number of an earlier life is none of this one.
 
 use std::collections::BTreeMap;
 use std::sync::Mutex;
-use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Instant;
 
 use kv_block::code::Code;
-use kv_block::{Epoch, Fault, SessionId};
+use kv_block::{Fault, SessionId};
+
+use crate::peercred::Caller;
 
 /// By which way a session came.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -39,43 +41,44 @@ pub struct SessionInfo {
     pub name: String,
     /// How it came.
     pub door: Door,
-    /// Process id, 0 when not known.
-    pub pid: u32,
-    /// User id; `None` over TCP.
-    pub uid: Option<u32>,
+    /// Who opened it. Nobody else may name it.
+    pub owner: Caller,
     /// Since when.
     pub since: Instant,
 }
 
 /// All sessions of this life.
 pub struct Sessions {
-    epoch: Epoch,
-    next: AtomicU32,
     max: usize,
     all: Mutex<BTreeMap<SessionId, SessionInfo>>,
 }
 
 impl Sessions {
     /// No sessions; at most `max` at once.
-    pub fn new(epoch: Epoch, max: usize) -> Self {
-        Self { epoch, next: AtomicU32::new(1), max, all: Mutex::new(BTreeMap::new()) }
+    pub fn new(max: usize) -> Self {
+        Self { max, all: Mutex::new(BTreeMap::new()) }
     }
 
     fn lock(&self) -> std::sync::MutexGuard<'_, BTreeMap<SessionId, SessionInfo>> {
         self.all.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
     }
 
-    /// A new session.
-    pub fn open(&self, name: String, door: Door, pid: u32, uid: Option<u32>) -> Result<SessionInfo, Fault> {
+    /// A new session of this caller.
+    pub fn open(&self, name: String, door: Door, owner: Caller) -> Result<SessionInfo, Fault> {
         let mut all = self.lock();
         if all.len() >= self.max {
             let text = format!("{} sessions are open, as many as there may be", self.max);
             let wait = std::time::Duration::from_secs(1);
             return Err(Fault::new(Code::TooManySessions, text).retry_after(wait));
         }
-        let number = self.next.fetch_add(1, Ordering::Relaxed);
-        let id = SessionId((self.epoch.0 << 32) | u64::from(number));
-        let info = SessionInfo { id, name, door, pid, uid, since: Instant::now() };
+        let id = loop {
+            let id = SessionId(random()?);
+            // 0 says "none" in the protocol.
+            if id.0 != 0 && !all.contains_key(&id) {
+                break id;
+            }
+        };
+        let info = SessionInfo { id, name, door, owner, since: Instant::now() };
         all.insert(id, info.clone());
         Ok(info)
     }
@@ -85,17 +88,14 @@ impl Sessions {
         self.lock().remove(&id).is_some()
     }
 
-    /// Refuses a number that is not a session of this life.
-    pub fn check(&self, id: SessionId) -> Result<(), Fault> {
-        if self.lock().contains_key(&id) {
-            return Ok(());
+    /// Refuses a number that is not a session of this life, or not this caller's.
+    pub fn check(&self, id: SessionId, caller: Caller) -> Result<(), Fault> {
+        let owner = self.lock().get(&id).map(|info| info.owner);
+        match owner {
+            Some(owner) if caller.may_use_what_is_of(owner) => Ok(()),
+            Some(_) => Err(Fault::new(Code::Denied, format!("session {id} was opened by another caller"))),
+            None => Err(Fault::new(Code::UnknownSession, format!("session {id} is not open"))),
         }
-        let epoch = self.epoch.0;
-        if id.0 >> 32 != epoch & 0xffff_ffff {
-            let text = format!("session {id} is of epoch {}, this is epoch {epoch}", id.0 >> 32);
-            return Err(Fault::new(Code::WrongEpoch, text));
-        }
-        Err(Fault::new(Code::UnknownSession, format!("session {id} is not open")))
     }
 
     /// Everybody, by number.
@@ -114,20 +114,68 @@ impl Sessions {
     }
 }
 
+/// A number that nobody can guess.
+fn random() -> Result<u64, Fault> {
+    let mut bytes = [0; 8];
+    // So few bytes come whole, or not at all.
+    match rustix::rand::getrandom(&mut bytes, rustix::rand::GetRandomFlags::empty()) {
+        Ok(8) => Ok(u64::from_ne_bytes(bytes)),
+        Ok(_) => Err(Fault::new(Code::Bug, "the kernel gave half a random number")),
+        Err(error) => Err(Fault::new(Code::Bug, format!("the kernel gives no random numbers: {error}"))),
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
 
+    fn user(uid: u32, pid: u32) -> Caller {
+        Caller::Process { uid, pid: Some(pid) }
+    }
+
     #[test]
-    fn numbers_of_another_life_are_fenced_and_too_many_are_refused() {
-        let sessions = Sessions::new(Epoch(7), 1);
-        let open = || sessions.open("w".into(), Door::Grpc, 0, None);
+    fn closed_and_unknown_sessions_are_fenced_and_too_many_are_refused() {
+        let sessions = Sessions::new(1);
+        let open = || sessions.open("w".into(), Door::Grpc, user(1, 1));
         let first = open().unwrap();
         assert_eq!(open().unwrap_err().code, Code::TooManySessions);
-        sessions.check(first.id).unwrap();
-        assert_eq!(sessions.check(SessionId(6 << 32 | 1)).unwrap_err().code, Code::WrongEpoch);
+        sessions.check(first.id, user(1, 1)).unwrap();
+        let stranger = SessionId(first.id.0 ^ 1);
+        assert_eq!(sessions.check(stranger, user(1, 1)).unwrap_err().code, Code::UnknownSession);
         assert!(sessions.close(first.id));
-        assert_eq!(sessions.check(first.id).unwrap_err().code, Code::UnknownSession);
+        assert_eq!(sessions.check(first.id, user(1, 1)).unwrap_err().code, Code::UnknownSession);
         assert_ne!(open().unwrap().id, first.id, "numbers are not reused");
+    }
+
+    #[test]
+    fn a_session_is_of_the_caller_that_opened_it() {
+        let sessions = Sessions::new(8);
+        let of = |owner| sessions.open("w".into(), Door::Grpc, owner).unwrap().id;
+        let (seven, network, nobody) = (of(user(7, 1)), of(Caller::Network), of(Caller::Unknown));
+        let rows = [
+            (seven, user(7, 2), true), // another process of the same user
+            (seven, user(8, 1), false),
+            (seven, user(0, 1), false),
+            (seven, Caller::Network, false),
+            (seven, Caller::Unknown, false),
+            (network, Caller::Network, true),
+            (network, user(7, 1), false),
+            (nobody, Caller::Unknown, false),
+            (nobody, user(0, 1), false),
+        ];
+        for (session, caller, allowed) in rows {
+            let code = sessions.check(session, caller).err().map(|fault| fault.code);
+            assert_eq!(code, (!allowed).then_some(Code::Denied), "{session} {caller:?}");
+        }
+    }
+
+    #[test]
+    fn numbers_cannot_be_guessed_from_one_another() {
+        let sessions = Sessions::new(64);
+        let numbers: Vec<u64> =
+            (0..64).map(|_| sessions.open("w".into(), Door::Shm, user(1, 1)).unwrap().id.0).collect();
+        // Of 64 random numbers every bit is set in some and clear in others, but for a chance of 2^-57.
+        assert_eq!(numbers.iter().fold(0, |all, number| all | number), u64::MAX);
+        assert_eq!(numbers.iter().fold(u64::MAX, |all, number| all & number), 0);
     }
 }

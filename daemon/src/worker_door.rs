@@ -212,8 +212,8 @@ impl WorkerDoor {
             Fault::new(Code::Version, text)
         })?;
         let peer = guest.peer;
-        let rights =
-            Caller::Process { uid: peer.uid, pid: Some(peer.pid) }.rights(&self.config, self.own_uid);
+        let caller = Caller::Process { uid: peer.uid, pid: Some(peer.pid) };
+        let rights = caller.rights(&self.config, self.own_uid);
         if !rights.blocks {
             let text = format!("user id {} may not use shared memory; add it to workers.uids", peer.uid);
             return Err(Fault::new(Code::Denied, text));
@@ -226,7 +226,7 @@ impl WorkerDoor {
             Layout::new(entries, staging).map_err(|error| Fault::new(Code::BadRequest, error.to_string()))?;
         let hazards = hello.hazards.clamp(1, limits.hazards_max);
 
-        let info = self.node.sessions.open(String::new(), Door::Shm, peer.pid, Some(peer.uid))?;
+        let info = self.node.sessions.open(String::new(), Door::Shm, caller)?;
         let made = self.make_links(info.id, &peer, layout, hazards);
         let links = match made {
             Ok(links) => links,

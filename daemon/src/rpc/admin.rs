@@ -166,7 +166,6 @@ impl v1::admin_server::Admin for AdminService {
         &self,
         request: Request<v1::StatusRequest>,
     ) -> Result<Response<v1::StatusResponse>, Status> {
-        self.shared.allow_admin(&request)?;
         let reports = self.reports(deadline(&request)).await?;
         let node = &self.shared.node;
         let (mut hits, mut misses) = (HashMap::<String, u64>::new(), HashMap::<String, u64>::new());
@@ -221,7 +220,6 @@ impl v1::admin_server::Admin for AdminService {
         &self,
         request: Request<v1::ListTiersRequest>,
     ) -> Result<Response<v1::ListTiersResponse>, Status> {
-        self.shared.allow_admin(&request)?;
         let reports = self.reports(deadline(&request)).await?;
         Ok(Response::new(v1::ListTiersResponse { tiers: self.tiers(&reports) }))
     }
@@ -230,7 +228,6 @@ impl v1::admin_server::Admin for AdminService {
         &self,
         request: Request<v1::ListClientsRequest>,
     ) -> Result<Response<v1::ListClientsResponse>, Status> {
-        self.shared.allow_admin(&request)?;
         let reports = self.reports(deadline(&request)).await?;
         let clients = self.shared.node.clients().into_iter().map(|info| {
             let rows =
@@ -239,8 +236,8 @@ impl v1::admin_server::Admin for AdminService {
                 session: info.id.0,
                 name: info.name,
                 door: info.door.name().into(),
-                pid: info.pid,
-                uid: info.uid.unwrap_or(u32::MAX),
+                pid: info.owner.pid(),
+                uid: info.owner.uid().unwrap_or(u32::MAX),
                 connected_s: info.since.elapsed().as_secs(),
                 ..v1::ClientInfo::default()
             };
@@ -260,7 +257,6 @@ impl v1::admin_server::Admin for AdminService {
         &self,
         request: Request<v1::ListLeasesRequest>,
     ) -> Result<Response<v1::ListLeasesResponse>, Status> {
-        self.shared.allow_admin(&request)?;
         let until = deadline(&request);
         let session = Some(SessionId(request.into_inner().session)).filter(|session| session.0 != 0);
         let node = &self.shared.node;
@@ -285,7 +281,6 @@ impl v1::admin_server::Admin for AdminService {
         &self,
         request: Request<v1::ListTenantsRequest>,
     ) -> Result<Response<v1::ListTenantsResponse>, Status> {
-        self.shared.allow_admin(&request)?;
         let reports = self.reports(deadline(&request)).await?;
         let mut tenants: std::collections::BTreeMap<String, v1::TenantInfo> =
             std::collections::BTreeMap::new();
@@ -310,7 +305,6 @@ impl v1::admin_server::Admin for AdminService {
         &self,
         request: Request<v1::ListBlocksRequest>,
     ) -> Result<Response<v1::ListBlocksResponse>, Status> {
-        self.shared.allow_admin(&request)?;
         let until = deadline(&request);
         let request = request.into_inner();
         let node = &self.shared.node;
@@ -352,9 +346,8 @@ impl v1::admin_server::Admin for AdminService {
 
     async fn get_config(
         &self,
-        request: Request<v1::GetConfigRequest>,
+        _: Request<v1::GetConfigRequest>,
     ) -> Result<Response<v1::GetConfigResponse>, Status> {
-        self.shared.allow_admin(&request)?;
         Ok(Response::new(v1::GetConfigResponse {
             toml: self.config_toml.clone(),
             values: self.config_values.clone(),
@@ -366,7 +359,6 @@ impl v1::admin_server::Admin for AdminService {
         &self,
         request: Request<v1::SetQuotaRequest>,
     ) -> Result<Response<v1::SetQuotaResponse>, Status> {
-        self.shared.allow_admin(&request)?;
         let request = request.into_inner();
         self.shared.node.set_quota(&request.tenant, request.bytes_max);
         Ok(Response::new(v1::SetQuotaResponse {}))
@@ -375,7 +367,6 @@ impl v1::admin_server::Admin for AdminService {
     type PurgeStream = ReceiverStream<Result<v1::Progress, Status>>;
 
     async fn purge(&self, request: Request<v1::PurgeRequest>) -> Result<Response<Self::PurgeStream>, Status> {
-        self.shared.allow_admin(&request)?;
         let request = request.into_inner();
         if request.tenant.is_empty() != request.all {
             let text = "name a `tenant`, or say `all`, not both";
@@ -393,7 +384,6 @@ impl v1::admin_server::Admin for AdminService {
         &self,
         request: Request<v1::VerifyRequest>,
     ) -> Result<Response<Self::VerifyStream>, Status> {
-        self.shared.allow_admin(&request)?;
         let tier = convert::tier(request.into_inner().tier).map_err(status)?;
         let Some(tier @ (Tier::Host | Tier::Disk)) = tier else {
             let text = "field `tier` is host or disk";
@@ -403,7 +393,6 @@ impl v1::admin_server::Admin for AdminService {
     }
 
     async fn drain(&self, request: Request<v1::DrainRequest>) -> Result<Response<v1::DrainResponse>, Status> {
-        self.shared.allow_admin(&request)?;
         let draining = !request.into_inner().stop;
         self.shared.node.set_draining(draining);
         Ok(Response::new(v1::DrainResponse { draining }))

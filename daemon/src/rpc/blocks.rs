@@ -11,8 +11,9 @@ use kv_node::{BlockReport, BlockState, Found, Keep, Micros, Op, Reply};
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Request, Response, Status, Streaming};
 
-use super::{Shared, deadline, status, wait_until};
+use super::{Shared, caller, deadline, status, wait_until};
 use crate::node::{Node, unexpected};
+use crate::peercred::Caller;
 
 /// Longest piece of a block in one message.
 const CHUNK_BYTES: usize = 1 << 20;
@@ -44,21 +45,21 @@ impl BlocksService {
     }
 
     /// The caller's session, or the guest's when it has none.
-    fn session(&self, number: u64) -> Result<SessionId, Status> {
+    fn session(&self, caller: Caller, number: u64) -> Result<SessionId, Status> {
         if number == 0 {
             return Ok(self.node().guest);
         }
-        self.node().sessions.check(SessionId(number)).map_err(status)?;
+        self.node().sessions.check(SessionId(number), caller).map_err(status)?;
         Ok(SessionId(number))
     }
 
     /// A session that can own something: leases and announcements end with it.
-    fn own_session(&self, number: u64) -> Result<SessionId, Status> {
+    fn own_session(&self, caller: Caller, number: u64) -> Result<SessionId, Status> {
         if number == 0 {
             let text = "field `session` is missing; open one with Worker.Open";
             return Err(status(Fault::new(Code::UnknownSession, text)));
         }
-        self.session(number)
+        self.session(caller, number)
     }
 
     /// Why a block is missing, with the scope fields that differ when that is why.
@@ -123,7 +124,6 @@ impl v1::blocks_server::Blocks for BlocksService {
         &self,
         request: Request<v1::LookupRequest>,
     ) -> Result<Response<v1::LookupResponse>, Status> {
-        self.0.allow_blocks(&request)?;
         let until = deadline(&request);
         let request = request.into_inner();
         let names = self.names(request.names.as_ref()).map_err(status)?;
@@ -151,11 +151,10 @@ impl v1::blocks_server::Blocks for BlocksService {
         &self,
         request: Request<v1::AcquireRequest>,
     ) -> Result<Response<v1::AcquireResponse>, Status> {
-        self.0.allow_blocks(&request)?;
         self.node().accepting().map_err(status)?;
-        let until = deadline(&request);
+        let (until, caller) = (deadline(&request), caller(&request));
         let request = request.into_inner();
-        let session = self.own_session(request.session)?;
+        let session = self.own_session(caller, request.session)?;
         let names = self.names(request.names.as_ref()).map_err(status)?;
         let keys = self.node().keys(&names).map_err(status)?;
         let (until, wait) = wait_until(until, request.wait_ms);
@@ -186,10 +185,9 @@ impl v1::blocks_server::Blocks for BlocksService {
         &self,
         request: Request<v1::ReleaseRequest>,
     ) -> Result<Response<v1::ReleaseResponse>, Status> {
-        self.0.allow_blocks(&request)?;
-        let until = deadline(&request);
+        let (until, caller) = (deadline(&request), caller(&request));
         let request = request.into_inner();
-        let session = self.own_session(request.session)?;
+        let session = self.own_session(caller, request.session)?;
         let leases: Vec<_> = request.leases.into_iter().map(LeaseId).collect();
         let op = || Op::Release { leases: leases.clone() };
         let (released, _, _) = self.node().count(session, until, op).await.map_err(status)?;
@@ -199,10 +197,9 @@ impl v1::blocks_server::Blocks for BlocksService {
     type GetStream = ReceiverStream<Result<v1::GetResponse, Status>>;
 
     async fn get(&self, request: Request<v1::GetRequest>) -> Result<Response<Self::GetStream>, Status> {
-        self.0.allow_blocks(&request)?;
-        let until = deadline(&request);
+        let (until, caller) = (deadline(&request), caller(&request));
         let request = request.into_inner();
-        let session = self.session(request.session)?;
+        let session = self.session(caller, request.session)?;
         let names = self.names(request.names.as_ref()).map_err(status)?;
         let key = self.one_key(request.names.as_ref())?;
         let (until, wait) = wait_until(until, request.wait_ms);
@@ -224,14 +221,13 @@ impl v1::blocks_server::Blocks for BlocksService {
         &self,
         request: Request<Streaming<v1::PutRequest>>,
     ) -> Result<Response<v1::PutResponse>, Status> {
-        self.0.allow_blocks(&request)?;
         self.node().accepting().map_err(status)?;
-        let until = deadline(&request);
+        let (until, caller) = (deadline(&request), caller(&request));
         let mut messages = request.into_inner();
         let bad = |text: String| status(Fault::new(Code::BadRequest, text));
         let first = messages.message().await?.ok_or_else(|| bad("a put has at least one message".into()))?;
         let header = first.header.ok_or_else(|| bad("the first message of a put has no `header`".into()))?;
-        let session = self.session(header.session)?;
+        let session = self.session(caller, header.session)?;
         let bound = self.node().binding(header.binding).map_err(status)?;
         let hash = convert::sequence_hash(&header.sequence_hash).map_err(status)?;
         let key = bound.key(&hash).ok_or_else(|| {
@@ -279,11 +275,10 @@ impl v1::blocks_server::Blocks for BlocksService {
         &self,
         request: Request<v1::ReserveRequest>,
     ) -> Result<Response<v1::ReserveResponse>, Status> {
-        self.0.allow_blocks(&request)?;
         self.node().accepting().map_err(status)?;
-        let until = deadline(&request);
+        let (until, caller) = (deadline(&request), caller(&request));
         let request = request.into_inner();
-        let session = self.own_session(request.session)?;
+        let session = self.own_session(caller, request.session)?;
         let names = self.names(request.names.as_ref()).map_err(status)?;
         let convert::Names::Hashes { binding, .. } = &names else {
             let text = "an announcement names its blocks by binding and sequence hash";
@@ -305,10 +300,9 @@ impl v1::blocks_server::Blocks for BlocksService {
     }
 
     async fn abort(&self, request: Request<v1::AbortRequest>) -> Result<Response<v1::AbortResponse>, Status> {
-        self.0.allow_blocks(&request)?;
-        let until = deadline(&request);
+        let (until, caller) = (deadline(&request), caller(&request));
         let request = request.into_inner();
-        let session = self.own_session(request.session)?;
+        let session = self.own_session(caller, request.session)?;
         let mut aborted = 0;
         for key in self.keys(request.names.as_ref())? {
             let shard = self.node().owner(&key, until).await.map_err(status)?;
@@ -322,14 +316,13 @@ impl v1::blocks_server::Blocks for BlocksService {
     }
 
     async fn pin(&self, request: Request<v1::PinRequest>) -> Result<Response<v1::PinResponse>, Status> {
-        self.0.allow_blocks(&request)?;
-        let until = deadline(&request);
+        let (until, caller) = (deadline(&request), caller(&request));
         let request = request.into_inner();
         if request.ttl_s == 0 {
             let text = "field `ttl_s` is 0: every pin has an end";
             return Err(status(Fault::new(Code::BadRequest, text)));
         }
-        let session = self.session(request.session)?;
+        let session = self.session(caller, request.session)?;
         let keys = self.keys(request.names.as_ref())?;
         let pin_until = self.node().started.elapsed() + Duration::from_secs(request.ttl_s.into());
         let op = || Op::Pin { keys: keys.clone(), until: Micros(pin_until.as_micros() as u64) };
@@ -338,7 +331,6 @@ impl v1::blocks_server::Blocks for BlocksService {
     }
 
     async fn unpin(&self, request: Request<v1::UnpinRequest>) -> Result<Response<v1::UnpinResponse>, Status> {
-        self.0.allow_blocks(&request)?;
         let until = deadline(&request);
         let keys = self.keys(request.into_inner().names.as_ref())?;
         let op = || Op::Unpin { keys: keys.clone() };
@@ -350,7 +342,6 @@ impl v1::blocks_server::Blocks for BlocksService {
         &self,
         request: Request<v1::PrefetchRequest>,
     ) -> Result<Response<v1::PrefetchResponse>, Status> {
-        self.0.allow_blocks(&request)?;
         self.node().accepting().map_err(status)?;
         let until = deadline(&request);
         let keys = self.keys(request.into_inner().names.as_ref())?;
@@ -360,7 +351,6 @@ impl v1::blocks_server::Blocks for BlocksService {
     }
 
     async fn evict(&self, request: Request<v1::EvictRequest>) -> Result<Response<v1::EvictResponse>, Status> {
-        self.0.allow_blocks(&request)?;
         let until = deadline(&request);
         let request = request.into_inner();
         let keys = self.keys(request.names.as_ref())?;
@@ -379,7 +369,6 @@ impl v1::blocks_server::Blocks for BlocksService {
         &self,
         request: Request<v1::ExplainRequest>,
     ) -> Result<Response<v1::ExplainResponse>, Status> {
-        self.0.allow_blocks(&request)?;
         let until = deadline(&request);
         let request = request.into_inner();
         let names = self.names(request.names.as_ref()).map_err(status)?;

@@ -10,8 +10,7 @@ use kv_node::Event;
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Request, Response, Status};
 
-use super::{Shared, status};
-use crate::peercred::Caller;
+use super::{Shared, caller, status};
 use crate::sessions::Door;
 use crate::shard::Letter;
 
@@ -27,19 +26,15 @@ impl v1::worker_server::Worker for WorkerService {
     type OpenStream = ReceiverStream<Result<v1::SessionNotice, Status>>;
 
     async fn open(&self, request: Request<v1::OpenRequest>) -> Result<Response<Self::OpenStream>, Status> {
-        self.0.allow_blocks(&request)?;
         let node = self.0.node.clone();
         node.accepting().map_err(status)?;
-        let (uid, pid) = match Caller::of(&request) {
-            Caller::Process { uid, pid } => (Some(uid), pid.unwrap_or(0)),
-            _ => (None, 0),
-        };
+        let caller = caller(&request);
         let name = request.into_inner().name;
         if name.len() > NAME_BYTES_MAX {
             let text = format!("field `name` has {} bytes, {NAME_BYTES_MAX} are allowed", name.len());
             return Err(status(Fault::new(Code::BadRequest, text)));
         }
-        let info = node.sessions.open(name, Door::Grpc, pid, uid).map_err(status)?;
+        let info = node.sessions.open(name, Door::Grpc, caller).map_err(status)?;
         for shard in &node.shards {
             shard.post_surely(Letter::Attach { session: info.id, link: None });
         }
@@ -77,11 +72,11 @@ impl v1::worker_server::Worker for WorkerService {
         &self,
         request: Request<v1::RegisterRequest>,
     ) -> Result<Response<v1::RegisterResponse>, Status> {
-        self.0.allow_blocks(&request)?;
         let node = &self.0.node;
+        let caller = caller(&request);
         let request = request.into_inner();
         if request.session != 0 {
-            node.sessions.check(SessionId(request.session)).map_err(status)?;
+            node.sessions.check(SessionId(request.session), caller).map_err(status)?;
         }
         let scope = convert::scope(request.scope).map_err(status)?;
         let slice = convert::slice(request.slice).map_err(status)?;
@@ -106,9 +101,8 @@ impl v1::worker_server::Worker for WorkerService {
 
     async fn describe(
         &self,
-        request: Request<v1::DescribeRequest>,
+        _: Request<v1::DescribeRequest>,
     ) -> Result<Response<v1::DescribeResponse>, Status> {
-        self.0.allow_blocks(&request)?;
         let (node, config) = (&self.0.node, &self.0.config);
         Ok(Response::new(v1::DescribeResponse {
             node: node.name.clone(),

@@ -46,6 +46,43 @@ impl Home {
         self
     }
 
+    /// With sockets that every user of this machine can open.
+    pub(crate) fn open_to_all(self) -> Self {
+        use std::os::unix::fs::PermissionsExt as _;
+        let all = std::fs::Permissions::from_mode(0o755);
+        std::fs::set_permissions(self.root.path(), all).expect("our own directory");
+        self.set("listen.socket_mode=0666")
+    }
+
+    /// Runs the test `test` of this binary as another user, who finds this home by [`home_of_child`] and his
+    /// part by [`role`]. False, and said, where we are not root and cannot.
+    pub(crate) fn run_as(&self, uid: u32, test: &str, role: &str, numbers: &[(&str, u64)]) -> bool {
+        use std::os::unix::process::CommandExt as _;
+        if !rustix::process::geteuid().is_root() {
+            eprintln!("skipped: only root can start a process of another user");
+            return false;
+        }
+        // The original may lie where only we can go.
+        let copy = self.root.path().join(format!("as-{uid}-{role}"));
+        std::fs::copy(std::env::current_exe().unwrap(), &copy).expect("a copy of this binary");
+        let out = Command::new(&copy)
+            .args([test, "--exact", "--nocapture", "--test-threads=1"])
+            .env("KVD_STORY_HOME", self.root.path())
+            .env("KVD_STORY_ROLE", role)
+            .envs(numbers.iter().map(|(name, number)| (name, number.to_string())))
+            .current_dir("/")
+            .uid(uid)
+            .gid(uid)
+            .stdin(Stdio::null())
+            .output()
+            .expect("a process of another user");
+        let _ = std::fs::remove_file(&copy);
+        let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
+        let words = format!("{}{}", text(&out.stdout), text(&out.stderr));
+        assert!(out.status.success() && words.contains("1 passed"), "{role} as user {uid}: {words}");
+        true
+    }
+
     pub(crate) fn run_dir(&self) -> PathBuf {
         self.root.path().join("run")
     }
@@ -108,6 +145,16 @@ impl Drop for Home {
     }
 }
 
+/// The home that the parent of this process runs a daemon in; `None` when this is no child of a story.
+pub(crate) fn home_of_child() -> Option<PathBuf> {
+    std::env::var_os("KVD_STORY_HOME").map(PathBuf::from)
+}
+
+/// What a child of a story is to do.
+pub(crate) fn role() -> String {
+    std::env::var("KVD_STORY_ROLE").unwrap_or_default()
+}
+
 /// The raw gRPC door of a daemon, for stories about the protocol itself.
 pub(crate) struct Door {
     pub(crate) runtime: tokio::runtime::Runtime,
@@ -116,8 +163,13 @@ pub(crate) struct Door {
 
 impl Door {
     pub(crate) fn of(home: &Home) -> Self {
+        Self::at(&home.run_dir())
+    }
+
+    /// The same door from a process of another user, who knows the run directory alone.
+    pub(crate) fn at(run_dir: &Path) -> Self {
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
-        let socket = home.run_dir().join("kvd.sock");
+        let socket = run_dir.join("kvd.sock");
         let connect = tower::service_fn(move |_| {
             let socket = socket.clone();
             async move {
@@ -128,6 +180,14 @@ impl Door {
         });
         let endpoint = tonic::transport::Endpoint::from_static("http://kvd").timeout(Duration::from_secs(20));
         let channel = runtime.block_on(endpoint.connect_with_connector(connect)).expect("connect");
+        Self { runtime, channel }
+    }
+
+    /// The door that is open to the network.
+    pub(crate) fn over_tcp(uri: &str) -> Self {
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+        let endpoint = tonic::transport::Endpoint::from_shared(uri.to_owned()).unwrap();
+        let channel = runtime.block_on(endpoint.timeout(Duration::from_secs(20)).connect()).expect("connect");
         Self { runtime, channel }
     }
 
