@@ -6,7 +6,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use kv_api::v1;
-use kv_block::Epoch;
+use kv_block::{BlockKey, Epoch};
 use tonic::transport::{Certificate, Channel, ClientTlsConfig, Identity};
 use tonic::{Request, Response, Status};
 
@@ -18,6 +18,13 @@ use crate::worker::Worker;
 
 /// Largest answer taken, in bytes. Blocks come in pieces of 1 MiB.
 const MESSAGE_BYTES_MAX: usize = 64 << 20;
+
+/// Of a message, what is neither keys nor bytes of a block.
+const MESSAGE_BYTES_OTHER: u64 = 1024;
+/// Bytes that a key takes in a message.
+const KEY_BYTES_IN_MESSAGE: usize = BlockKey::BYTES + 2;
+/// Longest piece of a block in one message, however much the daemon takes.
+const CHUNK_BYTES_MAX: usize = 1 << 20;
 
 /// A connection to one daemon. Cheap to clone; it reconnects by itself.
 #[derive(Clone, Debug)]
@@ -32,6 +39,7 @@ struct Inner {
     channel: Channel,
     endpoint: Endpoint,
     keys_per_request_max: usize,
+    chunk_bytes: usize,
 }
 
 /// A daemon, as it describes itself.
@@ -49,6 +57,8 @@ pub struct Description {
     pub keys_per_request_max: u32,
     /// Longest block in bytes.
     pub block_bytes_max: u32,
+    /// Longest message that it takes, in bytes. Blocks go in as many as they need.
+    pub message_bytes_max: u64,
 }
 
 impl Client {
@@ -65,13 +75,18 @@ impl Client {
         let deadline = deadline.min(DEADLINE_MAX);
         let opened = tokio::time::timeout(deadline, channel(&endpoint, deadline)).await;
         let channel = opened.map_err(|_| timed_out("connecting"))??;
-        let inner = Inner { runtime, channel, endpoint, keys_per_request_max: 1 };
+        let inner = Inner { runtime, channel, endpoint, keys_per_request_max: 1, chunk_bytes: 1 };
         let first = Self { inner: Arc::new(inner), deadline };
         let described = first.describe_now().await?;
         let Inner { runtime, channel, endpoint, .. } =
             Arc::into_inner(first.inner).ok_or_else(|| unreachable("the client was shared too early"))?;
-        let keys_per_request_max = described.keys_per_request_max.max(1) as usize;
-        Ok(Self { inner: Arc::new(Inner { runtime, channel, endpoint, keys_per_request_max }), deadline })
+        let message_bytes = described.message_bytes_max.saturating_sub(MESSAGE_BYTES_OTHER);
+        let message_bytes = usize::try_from(message_bytes).unwrap_or(usize::MAX);
+        let keys_per_request_max =
+            (described.keys_per_request_max as usize).min(message_bytes / KEY_BYTES_IN_MESSAGE).max(1);
+        let chunk_bytes = message_bytes.clamp(1, CHUNK_BYTES_MAX);
+        let inner = Inner { runtime, channel, endpoint, keys_per_request_max, chunk_bytes };
+        Ok(Self { inner: Arc::new(inner), deadline })
     }
 
     /// The same connection with another deadline per call, ten minutes at most.
@@ -95,6 +110,11 @@ impl Client {
         self.inner.keys_per_request_max
     }
 
+    /// Longest piece of a block that one message to the daemon may carry.
+    pub(crate) fn chunk_bytes(&self) -> usize {
+        self.inner.chunk_bytes
+    }
+
     /// What the daemon says of itself now.
     pub fn describe(&self) -> Call<Description> {
         let client = self.clone();
@@ -110,6 +130,7 @@ impl Client {
             shards: answer.shards,
             keys_per_request_max: answer.keys_per_request_max,
             block_bytes_max: answer.block_bytes_max,
+            message_bytes_max: answer.message_bytes_max,
         })
     }
 

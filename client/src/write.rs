@@ -19,8 +19,6 @@ use crate::read::fault;
 use crate::session::{Known, Life, Link, Shm, Way, unix_now};
 use crate::worker::Worker;
 
-/// Longest piece of a block in one gRPC message.
-const CHUNK_BYTES: usize = 1 << 20;
 /// How long to sleep before looking at the staging area again, when another thread may free some of it.
 const STAGING_LOOK: Duration = Duration::from_millis(2);
 
@@ -194,12 +192,13 @@ impl Worker {
         };
         let body = Bytes::copy_from_slice(bytes);
         let mut messages = vec![v1::PutRequest { header: Some(header), chunk: Bytes::new() }];
-        let pieces = (0..body.len()).step_by(CHUNK_BYTES);
+        let client = self.client();
+        let chunk_bytes = client.chunk_bytes();
+        let pieces = (0..body.len()).step_by(chunk_bytes);
         messages.extend(pieces.map(|at| v1::PutRequest {
             header: None,
-            chunk: body.slice(at..body.len().min(at + CHUNK_BYTES)),
+            chunk: body.slice(at..body.len().min(at + chunk_bytes)),
         }));
-        let client = self.client();
         let work = async move {
             let request = client.request(tokio_stream::iter(messages));
             let answer = client.within(client.blocks().put(request)).await?;
@@ -383,15 +382,7 @@ impl Reservation {
 
     fn commit_over_grpc(&self, bytes: &[u8]) -> Result<Stored, Error> {
         self.life.check()?;
-        let put = || self.worker.put_over_grpc(&self.life, self.number, &self.hash, bytes, &self.options);
-        match put() {
-            // A daemon that does not take the put for the announced block: take the announcement back.
-            Err(error) if error.code() == Some(Code::AlreadyReserved) => {
-                self.abort_over_grpc().wait()?;
-                put()
-            }
-            stored => stored,
-        }
+        self.worker.put_over_grpc(&self.life, self.number, &self.hash, bytes, &self.options)
     }
 
     fn abort_over_grpc(&self) -> crate::Call<()> {

@@ -76,7 +76,6 @@ pub fn report(loaded: &Loaded, topology: &Topology, resources: &Resources, plan:
 
     let bounds = &plan.bounds;
     let rows = [
-        ("bytes in flight", Size(bounds.in_flight_bytes_max).about()),
         ("bytes pinned", Size(bounds.pinned_bytes_max).about()),
         ("disk operations", bounds.disk_queue_depth.to_string()),
         ("blocks going to disk", bounds.offloads_max.to_string()),

@@ -225,9 +225,9 @@ section! {
         leases_per_session_max: u32 = 65536,
         /// Keys in one request.
         keys_per_request_max: u32 = 4096,
-        /// Bytes of one gRPC message. Larger blocks go through the shared-memory door.
+        /// Bytes of one gRPC message. Longer blocks come and go in several.
         message_bytes_max: Size = Size::mib(4),
-        /// Bytes being copied, read or written at one moment, over all shards.
+        /// Bytes of blocks on their way in over gRPC at one moment. A longer block goes alone.
         in_flight_bytes_max: Size = Size::mib(256),
         /// Share of host memory that may be pinned.
         pinned_ratio_max: Share = Share::percent(50),

@@ -155,9 +155,10 @@ impl Node {
         let (sender, receiver) = tokio::sync::oneshot::channel();
         let letter = Letter::Ask { session, deadline, op, body, reply: ReplyTo::Once(sender) };
         post(shard, letter)?;
+        let mut answer = Answer { receiver, shard, session };
         // The shard ends everything at its deadline; a little more tells a sick shard from a slow answer.
         let limit = deadline.saturating_duration_since(Instant::now()) + Duration::from_millis(250);
-        match tokio::time::timeout(limit, receiver).await {
+        match tokio::time::timeout(limit, &mut answer.receiver).await {
             Ok(Ok(Reply::Fault(fault))) => Err(fault),
             Ok(Ok(reply)) => Ok(reply),
             Ok(Err(_)) => Err(Fault::new(Code::Draining, "the shard stopped before it answered")),
@@ -297,7 +298,9 @@ impl Node {
         let held = shard.slab().hold(grant.slot, grant.generation);
         // The hold keeps the block where it is; the lease has done its work.
         let op = Op::Release { leases: vec![grant.lease] };
-        self.ask(shard, session, deadline, op, Bytes::new()).await?;
+        // It must come back however late it is.
+        let soon = deadline.max(Instant::now() + Duration::from_secs(1));
+        self.ask(shard, session, soon, op, Bytes::new()).await?;
         let held =
             held.ok_or_else(|| Fault::new(Code::Bug, format!("leased block {key} is not in its slot")))?;
         Ok(Ok((held, grant.tier)))
@@ -403,6 +406,31 @@ fn differing(asked: &Bound, other: &Bound) -> Vec<String> {
         fields.push("salt".into());
     }
     fields
+}
+
+/// An answer that is waited for. A caller that gives up may do so after the answer came and before it was
+/// taken; a lease in it would be nobody's, and the daemon's own session never ends.
+struct Answer<'a> {
+    receiver: tokio::sync::oneshot::Receiver<Reply>,
+    shard: &'a ShardHandle,
+    session: SessionId,
+}
+
+impl Drop for Answer<'_> {
+    fn drop(&mut self) {
+        // From here on the shard sees that nobody waits, and takes a lease back by itself.
+        self.receiver.close();
+        if let Ok(Reply::Leased(grant)) = self.receiver.try_recv() {
+            let op = Op::Release { leases: vec![grant.lease] };
+            let (sender, _) = tokio::sync::oneshot::channel();
+            let deadline = Instant::now() + Duration::from_secs(1);
+            let reply = ReplyTo::Once(sender);
+            let letter = Letter::Ask { session: self.session, deadline, op, body: Bytes::new(), reply };
+            if self.shard.post(letter).is_err() {
+                tracing::error!(shard = %self.shard.id, "a lease of a caller who gave up could not be given back");
+            }
+        }
+    }
 }
 
 fn post(shard: &ShardHandle, letter: Letter) -> Result<(), Fault> {

@@ -104,8 +104,6 @@ pub struct DiskPlan {
 /// Bounds, per shard unless they say otherwise.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct Bounds {
-    /// Bytes being copied, read or written.
-    pub in_flight_bytes_max: u64,
     /// Disk operations under way.
     pub disk_queue_depth: u32,
     /// Blocks on their way to disk.
@@ -441,11 +439,9 @@ fn topology_notes(topology: &Topology, shards: &[ShardPlan]) -> Vec<String> {
 }
 
 fn bounds(config: &Config, shards: &[ShardPlan]) -> Bounds {
-    let count = shards.len() as u64;
     let arenas = shards.iter().map(|shard| shard.arena_bytes).min().unwrap_or(0);
     let depth = config.disk.queue_depth;
     Bounds {
-        in_flight_bytes_max: config.limits.in_flight_bytes_max.0 / count,
         disk_queue_depth: depth,
         offloads_max: depth * 2,
         onboards_max: depth * 2,
@@ -496,7 +492,7 @@ fn budget(config: &Config, shards: &[ShardPlan], bounds: &Bounds) -> Vec<BudgetL
             format!("{sessions} sessions of {leases}, 64B each"),
             sessions.saturating_mul(leases * 64),
         ),
-        line("transfers", "limits.in_flight_bytes_max".into(), in_flight.0),
+        line("blocks coming over gRPC", "limits.in_flight_bytes_max".into(), in_flight.0),
         line("requests", format!("{sessions} messages of {message}"), sessions.saturating_mul(message.0)),
         line("events", format!("{events} kept, 48B each"), events * 48),
     ]

@@ -12,6 +12,8 @@ use std::time::{Duration, Instant};
 
 use kv_api::fault::to_status;
 use kv_block::Fault;
+use kv_block::code::Code;
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tonic::{Request, Status};
 
 pub use admin::AdminService;
@@ -36,6 +38,53 @@ pub struct Shared {
     pub node: Arc<Node>,
     /// The configuration it runs with.
     pub config: Arc<Config>,
+    /// Room for the bodies of puts while they arrive and are copied, in units of [`ROOM_BYTES`].
+    bodies: Arc<Semaphore>,
+    /// Puts that wait for such room.
+    waiting: Arc<Semaphore>,
+}
+
+/// Unit in which room for bodies is counted.
+const ROOM_BYTES: u64 = 1024;
+/// Puts that may wait for room. A waiting put does not read, so its bytes stand in the window of its connection;
+/// what all that may wait can hold there must leave enough for those that have room, or nobody gets on.
+const WAITING_MAX: usize = 32;
+/// Bytes that a stream may have sent and nobody read.
+pub const STREAM_WINDOW_BYTES: u32 = 256 << 10;
+/// The same of a connection: twice of what may wait.
+pub const CONNECTION_WINDOW_BYTES: u32 = STREAM_WINDOW_BYTES * WAITING_MAX as u32 * 2;
+
+impl Shared {
+    /// What the services of `node` share.
+    pub fn new(node: Arc<Node>, config: Arc<Config>) -> Self {
+        let room = config.limits.in_flight_bytes_max.0 / ROOM_BYTES;
+        let room = usize::try_from(room).unwrap_or(usize::MAX).min(Semaphore::MAX_PERMITS);
+        let waiting = Arc::new(Semaphore::new(WAITING_MAX));
+        Self { node, config, bodies: Arc::new(Semaphore::new(room)), waiting }
+    }
+
+    /// Room for a body of so many bytes, waiting for it if need be. A block longer than all the room there is
+    /// takes all of it, and so goes alone.
+    async fn room_for(&self, bytes: u32, until: Instant) -> Result<OwnedSemaphorePermit, Status> {
+        let room = self.config.limits.in_flight_bytes_max.0 / ROOM_BYTES;
+        let wanted = u64::from(bytes).div_ceil(ROOM_BYTES).min(room) as u32;
+        if let Ok(permit) = Arc::clone(&self.bodies).try_acquire_many_owned(wanted) {
+            return Ok(permit);
+        }
+        let Ok(_waiting) = self.waiting.try_acquire() else {
+            let text = format!(
+                "{WAITING_MAX} blocks wait to come in over gRPC already; raise limits.in_flight_bytes_max"
+            );
+            let fault = Fault::new(Code::QueueFull, text).retry_after(Duration::from_millis(5));
+            return Err(status(fault));
+        };
+        let taken = Arc::clone(&self.bodies).acquire_many_owned(wanted);
+        match tokio::time::timeout_at(until.into(), taken).await {
+            Ok(Ok(permit)) => Ok(permit),
+            Ok(Err(_)) => Err(status(Fault::new(Code::Draining, "the daemon takes no more blocks"))),
+            Err(_) => Err(too_late("waiting for room for the block (limits.in_flight_bytes_max)")),
+        }
+    }
 }
 
 /// Who sent this request, as the guard found out.
@@ -45,9 +94,25 @@ fn caller<T>(request: &Request<T>) -> Caller {
 
 /// By when a call must end: what the caller's `grpc-timeout` says, within bounds.
 fn deadline<T>(request: &Request<T>) -> Instant {
+    deadline_asked(request).unwrap_or_else(|| Instant::now() + DEADLINE_DEFAULT)
+}
+
+/// The same for a call that may go on for ever when the caller sets no deadline.
+fn deadline_asked<T>(request: &Request<T>) -> Option<Instant> {
     let header = request.metadata().get("grpc-timeout").and_then(|value| value.to_str().ok());
-    let timeout = header.and_then(parse_timeout).unwrap_or(DEADLINE_DEFAULT);
-    Instant::now() + timeout.min(DEADLINE_MAX)
+    let timeout = header.and_then(parse_timeout)?;
+    Some(Instant::now() + own_part(timeout).min(DEADLINE_MAX))
+}
+
+/// What we take of the caller's time. At the end of it the server drops the call whole, and our own word, a
+/// miss with its reason or a typed fault, would not arrive any more.
+fn own_part(timeout: Duration) -> Duration {
+    timeout - (timeout / 16).min(Duration::from_millis(50))
+}
+
+/// What a stream says that outlived its deadline.
+fn too_late(what: &str) -> Status {
+    status(Fault::new(Code::DeadlinePassed, format!("{what} did not end in time")))
 }
 
 /// A `grpc-timeout`: at most eight digits and a unit.
@@ -85,6 +150,15 @@ fn status(fault: Fault) -> Status {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn our_part_of_a_deadline_leaves_time_for_the_answer() {
+        for ms in [0, 1, 100, 1_000, 600_000] {
+            let (whole, ours) = (Duration::from_millis(ms), own_part(Duration::from_millis(ms)));
+            assert!(ours <= whole && whole - ours <= Duration::from_millis(50), "{ms}");
+            assert!(ms == 0 || ours < whole, "{ms}");
+        }
+    }
 
     #[test]
     fn timeouts_are_read_as_grpc_writes_them() {

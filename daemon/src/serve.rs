@@ -19,7 +19,10 @@ use crate::http::{Check, HealthSource};
 use crate::node::Node;
 use crate::plan::Plan;
 use crate::requests::Timed;
-use crate::rpc::{AdminService, BlocksService, EventsService, Guard, Shared, WorkerService};
+use crate::rpc::{
+    AdminService, BlocksService, CONNECTION_WINDOW_BYTES, EventsService, Guard, STREAM_WINDOW_BYTES, Shared,
+    WorkerService,
+};
 use crate::{gauges, http, metrics, systemd, tls};
 
 /// A loop that has not come around for so long is stuck.
@@ -80,7 +83,7 @@ async fn serve(
     for service in ["", "kv.v1.Blocks", "kv.v1.Worker", "kv.v1.Events", "kv.v1.Admin"] {
         health_reporter.set_service_status(service, tonic_health::ServingStatus::Serving).await;
     }
-    let shared = Shared { node: Arc::clone(&node), config: Arc::clone(&config) };
+    let shared = Shared::new(Arc::clone(&node), Arc::clone(&config));
     let routes = || -> anyhow::Result<Routes> {
         let message_max = config.limits.message_bytes_max.0 as usize;
         let admin = AdminService {
@@ -177,6 +180,8 @@ fn server(builder: Server, guard: Guard, routes: Routes) -> Router<Stack<Guard, 
         .http2_keepalive_timeout(Some(Duration::from_secs(10)))
         .http2_max_header_list_size(16 << 10)
         .max_concurrent_streams(1024)
+        .initial_stream_window_size(STREAM_WINDOW_BYTES)
+        .initial_connection_window_size(CONNECTION_WINDOW_BYTES)
         .layer(Timed)
         .layer(guard)
         .add_routes(routes)

@@ -2,7 +2,7 @@
 //!
 //! ```text
 //!   put      -> [room] -> Fill -> Filled -> sealed, visible -> reply (or, durable: disk write -> reply)
-//!   reserve  -> announced: readers may wait -> commit -> as put
+//!   reserve  -> announced: readers may wait -> commit, or a put by the same session -> as put
 //!            -> abort, session end, ttl: withdrawn, waiters miss
 //! ```
 
@@ -35,6 +35,18 @@ impl Brain {
         let PutOf { key, binding, bytes, .. } = fill.put;
         if let Err(fault) = self.check_put(binding, Some(bytes)) {
             return self.fault(fill.from, fault, out);
+        }
+        let own = |source: &Source| {
+            matches!(source, Source::Announced { session, binding: announced, .. }
+                if *session == fill.from.session && *announced == binding)
+        };
+        if self.pending.get(&key).is_some_and(|pending| own(&pending.source)) {
+            // These are the bytes of what the session announced. Whoever waits for the block gets it.
+            self.admission.seen(&key, false);
+            return match self.end_announcement(fill.from, &key) {
+                Ok(_) => self.fill(now, fill, out),
+                Err(fault) => self.fault(fill.from, fault, out),
+            };
         }
         self.sighted(&key);
         self.expire_if_due(now, &key, out);

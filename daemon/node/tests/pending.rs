@@ -58,7 +58,8 @@ type Row = (Event, &'static str, [&'static str; 2], [&'static str; 2]);
 const ANNOUNCED: [Row; 18] = [
     (Event::Put, "AlreadyReserved", ["", ""], ["leased", "never_stored"]),
     (Event::DurablePut, "AlreadyReserved", ["", ""], ["leased", "never_stored"]),
-    (Event::OwnPut, "AlreadyReserved", ["", ""], ["leased", "never_stored"]),
+    // A put by the session that announced the block is its commit.
+    (Event::OwnPut, "stored", ["", ""], ["leased", "leased"]),
     (Event::Reserve, "there", ["", ""], ["leased", "never_stored"]),
     (Event::Commit, "NotReserved", ["", ""], ["leased", "never_stored"]),
     (Event::OwnCommit, "stored", ["", ""], ["leased", "leased"]),

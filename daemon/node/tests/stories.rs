@@ -132,6 +132,31 @@ fn whoever_waits_for_an_announced_block_gets_a_lease_when_it_is_committed() {
 }
 
 #[test]
+fn a_put_by_the_session_that_announced_the_block_is_its_commit() {
+    for in_place in [false, true] {
+        let mut rig = Rig::new(Setup::default());
+        assert_eq!(words(&rig.get(session(1), Rig::reserve_op(1, in_place))), "reserved");
+        let waiter = rig.ask(session(2), Rig::acquire_op(1));
+        assert_eq!(words(&rig.get(session(2), Rig::put_op(1, A, false))), "AlreadyReserved", "it is not his");
+        let other = rig.get(session(1), Rig::put_op(1, B, false));
+        assert_eq!(words(&other), "AlreadyReserved", "it was announced under another binding");
+        let keep = Keep { priority: Priority::High, expires_at: rig.now.unix + 100 };
+        let put = Op::Put { key: key(1), binding: A, source: 0, bytes: SMALL, keep, durable: true };
+        assert_eq!(words(&rig.get(session(1), put)), "stored");
+        assert_eq!(words(&rig.wait(waiter)), "leased", "who waited has the block");
+        let report = rig.inspect(key(1)).unwrap();
+        assert_eq!(
+            (report.priority, report.expires_at),
+            (keep.priority, keep.expires_at),
+            "the put has the last word"
+        );
+        assert_eq!(rig.tiers(1), [Tier::Host, Tier::Disk]);
+        assert_eq!(words(&rig.get(session(1), Rig::commit_op(1))), "NotReserved", "the announcement is over");
+        end(rig);
+    }
+}
+
+#[test]
 fn an_announcement_ends_by_abort_by_its_session_or_by_its_time_and_waiters_miss() {
     for how in ["abort", "session", "time"] {
         let mut rig = Rig::new(Setup::default());

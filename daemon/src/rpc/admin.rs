@@ -12,7 +12,7 @@ use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Request, Response, Status};
 
 use super::blocks::block_info;
-use super::{Shared, deadline, status};
+use super::{Shared, deadline, deadline_asked, status};
 use crate::node::{Node, unexpected};
 use crate::shard::ShardHandle;
 
@@ -76,8 +76,12 @@ impl AdminService {
     }
 
     /// Runs one job on every shard and sends one progress for all.
-    fn run_job(&self, op: impl Fn() -> Op) -> Result<ReceiverStream<Result<v1::Progress, Status>>, Status> {
-        let until = Instant::now() + JOB_MAX;
+    fn run_job(
+        &self,
+        until: Option<Instant>,
+        op: impl Fn() -> Op,
+    ) -> Result<ReceiverStream<Result<v1::Progress, Status>>, Status> {
+        let until = until.unwrap_or_else(|| Instant::now() + JOB_MAX);
         let node = &self.shared.node;
         let jobs: Result<Vec<_>, Fault> =
             node.shards.iter().map(|shard: &ShardHandle| node.ask_stream(shard, until, op())).collect();
@@ -367,6 +371,7 @@ impl v1::admin_server::Admin for AdminService {
     type PurgeStream = ReceiverStream<Result<v1::Progress, Status>>;
 
     async fn purge(&self, request: Request<v1::PurgeRequest>) -> Result<Response<Self::PurgeStream>, Status> {
+        let until = deadline_asked(&request);
         let request = request.into_inner();
         if request.tenant.is_empty() != request.all {
             let text = "name a `tenant`, or say `all`, not both";
@@ -375,7 +380,7 @@ impl v1::admin_server::Admin for AdminService {
         let tier = convert::tier(request.tier).map_err(status)?;
         let filter = Filter { tenant: (!request.all).then_some(request.tenant), tier, ..Filter::default() };
         let dry_run = request.dry_run;
-        self.run_job(move || Op::Purge { filter: filter.clone(), tier, dry_run }).map(Response::new)
+        self.run_job(until, move || Op::Purge { filter: filter.clone(), tier, dry_run }).map(Response::new)
     }
 
     type VerifyStream = ReceiverStream<Result<v1::Progress, Status>>;
@@ -384,12 +389,13 @@ impl v1::admin_server::Admin for AdminService {
         &self,
         request: Request<v1::VerifyRequest>,
     ) -> Result<Response<Self::VerifyStream>, Status> {
+        let until = deadline_asked(&request);
         let tier = convert::tier(request.into_inner().tier).map_err(status)?;
         let Some(tier @ (Tier::Host | Tier::Disk)) = tier else {
             let text = "field `tier` is host or disk";
             return Err(status(Fault::new(Code::BadRequest, text)));
         };
-        self.run_job(move || Op::Verify { tier }).map(Response::new)
+        self.run_job(until, move || Op::Verify { tier }).map(Response::new)
     }
 
     async fn drain(&self, request: Request<v1::DrainRequest>) -> Result<Response<v1::DrainResponse>, Status> {

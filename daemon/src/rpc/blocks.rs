@@ -11,12 +11,14 @@ use kv_node::{BlockReport, BlockState, Found, Keep, Micros, Op, Reply};
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Request, Response, Status, Streaming};
 
-use super::{Shared, caller, deadline, status, wait_until};
+use super::{Shared, caller, deadline, status, too_late, wait_until};
 use crate::node::{Node, unexpected};
 use crate::peercred::Caller;
 
-/// Longest piece of a block in one message.
-const CHUNK_BYTES: usize = 1 << 20;
+/// Longest piece of a block in one message, however much a message may hold.
+const CHUNK_BYTES_MAX: usize = 1 << 20;
+/// Of a message, what is not bytes of a block.
+const MESSAGE_BYTES_OTHER: usize = 1024;
 
 /// The `Blocks` service.
 pub struct BlocksService(pub Shared);
@@ -202,11 +204,20 @@ impl v1::blocks_server::Blocks for BlocksService {
         let session = self.session(caller, request.session)?;
         let names = self.names(request.names.as_ref()).map_err(status)?;
         let key = self.one_key(request.names.as_ref())?;
-        let (until, wait) = wait_until(until, request.wait_ms);
-        let (sender, receiver) = tokio::sync::mpsc::channel(2);
-        match self.node().read(session, &key, wait, until).await.map_err(status)? {
+        let (waited, wait) = wait_until(until, request.wait_ms);
+        let (sender, receiver) = tokio::sync::mpsc::channel(3);
+        match self.node().read(session, &key, wait, waited).await.map_err(status)? {
             Ok((held, tier)) => {
-                tokio::spawn(send_block(sender, key, held, tier));
+                let chunk_bytes = self.0.config.limits.message_bytes_max.0 as usize - MESSAGE_BYTES_OTHER;
+                let chunk_bytes = chunk_bytes.min(CHUNK_BYTES_MAX);
+                tokio::spawn(async move {
+                    // Kept for the last word: a reader that does not read leaves no room for it later.
+                    let Ok(word) = sender.clone().try_reserve_owned() else { return };
+                    let sent = send_block(sender, key, held, tier, chunk_bytes);
+                    if tokio::time::timeout_at(until.into(), sent).await.is_err() {
+                        word.send(Err(too_late("reading the block")));
+                    }
+                });
             }
             Err(reason) => {
                 let miss = self.miss(&names, 0, reason, until).await;
@@ -225,7 +236,8 @@ impl v1::blocks_server::Blocks for BlocksService {
         let (until, caller) = (deadline(&request), caller(&request));
         let mut messages = request.into_inner();
         let bad = |text: String| status(Fault::new(Code::BadRequest, text));
-        let first = messages.message().await?.ok_or_else(|| bad("a put has at least one message".into()))?;
+        let first = next_piece(&mut messages, until).await?;
+        let first = first.ok_or_else(|| bad("a put has at least one message".into()))?;
         let header = first.header.ok_or_else(|| bad("the first message of a put has no `header`".into()))?;
         let session = self.session(caller, header.session)?;
         let bound = self.node().binding(header.binding).map_err(status)?;
@@ -244,6 +256,7 @@ impl v1::blocks_server::Blocks for BlocksService {
                 format!("{found} bytes and more offered, blocks of binding {} have {bytes}", header.binding);
             status(Fault::new(Code::WrongLength, text))
         };
+        let _room = self.0.room_for(bytes, until).await?;
         let mut body = BytesMut::with_capacity(bytes as usize);
         let mut chunk = Some(first.chunk);
         while let Some(piece) = chunk {
@@ -251,7 +264,7 @@ impl v1::blocks_server::Blocks for BlocksService {
                 return Err(too_long(body.len() + piece.len()));
             }
             body.extend_from_slice(&piece);
-            chunk = messages.message().await?.map(|message| message.chunk);
+            chunk = next_piece(&mut messages, until).await?.map(|message| message.chunk);
         }
         let op = Op::Put {
             key,
@@ -395,13 +408,23 @@ impl v1::blocks_server::Blocks for BlocksService {
     }
 }
 
+/// The next message of a put, by its deadline.
+async fn next_piece(
+    messages: &mut Streaming<v1::PutRequest>,
+    until: Instant,
+) -> Result<Option<v1::PutRequest>, Status> {
+    let next = tokio::time::timeout_at(until.into(), messages.message()).await;
+    next.unwrap_or_else(|_| Err(too_late("sending the block")))
+}
+
 /// Sends a block in chunks. The bytes are copied out of the arena piece by piece; whoever reads slowly holds
-/// one block, for as long as its stream lives.
+/// one block, until its deadline at the latest.
 async fn send_block(
     sender: tokio::sync::mpsc::Sender<Result<v1::GetResponse, Status>>,
     key: BlockKey,
     held: Held,
     tier: Tier,
+    chunk_bytes: usize,
 ) {
     let record = held.record();
     let header = v1::GetHeader {
@@ -411,7 +434,7 @@ async fn send_block(
         tier: convert::tier_message(tier).into(),
     };
     let mut whats = std::iter::once(v1::get_response::What::Header(header)).chain(
-        held.chunks(CHUNK_BYTES).map(|piece| v1::get_response::What::Chunk(Bytes::copy_from_slice(piece))),
+        held.chunks(chunk_bytes).map(|piece| v1::get_response::What::Chunk(Bytes::copy_from_slice(piece))),
     );
     for what in &mut whats {
         if sender.send(Ok(v1::GetResponse { what: Some(what) })).await.is_err() {

@@ -9,7 +9,7 @@ use kv_node::{BlockState, Filter, Op, Reply};
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Request, Response, Status};
 
-use super::{Shared, status};
+use super::{Shared, deadline_asked, status, too_late};
 use crate::node::{Node, unexpected};
 use crate::shard::ShardHandle;
 
@@ -28,6 +28,7 @@ impl v1::events_server::Events for EventsService {
     type WatchStream = ReceiverStream<Result<v1::EventBatch, Status>>;
 
     async fn watch(&self, request: Request<v1::WatchRequest>) -> Result<Response<Self::WatchStream>, Status> {
+        let until = deadline_asked(&request);
         let request = request.into_inner();
         let (sender, receiver) = tokio::sync::mpsc::channel(16);
         for shard in self.0.node.shards.clone() {
@@ -38,7 +39,7 @@ impl v1::events_server::Events for EventsService {
                 shard,
                 sender: sender.clone(),
             };
-            tokio::spawn(subscription.run());
+            tokio::spawn(subscription.run(until));
         }
         Ok(Response::new(ReceiverStream::new(receiver)))
     }
@@ -54,9 +55,16 @@ struct Subscription {
 }
 
 impl Subscription {
-    async fn run(self) {
-        if let Err(fault) = self.follow().await {
-            let _ = self.sender.send(Err(status(fault))).await;
+    async fn run(self, until: Option<Instant>) {
+        let ended = match until {
+            Some(until) => tokio::time::timeout_at(until.into(), self.follow()).await,
+            None => Ok(self.follow().await),
+        };
+        match ended {
+            Ok(Ok(())) => {}
+            Ok(Err(fault)) => drop(self.sender.send(Err(status(fault))).await),
+            // A reader that leaves no room for the word sees the end of the stream.
+            Err(_) => drop(self.sender.try_send(Err(too_late("the subscription")))),
         }
     }
 

@@ -1,6 +1,6 @@
 //! Sessions and what their blocks mean.
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use kv_api::{convert, v1};
@@ -10,7 +10,7 @@ use kv_node::Event;
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Request, Response, Status};
 
-use super::{Shared, caller, status};
+use super::{Shared, caller, deadline_asked, status, too_late};
 use crate::sessions::Door;
 use crate::shard::Letter;
 
@@ -21,6 +21,14 @@ const NAME_BYTES_MAX: usize = 128;
 /// The `Worker` service.
 pub struct WorkerService(pub Shared);
 
+/// Waits until a moment; for ever when there is none.
+async fn passed(until: Option<Instant>) {
+    match until {
+        Some(until) => tokio::time::sleep_until(until.into()).await,
+        None => std::future::pending().await,
+    }
+}
+
 #[tonic::async_trait]
 impl v1::worker_server::Worker for WorkerService {
     type OpenStream = ReceiverStream<Result<v1::SessionNotice, Status>>;
@@ -28,7 +36,7 @@ impl v1::worker_server::Worker for WorkerService {
     async fn open(&self, request: Request<v1::OpenRequest>) -> Result<Response<Self::OpenStream>, Status> {
         let node = self.0.node.clone();
         node.accepting().map_err(status)?;
-        let caller = caller(&request);
+        let (caller, until) = (caller(&request), deadline_asked(&request));
         let name = request.into_inner().name;
         if name.len() > NAME_BYTES_MAX {
             let text = format!("field `name` has {} bytes, {NAME_BYTES_MAX} are allowed", name.len());
@@ -48,6 +56,10 @@ impl v1::worker_server::Worker for WorkerService {
                     _ = look.tick() => if !node.is_draining() { continue },
                     // The stream is gone: that is the session's end.
                     () = sender.closed() => break,
+                    () = passed(until) => {
+                        let _ = sender.try_send(Err(too_late("the session")));
+                        break;
+                    }
                 }
                 let notice = v1::SessionNotice {
                     session: info.id.0,

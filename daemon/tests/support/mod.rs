@@ -199,6 +199,10 @@ impl Door {
         v1::worker_client::WorkerClient::new(self.channel.clone())
     }
 
+    pub(crate) fn events(&self) -> v1::events_client::EventsClient<tonic::transport::Channel> {
+        v1::events_client::EventsClient::new(self.channel.clone())
+    }
+
     pub(crate) fn admin(&self) -> v1::admin_client::AdminClient<tonic::transport::Channel> {
         v1::admin_client::AdminClient::new(self.channel.clone())
     }

@@ -1,0 +1,241 @@
+//! The gRPC door by itself, with generated messages alone: what any language can do, and that all of it ends.
+
+mod support;
+
+use std::time::{Duration, Instant};
+
+use kv_api::v1;
+use kv_block::code::Code;
+use kv_block::{SequenceHash, payload};
+use support::{Door, Home, scope, slice};
+
+const BYTES: u32 = 64 << 10;
+const LARGE: u32 = 16 << 20;
+const SOON: Duration = Duration::from_millis(300);
+const LONG: Duration = Duration::from_secs(20);
+
+fn code(status: &tonic::Status) -> Code {
+    kv_api::fault::from_status(status).code
+}
+
+/// A request that says how long it may take.
+fn within<T>(limit: Duration, message: T) -> tonic::Request<T> {
+    let mut request = tonic::Request::new(message);
+    request.set_timeout(limit);
+    request
+}
+
+fn named(binding: u32, number: u64) -> v1::Names {
+    v1::Names {
+        binding,
+        sequence_hashes: vec![SequenceHash::from(number).as_bytes().to_vec().into()],
+        keys: Vec::new(),
+    }
+}
+
+/// The first message of a put; the bytes follow.
+fn header(session: u64, binding: u32, number: u64) -> v1::PutRequest {
+    let header = v1::PutHeader {
+        session,
+        binding,
+        sequence_hash: SequenceHash::from(number).as_bytes().to_vec().into(),
+        ..v1::PutHeader::default()
+    };
+    v1::PutRequest { header: Some(header), chunk: bytes::Bytes::new() }
+}
+
+/// The bytes of a block, in messages of this length.
+fn pieces(number: u64, bytes: u32, piece: usize) -> Vec<v1::PutRequest> {
+    let mut body = vec![0; bytes as usize];
+    payload::fill(&scope("a").id().block_key(&SequenceHash::from(number), &slice()), &mut body);
+    let one = |piece: &[u8]| v1::PutRequest { header: None, chunk: bytes::Bytes::copy_from_slice(piece) };
+    body.chunks(piece).map(one).collect()
+}
+
+/// Opens a session: its number, and the stream that keeps it.
+async fn open(door: &Door) -> (u64, tonic::Streaming<v1::SessionNotice>) {
+    let mut stream = door.worker().open(v1::OpenRequest { name: "raw".into() }).await.unwrap().into_inner();
+    let notice = stream.message().await.unwrap().expect("a first notice");
+    (notice.session, stream)
+}
+
+/// Waits until the daemon says so; time alone decides nothing.
+fn eventually(what: &str, mut is: impl FnMut() -> bool) {
+    let limit = Instant::now() + LONG;
+    while !is() {
+        assert!(Instant::now() < limit, "{what}");
+        std::thread::sleep(Duration::from_millis(10));
+    }
+}
+
+#[test]
+fn an_announced_block_arrives_by_a_put_of_the_same_session_and_waiters_get_it() {
+    let home = Home::new("announce");
+    let _daemon = home.start();
+    let door = Door::of(&home);
+    let binding = door.register(&scope("a"), BYTES);
+    door.runtime.block_on(async {
+        let (session, _open) = open(&door).await;
+        let reserve = v1::ReserveRequest { session, names: Some(named(binding, 1)), ..Default::default() };
+        assert_eq!(door.blocks().reserve(reserve).await.unwrap().into_inner().reserved, [true]);
+        // One waits for a lease and one for the bytes, by another session and by none.
+        let (other, _other) = open(&door).await;
+        let (mut leases, mut reads) = (door.blocks(), door.blocks());
+        let acquire = v1::AcquireRequest { session: other, names: Some(named(binding, 1)), wait_ms: 20_000 };
+        let leased = tokio::spawn(async move { leases.acquire(acquire).await });
+        let get = v1::GetRequest { session: 0, names: Some(named(binding, 1)), wait_ms: 20_000 };
+        let read = tokio::spawn(async move {
+            let mut stream = reads.get(get).await?.into_inner();
+            let first = stream.message().await?.and_then(|message| message.what);
+            Ok::<_, tonic::Status>(matches!(first, Some(v1::get_response::What::Header(_))))
+        });
+        let mut stranger = vec![header(other, binding, 1)];
+        stranger.extend(pieces(1, BYTES, 1000));
+        let refused = door.blocks().put(tokio_stream::iter(stranger)).await.unwrap_err();
+        assert_eq!(code(&refused), Code::AlreadyReserved, "only who announced it brings it");
+        let mut own = vec![header(session, binding, 1)];
+        own.extend(pieces(1, BYTES, 1000));
+        let stored = door.blocks().put(tokio_stream::iter(own)).await.unwrap().into_inner();
+        assert!(!stored.already);
+        let leased = leased.await.unwrap().unwrap().into_inner();
+        assert!(matches!(leased.acquired[0].what, Some(v1::acquired::What::Lease(_))), "{leased:?}");
+        assert!(read.await.unwrap().unwrap(), "the block, not a miss");
+        let abort = v1::AbortRequest { session, names: Some(named(binding, 1)) };
+        assert_eq!(door.blocks().abort(abort).await.unwrap().into_inner().aborted, 0, "nothing is announced");
+    });
+    assert_eq!(door.get(&scope("a"), binding, 1), Ok(v1::Tier::Host));
+}
+
+#[test]
+fn a_put_that_stalls_ends_at_its_deadline_and_leaves_nothing() {
+    let home = Home::new("stall");
+    let _daemon = home.start();
+    let door = Door::of(&home);
+    let binding = door.register(&scope("a"), BYTES);
+    let stalled = door.runtime.block_on(async {
+        use tokio_stream::StreamExt as _;
+        let half = pieces(1, BYTES, 1000).into_iter().take(10);
+        let messages = tokio_stream::iter(std::iter::once(header(0, binding, 1)).chain(half));
+        let messages = messages.chain(tokio_stream::pending());
+        tokio::time::timeout(LONG, door.blocks().put(within(SOON, messages))).await
+    });
+    let refused = stalled.expect("it ends").unwrap_err();
+    assert_eq!(code(&refused), Code::DeadlinePassed, "{refused}");
+    assert!(!door.put(&scope("a"), binding, 1, BYTES, false).unwrap(), "nothing came of it");
+}
+
+#[test]
+fn puts_that_stall_keep_room_from_others_until_their_deadline_and_past_a_bound_nobody_waits() {
+    let home = Home::new("room").set("limits.in_flight_bytes_max=1MiB");
+    let _daemon = home.start();
+    let door = Door::of(&home);
+    let binding = door.register(&scope("a"), 1 << 20);
+    let codes = door.runtime.block_on(async {
+        use tokio_stream::StreamExt as _;
+        let mut puts = Vec::new();
+        for number in 0..64 {
+            let mut blocks = door.blocks();
+            puts.push(tokio::spawn(async move {
+                let messages =
+                    tokio_stream::iter([header(0, binding, number)]).chain(tokio_stream::pending());
+                code(&blocks.put(within(Duration::from_secs(3), messages)).await.unwrap_err())
+            }));
+        }
+        let mut codes = Vec::new();
+        for put in puts {
+            codes.push(tokio::time::timeout(LONG, put).await.expect("it ends").unwrap());
+        }
+        codes
+    });
+    let count = |wanted| codes.iter().filter(|code| **code == wanted).count();
+    assert!(count(Code::QueueFull) > 0, "{codes:?}");
+    assert_eq!(count(Code::QueueFull) + count(Code::DeadlinePassed), 64, "{codes:?}");
+    assert!(!door.put(&scope("a"), binding, 1, 1 << 20, false).unwrap(), "all room has come back");
+}
+
+#[test]
+fn waiting_ends_at_the_deadline_and_a_reader_who_stalls_holds_a_block_no_longer() {
+    let home = Home::sized("reader", "64MiB", None).set("host.region_bytes=16MiB");
+    let _daemon = home.start();
+    let door = Door::of(&home);
+    let (small, large) = (door.register(&scope("a"), BYTES), door.register(&scope("a"), LARGE));
+    assert!(!door.put(&scope("a"), large, 1, LARGE, false).unwrap());
+    // A block that does not come. Whichever clock strikes first says so.
+    door.runtime.block_on(async {
+        let (session, _open) = open(&door).await;
+        let reserve = v1::ReserveRequest { session, names: Some(named(small, 7)), ..Default::default() };
+        door.blocks().reserve(reserve).await.unwrap();
+        let acquire = v1::AcquireRequest { session, names: Some(named(small, 7)), wait_ms: u32::MAX };
+        let mut blocks = door.blocks();
+        let asked = blocks.acquire(within(SOON, acquire));
+        match tokio::time::timeout(LONG, asked).await.expect("it ends") {
+            Ok(answer) => match &answer.into_inner().acquired[0].what {
+                Some(v1::acquired::What::Miss(miss)) => {
+                    assert_eq!(miss.reason(), v1::MissReason::NotComplete);
+                }
+                other => panic!("{other:?}"),
+            },
+            Err(status) => assert_eq!(code(&status), Code::DeadlinePassed),
+        }
+    });
+    // A reader takes the head of a block that does not fit into what the connection keeps under way.
+    let mut stream = door.runtime.block_on(async {
+        let get = v1::GetRequest { session: 0, names: Some(named(large, 1)), wait_ms: 0 };
+        let mut stream = door.blocks().get(within(SOON, get)).await.unwrap().into_inner();
+        let first = stream.message().await.unwrap().and_then(|message| message.what);
+        assert!(matches!(first, Some(v1::get_response::What::Header(_))), "{first:?}");
+        stream
+    });
+    // On a connection of its own: nobody takes what comes on the first one meanwhile.
+    let other = Door::of(&home);
+    eventually("the block is held for ever", || {
+        let evict = v1::EvictRequest { names: Some(named(large, 1)), ..Default::default() };
+        other.runtime.block_on(other.blocks().evict(evict)).unwrap().into_inner().evicted == 1
+    });
+    let last = door.runtime.block_on(async {
+        loop {
+            match stream.message().await {
+                Ok(Some(_)) => {}
+                other => break other,
+            }
+        }
+    });
+    assert_eq!(code(&last.unwrap_err()), Code::DeadlinePassed);
+}
+
+#[test]
+fn streams_end_at_their_deadline_and_a_session_with_its_stream() {
+    let home = Home::new("streams");
+    let _daemon = home.start();
+    let door = Door::of(&home);
+    let binding = door.register(&scope("a"), BYTES);
+    assert!(!door.put(&scope("a"), binding, 1, BYTES, false).unwrap());
+    door.runtime.block_on(async {
+        let watch = within(SOON, v1::WatchRequest::default());
+        let mut events = door.events().watch(watch).await.unwrap().into_inner();
+        let mut told = 0;
+        let end = loop {
+            match tokio::time::timeout(LONG, events.message()).await.expect("it ends") {
+                Ok(Some(batch)) => told += batch.events.len(),
+                Ok(None) => panic!("it ended without a word"),
+                Err(status) => break status,
+            }
+        };
+        assert_eq!((code(&end), told), (Code::DeadlinePassed, 1));
+        let mut session = door
+            .worker()
+            .open(within(SOON, v1::OpenRequest { name: "brief".into() }))
+            .await
+            .unwrap()
+            .into_inner();
+        let end = loop {
+            match tokio::time::timeout(LONG, session.message()).await.expect("it ends") {
+                Ok(Some(_)) => {}
+                Ok(None) => panic!("it ended without a word"),
+                Err(status) => break status,
+            }
+        };
+        assert_eq!(code(&end), Code::DeadlinePassed);
+    });
+    eventually("the session outlives its stream", || door.status().clients == 0);
+}
