@@ -57,6 +57,8 @@ pub struct Description {
     pub keys_per_request_max: u32,
     /// Longest block in bytes.
     pub block_bytes_max: u32,
+    /// Principal that the caller belongs to: whose blocks it finds.
+    pub principal: String,
     /// Longest message that it takes, in bytes. Blocks go in as many as they need.
     pub message_bytes_max: u64,
 }
@@ -131,6 +133,7 @@ impl Client {
             keys_per_request_max: answer.keys_per_request_max,
             block_bytes_max: answer.block_bytes_max,
             message_bytes_max: answer.message_bytes_max,
+            principal: answer.principal,
         })
     }
 

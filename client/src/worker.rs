@@ -201,12 +201,12 @@ impl Worker {
 
     /// Ends pins; gives how many there were.
     pub fn unpin(&self, binding: &Binding, hashes: &[SequenceHash]) -> Call<u32> {
-        let client = self.client();
+        let (client, session) = (self.client(), self.session());
         let requests = self.batches(binding, hashes);
         self.client().call(async move {
             let mut unpinned = 0;
             for names in requests {
-                let message = v1::UnpinRequest { names };
+                let message = v1::UnpinRequest { names, session: session.0 };
                 unpinned += client.within(client.blocks().unpin(client.request(message))).await?.unpinned;
             }
             Ok(unpinned)
@@ -215,12 +215,12 @@ impl Worker {
 
     /// Starts bringing blocks up to host memory.
     pub fn prefetch(&self, binding: &Binding, hashes: &[SequenceHash]) -> Call<Prefetched> {
-        let client = self.client();
+        let (client, session) = (self.client(), self.session());
         let requests = self.batches(binding, hashes);
         self.client().call(async move {
             let mut sum = Prefetched::default();
             for names in requests {
-                let message = v1::PrefetchRequest { names };
+                let message = v1::PrefetchRequest { names, session: session.0 };
                 let answer = client.within(client.blocks().prefetch(client.request(message))).await?;
                 sum.started += answer.started;
                 sum.resident += answer.resident;
@@ -231,13 +231,13 @@ impl Worker {
 
     /// Removes blocks from `tier`, or from everywhere.
     pub fn evict(&self, binding: &Binding, hashes: &[SequenceHash], tier: Option<Tier>) -> Call<Evicted> {
-        let client = self.client();
+        let (client, session) = (self.client(), self.session());
         let requests = self.batches(binding, hashes);
         let tier = tier.map_or(0, |tier| convert::tier_message(tier).into());
         self.client().call(async move {
             let mut sum = Evicted::default();
             for names in requests {
-                let message = v1::EvictRequest { names, tier, dry_run: false };
+                let message = v1::EvictRequest { names, tier, dry_run: false, session: session.0 };
                 let answer = client.within(client.blocks().evict(client.request(message))).await?;
                 sum.evicted += answer.evicted;
                 sum.in_use += answer.in_use;
@@ -250,6 +250,7 @@ impl Worker {
     /// Why a block is not here, down to the scope fields that differ; `None` when it is. Asks the daemon.
     pub fn explain(&self, binding: &Binding, hash: &SequenceHash) -> Call<Option<Miss>> {
         let (inner, client) = (Arc::clone(&self.inner), self.client());
+        let session = self.session();
         let (binding, hash) = (binding.clone(), *hash);
         self.client().call(async move {
             let number = inner.number(&client, &inner.life(), &binding).await?;
@@ -258,7 +259,7 @@ impl Worker {
                 sequence_hashes: vec![bytes::Bytes::copy_from_slice(hash.as_bytes())],
                 keys: Vec::new(),
             };
-            let message = v1::ExplainRequest { names: Some(names) };
+            let message = v1::ExplainRequest { names: Some(names), session: session.0 };
             let answer = client.within(client.blocks().explain(client.request(message))).await?;
             Ok(answer.miss.map(miss))
         })

@@ -58,6 +58,27 @@ pub fn report(loaded: &Loaded, topology: &Topology, resources: &Resources, plan:
     let head = ["numa node", "cpus", "memory", "huge free", "gpus", "nvme", "nics", "home shard"];
     say(table(&head, nodes.collect()));
 
+    let several = plan.principals.len() > 1;
+    if several {
+        let rows = plan.principals.iter().map(|principal| {
+            let shards = &plan.shards[principal.shards.clone()];
+            let own = config.principals.get(&principal.name);
+            let uids = own.map_or("workers.uids, network".into(), |own| {
+                own.uids.iter().map(u32::to_string).collect::<Vec<_>>().join(",")
+            });
+            let disks = shards.iter().filter_map(|shard| shard.disk.as_ref());
+            vec![
+                principal.name.clone(),
+                uids,
+                own.map_or("rest".into(), |own| own.share.to_string()),
+                shards.iter().map(|shard| shard.index.to_string()).collect::<Vec<_>>().join(","),
+                Size(shards.iter().map(|shard| shard.arena_bytes).sum()).about(),
+                Size(disks.map(|disk| u64::from(disk.segments_max) * disk.segment_bytes).sum()).about(),
+            ]
+        });
+        say(table(&["principal", "users", "share", "shards", "host", "disk"], rows.collect()));
+    }
+
     let shards = plan.shards.iter().map(|shard| {
         let disk = shard.disk.as_ref();
         vec![
@@ -68,15 +89,15 @@ pub fn report(loaded: &Loaded, topology: &Topology, resources: &Resources, plan:
             Size(shard.arena_bytes).about(),
             format!("{} x {}", shard.regions, Size(plan.region_bytes)),
             shard.table_entries_max.to_string(),
+            Size(shard.pinned_bytes_max).about(),
             disk.map_or("-".into(), |disk| Size(u64::from(disk.segments_max) * disk.segment_bytes).about()),
         ]
     });
-    let head = ["shard", "numa node", "cpu", "disk cpu", "arena", "regions", "entries", "disk"];
+    let head = ["shard", "numa node", "cpu", "disk cpu", "arena", "regions", "entries", "pinned", "disk"];
     say(table(&head, shards.collect()));
 
     let bounds = &plan.bounds;
     let rows = [
-        ("bytes pinned", Size(bounds.pinned_bytes_max).about()),
         ("disk operations", bounds.disk_queue_depth.to_string()),
         ("blocks going to disk", bounds.offloads_max.to_string()),
         ("blocks coming from disk", bounds.onboards_max.to_string()),

@@ -25,11 +25,11 @@ use crate::disk;
 use crate::listen::{RunDir, SocketFile};
 use crate::node::{Node, Recovered, TierNotes, quota_share};
 use crate::peercred::Caller;
-use crate::plan::{Bounds, Plan, ShardPlan};
+use crate::plan::{Bounds, PRINCIPAL_DIR, Plan, ShardPlan, principal_dir};
 use crate::registry::Registry;
 use crate::sessions::{Door, Sessions};
 use crate::shard::{Letter, Shard, ShardHandle};
-use crate::worker_door::{MemoryFds, StopDoor, WorkerDoor};
+use crate::worker_door::{MemoryFds, MemoryPlace, StopDoor, WorkerDoor};
 
 /// A node whose threads run.
 pub struct Running {
@@ -74,21 +74,23 @@ pub fn start(loaded: &Loaded, plan: &Plan) -> anyhow::Result<Running> {
         opened.push(one);
     }
 
+    recovered.notes.extend(left_behind(config, plan));
     let sessions = Sessions::new(config.limits.sessions_max as usize + 1);
     // Of nobody who can call: its number opens nothing.
-    let guest = sessions.open("grpc".into(), Door::Grpc, Caller::Unknown).map_err(anyhow::Error::new)?.id;
+    let guest = sessions.open("grpc".into(), Door::Grpc, Caller::Unknown, 0).map_err(anyhow::Error::new)?.id;
     let mut shards = Vec::new();
     let mut memory = Vec::new();
     let mut notes = Vec::new();
     let mut ready = Vec::new();
-    let quotas = quotas(config, plan);
     for (mut one, shard_plan) in opened.into_iter().zip(&plan.shards) {
         recovered.host_blocks += one.host_blocks;
         recovered.disk_blocks += one.disk_blocks;
         recovered.notes.append(&mut one.remarks);
-        for (tenant, whole) in &quotas {
-            let bytes_max = Some(quota_share(*whole, shards.len(), plan.shards.len()));
-            one.shard.tell(Event::Quota { tenant: tenant.clone(), bytes_max });
+        let principal = &plan.principals[usize::from(shard_plan.principal)];
+        for (tenant, whole) in quotas(config, &plan.shards[principal.shards.clone()]) {
+            let home = usize::from(shard_plan.home);
+            let bytes_max = Some(quota_share(whole, home, principal.shards.len()));
+            one.shard.tell(Event::Quota { tenant, bytes_max });
         }
         one.shard.tell(Event::Opened { session: guest });
         shards.push(one.handle);
@@ -112,6 +114,7 @@ pub fn start(loaded: &Loaded, plan: &Plan) -> anyhow::Result<Running> {
         recovered,
         notes,
         plan.region_bytes,
+        plan.principals.clone(),
     ));
     let (grpc, grpc_file) = run_dir.listen_grpc()?.split();
     let (workers, workers_file) = run_dir.listen_workers()?.split();
@@ -151,9 +154,29 @@ fn spawn(
     })
 }
 
-/// Quota of each configured tenant on all shards together, in bytes.
-fn quotas(config: &Config, plan: &Plan) -> Vec<(String, u64)> {
-    let arena: u64 = plan.shards.iter().map(|shard| shard.arena_bytes).sum();
+/// Directories of principals that are in the configuration no more. They take room, and are nobody's to open.
+fn left_behind(config: &Config, plan: &Plan) -> Vec<String> {
+    let known: Vec<String> =
+        plan.principals.iter().skip(1).map(|principal| principal_dir(&principal.name)).collect();
+    let dirs = std::iter::once(config.memory_dir()).chain(config.disk_dir());
+    let entries = dirs.filter_map(|dir| std::fs::read_dir(dir).ok()).flatten().flatten();
+    let left = entries.filter(|entry| {
+        let name = entry.file_name().to_string_lossy().into_owned();
+        name.starts_with(PRINCIPAL_DIR) && !known.contains(&name)
+    });
+    left.map(|entry| {
+        let path = entry.path();
+        format!(
+            "{} is of a principal that is not configured: remove it, or bring the principal back",
+            path.display()
+        )
+    })
+    .collect()
+}
+
+/// Quota of each configured tenant on all shards of a principal together, in bytes.
+fn quotas(config: &Config, shards: &[ShardPlan]) -> Vec<(String, u64)> {
+    let arena: u64 = shards.iter().map(|shard| shard.arena_bytes).sum();
     let quota = |tenant: &crate::config::Tenant| tenant.bytes_max.get().map(|size| size.of(arena));
     config.tenants.iter().filter_map(|(name, tenant)| Some((name.clone(), quota(tenant)?))).collect()
 }
@@ -166,10 +189,11 @@ fn open_shard(
     epoch_floor: Epoch,
 ) -> anyhow::Result<Opened> {
     let id = ShardId(shard.index);
-    let dir = config.memory_dir();
+    // Files go by principal and home, which stay; numbers of shards follow from who else there is.
+    let place = MemoryPlace { dir: shard.memory_dir.clone(), number: ShardId(shard.home) };
     let spec = MemorySpec {
-        dir: dir.clone(),
-        name: format!("shard-{}", shard.index),
+        dir: place.dir.clone(),
+        name: format!("shard-{}", place.number),
         geometry: Geometry {
             regions: shard.regions,
             region_bytes: plan.region_bytes,
@@ -198,7 +222,7 @@ fn open_shard(
             remarks.push(remark);
         }
     }
-    let hazards = HazardSet::adopt(&dir, id)?;
+    let hazards = HazardSet::adopt(&place.dir, place.number)?;
     let table = memory.take_table()?.context("the catalog table has one writer")?;
     let catalog = Catalog::new(table, shard.ghosts_max as usize);
     let host = HostTier::new(
@@ -211,7 +235,8 @@ fn open_shard(
         Watermarks { low: config.host.free_low_ratio.ratio(), high: config.host.free_high_ratio.ratio() },
     );
     let epoch = memory.epoch();
-    let fds = MemoryFds::of(id, shard.numa_node.and_then(|node| u16::try_from(node).ok()), &memory)?;
+    let numa_node = shard.numa_node.and_then(|node| u16::try_from(node).ok());
+    let fds = MemoryFds::of(id, usize::from(shard.principal), place, numa_node, &memory)?;
     let mut notes = TierNotes {
         host: memory.notes().to_vec(),
         numa_node: shard.numa_node.unwrap_or(0),
@@ -267,7 +292,7 @@ fn brain_config(config: &Config, bounds: &Bounds, shard: &ShardPlan, epoch: Epoc
             .map_or(0, |disk| disk.segment_bytes * u64::from(disk.segments_max)),
         leases_per_session_max: config.limits.leases_per_session_max as usize,
         sessions_max: config.limits.sessions_max as usize,
-        pinned_bytes_max: bounds.pinned_bytes_max,
+        pinned_bytes_max: shard.pinned_bytes_max,
         pending_ttl_ms: config.limits.pending_ttl.0.as_millis() as u64,
         stalled_max: bounds.stalled_max as usize,
         offloads_max: bounds.offloads_max as usize,

@@ -73,6 +73,8 @@ pub struct Config {
     pub catalog: Catalog,
     /// Bounds on what callers may ask for.
     pub limits: Limits,
+    /// Users whose blocks lie apart.
+    pub principals: BTreeMap<String, Principal>,
     /// Quotas by tenant.
     pub tenants: BTreeMap<String, Tenant>,
     /// Log lines.
@@ -90,6 +92,7 @@ impl Config {
         ("disk", Disk::DOCS),
         ("catalog", Catalog::DOCS),
         ("limits", Limits::DOCS),
+        ("principals.*", Principal::DOCS),
         ("tenants.*", Tenant::DOCS),
         ("log", Log::DOCS),
     ];
@@ -237,9 +240,21 @@ section! {
 }
 
 section! {
+    /// Users whose blocks lie apart from everybody else's: `[principals.<name>]`.
+    Principal {
+        /// Its users, by number. They may store and read blocks as those of `workers.uids` may, who are the
+        /// default principal together with the network. A user belongs to one principal.
+        uids: Vec<u32> = vec![],
+        /// Its share of `host.bytes_max` and `disk.bytes_max`. What all leave is the default principal's.
+        share: Share = Share::percent(0),
+    }
+}
+
+section! {
     /// What one tenant gets: `[tenants.<name>]`.
     Tenant {
         /// Host memory the tenant may fill: a size, a share of the tier, or off: no bound of its own.
+        /// With several principals, what it may fill in each of them.
         bytes_max: OrOff<SizeOrShare> = OrOff::Off,
     }
 }
@@ -254,7 +269,20 @@ section! {
     }
 }
 
+/// Name of the principal that serves whoever is in no other.
+pub const PRINCIPAL_DEFAULT: &str = "default";
+
 impl Config {
+    /// Names of all principals; the default one is the first. Elsewhere they go by their place here.
+    pub fn principal_names(&self) -> impl Iterator<Item = &str> {
+        std::iter::once(PRINCIPAL_DEFAULT).chain(self.principals.keys().map(String::as_str))
+    }
+
+    /// The principal, other than the default one, that lists this user.
+    pub fn principal_listing(&self, uid: u32) -> Option<usize> {
+        self.principals.values().position(|principal| principal.uids.contains(&uid)).map(|at| at + 1)
+    }
+
     /// Name of this node. Settled by [`Config::load`].
     pub fn node_name(&self) -> &str {
         self.node.name.get().map_or("kvd", |label| &label.0)

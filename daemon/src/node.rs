@@ -1,7 +1,8 @@
 //! The node as the rest of the daemon sees it: every shard behind one set of questions.
 //!
-//! Shards share nothing, so a question about keys goes to all of them and the best answer counts; a question
-//! that must have one home (a store, an announcement) goes to the shard that the key picks.
+//! Shards share nothing, so a question about keys goes to all that the caller sees ([`View`]) and the best answer
+//! counts; a question that must have one home (a store, an announcement) goes to the shard that the key picks.
+//! Whoever uses blocks sees the shards of its principal, administrators see all.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -14,6 +15,7 @@ use kv_block::code::Code;
 use kv_block::{BlockKey, Epoch, Fault, MissReason, SessionId, ShardId, Tier};
 use kv_node::{BlockReport, Event, Found, Grant, Op, Reply, ShardReport};
 
+use crate::plan::PrincipalPlan;
 use crate::registry::{Bound, Registry};
 use crate::sessions::{SessionInfo, Sessions};
 use crate::shard::{Letter, ReplyTo, ShardHandle};
@@ -53,6 +55,8 @@ pub struct Node {
     pub tier_notes: Vec<TierNotes>,
     /// Longest block that a shard can hold, in bytes.
     pub block_bytes_max: u64,
+    /// Whose the shards are, the default principal first.
+    pub principals: Vec<PrincipalPlan>,
     draining: AtomicBool,
 }
 
@@ -82,6 +86,7 @@ impl Node {
         recovered: Recovered,
         tier_notes: Vec<TierNotes>,
         block_bytes_max: u64,
+        principals: Vec<PrincipalPlan>,
     ) -> Self {
         let draining = AtomicBool::new(false);
         let started = Instant::now();
@@ -96,6 +101,7 @@ impl Node {
             recovered,
             tier_notes,
             block_bytes_max,
+            principals,
             draining,
         }
     }
@@ -126,14 +132,26 @@ impl Node {
         Ok(())
     }
 
-    /// The shard that a key is stored on when its worker has no shard of its own.
-    pub fn home(&self, key: &BlockKey) -> &ShardHandle {
-        &self.shards[(key.halves()[1] % self.shards.len() as u64) as usize]
-    }
-
     /// The shard with this number.
     pub fn shard(&self, id: ShardId) -> Option<&ShardHandle> {
         self.shards.get(usize::from(id.0))
+    }
+
+    /// The shards of one principal.
+    pub fn of(&self, principal: usize) -> View<'_> {
+        let shards = self.principals.get(principal).map_or(0..0, |principal| principal.shards.clone());
+        View { node: self, shards: &self.shards[shards] }
+    }
+
+    /// The shards of all principals: what administrators see.
+    pub fn everything(&self) -> View<'_> {
+        View { node: self, shards: &self.shards }
+    }
+
+    /// Name of the principal whose shard this is.
+    pub fn principal_of(&self, shard: ShardId) -> &str {
+        let of = |principal: &&PrincipalPlan| principal.shards.contains(&usize::from(shard.0));
+        self.principals.iter().find(of).map_or("", |principal| &principal.name)
     }
 
     /// Tells every shard something that it must hear.
@@ -195,13 +213,71 @@ impl Node {
         self.registry.get(number).ok_or_else(|| unknown_binding(number))
     }
 
-    /// Where each of these blocks is, over all shards.
+    /// Sets what a tenant may hold on all shards of a principal together, the same for each principal; `None`
+    /// lifts its quota.
+    pub fn set_quota(&self, tenant: &str, bytes_max: Option<u64>) {
+        for principal in &self.principals {
+            let count = principal.shards.len();
+            for (at, shard) in self.shards[principal.shards.clone()].iter().enumerate() {
+                let bytes_max = bytes_max.map(|whole| quota_share(whole, at, count));
+                shard.post_surely(Letter::Tell(Event::Quota { tenant: tenant.to_owned(), bytes_max }));
+            }
+        }
+    }
+
+    /// The counters of every shard.
+    pub async fn reports(&self, deadline: Instant) -> Result<Vec<ShardReport>, Fault> {
+        let mut reports = Vec::with_capacity(self.shards.len());
+        for shard in &self.shards {
+            match self.ask(shard, SessionId(0), deadline, Op::Report, Bytes::new()).await? {
+                Reply::Report(report) => reports.push(*report),
+                other => return Err(unexpected(&other)),
+            }
+        }
+        Ok(reports)
+    }
+
+    /// Ends every shard; returns when all letters are posted, not when the threads are gone.
+    pub fn stop_shards(&self) {
+        for shard in &self.shards {
+            shard.post_surely(Letter::Stop);
+        }
+    }
+}
+
+/// What a caller sees of a node: some of its shards. A question about keys goes to these, and to no others.
+#[derive(Clone, Copy)]
+pub struct View<'a> {
+    node: &'a Node,
+    /// Never empty.
+    shards: &'a [ShardHandle],
+}
+
+impl std::ops::Deref for View<'_> {
+    type Target = Node;
+    fn deref(&self) -> &Node {
+        self.node
+    }
+}
+
+impl<'a> View<'a> {
+    /// The shards that are seen.
+    pub fn shards(&self) -> &'a [ShardHandle] {
+        self.shards
+    }
+
+    /// The shard that a key is stored on when its worker has no shard of its own.
+    pub fn home(&self, key: &BlockKey) -> &'a ShardHandle {
+        &self.shards[(key.halves()[1] % self.shards.len() as u64) as usize]
+    }
+
+    /// Where each of these blocks is, over all shards that are seen.
     pub async fn lookup(&self, keys: &[BlockKey], all: bool, deadline: Instant) -> Result<Vec<Found>, Fault> {
-        if let [shard] = &self.shards[..] {
+        if let [shard] = self.shards {
             return self.lookup_on(shard, keys, all, deadline).await;
         }
         let mut best = vec![Found::Miss(MissReason::NeverStored); keys.len()];
-        for shard in &self.shards {
+        for shard in self.shards {
             let found = self.lookup_on(shard, keys, true, deadline).await?;
             for (best, found) in best.iter_mut().zip(found) {
                 *best = better(*best, found);
@@ -228,12 +304,12 @@ impl Node {
     }
 
     /// The shard that has a block or expects it; its home when none does.
-    pub async fn owner(&self, key: &BlockKey, deadline: Instant) -> Result<&ShardHandle, Fault> {
-        if let [shard] = &self.shards[..] {
+    pub async fn owner(&self, key: &BlockKey, deadline: Instant) -> Result<&'a ShardHandle, Fault> {
+        if let [shard] = self.shards {
             return Ok(shard);
         }
         let mut best = (self.home(key), Found::Miss(MissReason::NeverStored));
-        for shard in &self.shards {
+        for shard in self.shards {
             let report = self.inspect_on(shard, key, deadline).await?;
             let found = report.map_or(Found::Miss(MissReason::NeverStored), |report| found_of(&report));
             if better(best.1, found) != best.1 {
@@ -294,7 +370,7 @@ impl Node {
             Ok(grant) => grant,
             Err(reason) => return Ok(Err(reason)),
         };
-        let shard = &self.shards[usize::from(shard.0)];
+        let shard = &self.node.shards[usize::from(shard.0)];
         let held = shard.slab().hold(grant.slot, grant.generation);
         // The hold keeps the block where it is; the lease has done its work.
         let op = Op::Release { leases: vec![grant.lease] };
@@ -306,28 +382,7 @@ impl Node {
         Ok(Ok((held, grant.tier)))
     }
 
-    /// Sets what a tenant may hold on all shards together; `None` lifts its quota.
-    pub fn set_quota(&self, tenant: &str, bytes_max: Option<u64>) {
-        let count = self.shards.len();
-        for (at, shard) in self.shards.iter().enumerate() {
-            let bytes_max = bytes_max.map(|whole| quota_share(whole, at, count));
-            shard.post_surely(Letter::Tell(Event::Quota { tenant: tenant.to_owned(), bytes_max }));
-        }
-    }
-
-    /// The counters of every shard.
-    pub async fn reports(&self, deadline: Instant) -> Result<Vec<ShardReport>, Fault> {
-        let mut reports = Vec::with_capacity(self.shards.len());
-        for shard in &self.shards {
-            match self.ask(shard, SessionId(0), deadline, Op::Report, Bytes::new()).await? {
-                Reply::Report(report) => reports.push(*report),
-                other => return Err(unexpected(&other)),
-            }
-        }
-        Ok(reports)
-    }
-
-    /// Asks every shard the same and adds the counts up.
+    /// Asks every shard that is seen the same and adds the counts up.
     pub async fn count(
         &self,
         session: SessionId,
@@ -335,7 +390,7 @@ impl Node {
         op: impl Fn() -> Op,
     ) -> Result<(u64, u64, u64), Fault> {
         let mut sum = (0, 0, u64::MAX);
-        for shard in &self.shards {
+        for shard in self.shards {
             match self.ask(shard, session, deadline, op(), Bytes::new()).await? {
                 Reply::Counted { done, kept, absent } => {
                     sum = (sum.0 + done, sum.1 + kept, sum.2.min(absent));
@@ -373,13 +428,6 @@ impl Node {
             }
         }
         Ok(nearest)
-    }
-
-    /// Ends every shard; returns when all letters are posted, not when the threads are gone.
-    pub fn stop_shards(&self) {
-        for shard in &self.shards {
-            shard.post_surely(Letter::Stop);
-        }
     }
 }
 

@@ -23,6 +23,29 @@ pub enum Caller {
     Unknown,
 }
 
+/// A caller, and what follows from who it is.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Who {
+    /// Who calls.
+    pub caller: Caller,
+    /// What it may do.
+    pub rights: Rights,
+    /// The principal it belongs to.
+    pub principal: usize,
+}
+
+impl Who {
+    /// What follows from `config`, where the daemon runs as `own_uid`.
+    pub fn new(caller: Caller, config: &Config, own_uid: u32) -> Self {
+        Self { caller, rights: caller.rights(config, own_uid), principal: caller.principal(config) }
+    }
+
+    /// Nobody, who may do nothing.
+    pub fn nobody() -> Self {
+        Self { caller: Caller::Unknown, rights: Rights::default(), principal: 0 }
+    }
+}
+
 /// What a caller may do. Nothing by default.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
 pub struct Rights {
@@ -74,6 +97,11 @@ impl Caller {
         }
     }
 
+    /// The principal it belongs to, by its place among [`Config::principal_names`].
+    pub fn principal(self, config: &Config) -> usize {
+        self.uid().and_then(|uid| config.principal_listing(uid)).unwrap_or(0)
+    }
+
     /// What `config` lets this caller do, where the daemon runs as `own_uid`.
     pub fn rights(self, config: &Config, own_uid: u32) -> Rights {
         let Self::Process { uid, .. } = self else {
@@ -86,7 +114,7 @@ impl Caller {
                 UidRule::Uid(listed) => uid == *listed,
             })
         };
-        let blocks = uid == 0 || listed(&config.workers.uids);
+        let blocks = uid == 0 || listed(&config.workers.uids) || config.principal_listing(uid).is_some();
         Rights {
             blocks,
             in_place: blocks && listed(&config.workers.trusted_uids),
@@ -116,6 +144,21 @@ mod tests {
         for (caller, (blocks, in_place, admin)) in rows {
             assert_eq!(caller.rights(&config, 5), Rights { blocks, in_place, admin }, "{caller:?}");
         }
+        let principal = crate::config::Principal { uids: vec![8, 9], ..Default::default() };
+        config.principals.insert("b".into(), principal);
+        let rows = [
+            (user(0), true, 0),
+            (user(7), true, 0),
+            (user(8), true, 1),
+            (user(9), true, 1),
+            (user(10), false, 0),
+            (Caller::Network, true, 0),
+        ];
+        for (caller, blocks, principal) in rows {
+            let who = Who::new(caller, &config, 5);
+            assert_eq!((who.rights.blocks, who.principal), (blocks, principal), "{caller:?}");
+        }
+        assert!(user(8).rights(&config, 5).in_place, "trusted, in the arena of its own principal");
         config.workers.uids = vec![UidRule::Any];
         config.listen.admin_uids = vec![];
         assert_eq!(user(9).rights(&config, 5), Rights { blocks: true, ..Rights::default() });

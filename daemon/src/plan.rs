@@ -5,10 +5,12 @@
 //!   node 1  cpus 32-63   --> shard 1: the same on node 1
 //!   node 2  memory only  --> no shard; callers near it go to the nearest
 //! ```
-//! One shard for each NUMA node that has both memory and CPUs we may use. Bytes are split by the memory of the
-//! nodes, everything else evenly. Every queue and pool gets its bound here, and the sum of what they may take
+//! One shard for each NUMA node that has both memory and CPUs we may use; with `[principals]`, one for each of
+//! them as well, which shares nothing with the others. Bytes are split by the memory of the nodes, everything
+//! else evenly. Every queue and pool gets its bound here, and the sum of what they may take
 //! is a table with one line per owner.
 
+use std::ops::Range;
 use std::path::PathBuf;
 
 use crate::config::units::{OrAuto, Share, Size, SizeOrShare};
@@ -49,8 +51,10 @@ pub struct Resources {
 /// What is run.
 #[derive(Clone, PartialEq, Debug)]
 pub struct Plan {
-    /// One for each NUMA node that serves. Never empty.
+    /// One for each NUMA node that serves and each principal, by principal. Never empty.
     pub shards: Vec<ShardPlan>,
+    /// The principals, the default one first.
+    pub principals: Vec<PrincipalPlan>,
     /// Unit in which arena memory goes to one block size, in bytes.
     pub region_bytes: u64,
     /// Threads of the control runtime.
@@ -63,11 +67,26 @@ pub struct Plan {
     pub notes: Vec<String>,
 }
 
+/// Users whose blocks lie apart: a set of shards, one on each NUMA node that serves.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct PrincipalPlan {
+    /// Its name.
+    pub name: String,
+    /// Its shards, by number.
+    pub shards: Range<usize>,
+}
+
 /// One shard.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct ShardPlan {
     /// Its number, from 0.
     pub index: u16,
+    /// Whose it is: place in [`Plan::principals`].
+    pub principal: u16,
+    /// Its number among the shards of its principal. Its files are named by it.
+    pub home: u16,
+    /// Directory of its shared memory files.
+    pub memory_dir: PathBuf,
     /// NUMA node its memory is bound to; `None` where there is nothing to choose.
     pub numa_node: Option<u32>,
     /// NUMA nodes whose workers call it home; its own first.
@@ -80,6 +99,8 @@ pub struct ShardPlan {
     pub regions: u32,
     /// Bytes of the arena: regions times [`Plan::region_bytes`].
     pub arena_bytes: u64,
+    /// Bytes of it that may be pinned.
+    pub pinned_bytes_max: u64,
     /// Catalog entries, those of blocks that are gone included.
     pub table_entries_max: u64,
     /// Of those, entries of blocks that are gone.
@@ -116,8 +137,6 @@ pub struct Bounds {
     pub requests_max: u32,
     /// Events kept for replay.
     pub events_max: u32,
-    /// Bytes that may be pinned.
-    pub pinned_bytes_max: u64,
 }
 
 /// What one owner may take at most, all shards together.
@@ -156,21 +175,19 @@ pub fn plan(topology: &Topology, loaded: &Loaded, resources: &Resources) -> Resu
         topology.nodes.iter().filter(|node| !node.cpus.is_empty() && node.memory_bytes > 0).collect();
     // The affinity may leave us only CPUs of a node without memory; its nearest memory serves then.
     let homes = if homes.is_empty() { fallback_home(topology) } else { homes };
-    let shards = homes.len() as u64;
+    let count = homes.len() as u64;
+    let shares: Vec<Share> = config.principals.values().map(|principal| principal.share).collect();
 
-    let (host_bytes, region_bytes) = host_bytes(config, resources, shards, &mut notes, &refuse)?;
+    let (host_bytes, region_bytes) = host_bytes(config, resources, count, &shares, &mut notes, &refuse)?;
     let weights: Vec<u64> = homes.iter().map(|node| node.memory_bytes.max(1)).collect();
-    let regions = split(host_bytes / region_bytes, &weights);
-    let slots_max = regions.iter().sum::<u64>() * (region_bytes / PAGE_BYTES);
-    if slots_max >= u64::from(u32::MAX) * shards {
+    let slots_max = host_bytes / region_bytes * (region_bytes / PAGE_BYTES);
+    if slots_max >= u64::from(u32::MAX) * count {
         return Err(refuse(
             "host.bytes_max",
             format!("{} is more than slots can be numbered for", Size(host_bytes)),
         ));
     }
-
-    let disk_bytes = disk_bytes(config, resources, shards, &mut notes, &refuse)?;
-    let segments_each = disk_bytes / config.disk.segment_bytes.0 / shards;
+    let disk_bytes = disk_bytes(config, resources, count, &mut notes, &refuse)?;
     let entries = config
         .catalog
         .entries_max
@@ -179,53 +196,72 @@ pub fn plan(topology: &Topology, loaded: &Loaded, resources: &Resources) -> Resu
         .unwrap_or_else(|| ((host_bytes + disk_bytes) / BLOCK_BYTES_TYPICAL).clamp(1 << 16, 16 << 20));
     let ghosts = config.catalog.ghosts_max.get().copied().unwrap_or(entries / 4).min(entries);
 
-    let plans: Vec<ShardPlan> = homes
-        .iter()
-        .zip(&regions)
-        .enumerate()
-        .map(|(index, (node, regions))| {
+    let whole = Part {
+        regions: host_bytes / region_bytes,
+        segments: disk_bytes / config.disk.segment_bytes.0,
+        entries,
+        ghosts,
+    };
+    let mut plans: Vec<ShardPlan> = Vec::new();
+    let mut principals = Vec::new();
+    for (at, (name, part)) in config.principal_names().zip(whole.shared_out(&shares)).enumerate() {
+        part.check(name, count, region_bytes, config, &refuse)?;
+        let regions = split(part.regions, &weights);
+        // Files lie apart as well, so that what was kept is never taken for another principal's.
+        let apart = |dir: PathBuf| if at == 0 { dir } else { dir.join(principal_dir(name)) };
+        let first = plans.len();
+        for (home, (node, regions)) in homes.iter().zip(&regions).enumerate() {
             let serves = serves(topology, &homes, node.number);
-            let (shard_cpus, disk_cpus) = cpus(node);
+            let (shard_cpus, disk_cpus) = cpus(node, at);
             let near = topology.devices.iter().filter(|device| serves.contains(&device.node));
-            ShardPlan {
-                index: index as u16,
+            let arena_bytes = regions * region_bytes;
+            plans.push(ShardPlan {
+                index: plans.len() as u16,
+                principal: at as u16,
+                home: home as u16,
+                memory_dir: apart(config.memory_dir()),
                 numa_node: (topology.nodes.len() > 1).then_some(node.number),
                 shard_cpus,
                 disk_cpus,
                 regions: *regions as u32,
-                arena_bytes: regions * region_bytes,
-                table_entries_max: (entries + ghosts).div_ceil(shards),
-                ghosts_max: ghosts.div_ceil(shards),
+                arena_bytes,
+                pinned_bytes_max: config.limits.pinned_ratio_max.of(arena_bytes),
+                table_entries_max: (part.entries + part.ghosts).div_ceil(count),
+                ghosts_max: part.ghosts.div_ceil(count),
                 disk: config.disk_dir().map(|dir| DiskPlan {
-                    dir: dir.join(format!("shard-{index}")),
+                    dir: apart(dir).join(format!("shard-{home}")),
                     segment_bytes: config.disk.segment_bytes.0,
-                    segments_max: segments_each as u32,
+                    segments_max: (part.segments / count) as u32,
                 }),
                 devices: near.map(|device| device.name.clone()).collect(),
                 serves,
-            }
-        })
-        .collect();
-    for (shard, node) in plans.iter().zip(&homes) {
-        if shard.arena_bytes > node.memory_bytes && !topology.guessed {
+            });
+        }
+        principals.push(PrincipalPlan { name: name.to_owned(), shards: first..plans.len() });
+    }
+    for (home, node) in homes.iter().enumerate() {
+        let here = plans.iter().filter(|shard| usize::from(shard.home) == home);
+        let arenas: u64 = here.map(|shard| shard.arena_bytes).sum();
+        if arenas > node.memory_bytes && !topology.guessed {
             return Err(refuse(
                 "host.bytes_max",
                 format!(
-                    "shard {} would get {} of NUMA node {}, which has {}",
-                    shard.index,
-                    Size(shard.arena_bytes).about(),
+                    "shard {home} would get {} of NUMA node {}, which has {}",
+                    Size(arenas).about(),
                     node.number,
                     Size(node.memory_bytes).about()
                 ),
             ));
         }
     }
-    notes.extend(topology_notes(topology, &plans));
+    notes.extend(topology_notes(topology, &plans[..homes.len()]));
 
-    let bounds = bounds(config, &plans);
-    let budget = budget(config, &plans, &bounds);
+    let bounds = bounds(config);
+    let budget = budget(config, &plans, count, &bounds);
+    let shards = plans.len() as u64;
     let mut plan = Plan {
         shards: plans,
+        principals,
         region_bytes,
         control_threads: control_threads(topology),
         bounds,
@@ -240,7 +276,7 @@ pub fn plan(topology: &Topology, loaded: &Loaded, resources: &Resources) -> Resu
             Size(resources.ram_bytes).about()
         ));
     }
-    let descriptors = 64 + u64::from(config.limits.sessions_max) * (4 + 4 * shards) + 8 * shards;
+    let descriptors = 64 + u64::from(config.limits.sessions_max) * (4 + 4 * count) + 8 * shards;
     if let Some(open_max) = resources.descriptors_max.filter(|open_max| *open_max < descriptors) {
         plan.notes.push(format!(
             "{descriptors} descriptors may be needed, {open_max} are allowed: raise `ulimit -n` or LimitNOFILE"
@@ -279,13 +315,85 @@ fn serves(topology: &Topology, homes: &[&NumaNode], home: u32) -> Vec<u32> {
     std::iter::once(home).chain(guests.map(|node| node.number)).collect()
 }
 
-/// CPUs of the shard's thread and of its disk thread: one each at the end of the node, where interrupts and
-/// engines are rarer, if the node is large; else all of the node.
-fn cpus(node: &NumaNode) -> (Vec<u32>, Vec<u32>) {
-    match &node.cpus[..] {
-        [.., shard, disk] if node.cpus.len() >= PIN_CPUS_MIN => (vec![*shard], vec![*disk]),
-        all => (all.to_vec(), all.to_vec()),
+/// CPUs of the thread and of the disk thread of the `at`th shard of a node: one each from the end of the node,
+/// where interrupts and engines are rarer, if the node has that many for each; else all of the node.
+fn cpus(node: &NumaNode, at: usize) -> (Vec<u32>, Vec<u32>) {
+    let all = &node.cpus;
+    match all.len().checked_sub(2 * (at + 1)).map(|from| &all[from..]) {
+        Some([shard, disk, ..]) if all.len() >= PIN_CPUS_MIN * (at + 1) => (vec![*shard], vec![*disk]),
+        _ => (all.clone(), all.clone()),
     }
+}
+
+/// Directory of a principal's files, within those of the default one. One of a principal that is gone is left
+/// alone: its blocks are not for whoever comes after.
+pub fn principal_dir(name: &str) -> String {
+    format!("{PRINCIPAL_DIR}{name}")
+}
+
+/// What the names of such directories begin with.
+pub const PRINCIPAL_DIR: &str = "principal-";
+
+/// What one principal gets, all its shards together.
+struct Part {
+    regions: u64,
+    segments: u64,
+    entries: u64,
+    ghosts: u64,
+}
+
+impl Part {
+    /// The parts of the principals with these shares, after what they leave: the default one's.
+    fn shared_out(&self, shares: &[Share]) -> Vec<Self> {
+        let [regions, segments, entries, ghosts] =
+            [self.regions, self.segments, self.entries, self.ghosts].map(|whole| shared_out(whole, shares));
+        let part = |at: usize| Self {
+            regions: regions[at],
+            segments: segments[at],
+            entries: entries[at].max(ENTRIES_MIN),
+            ghosts: ghosts[at],
+        };
+        (0..=shares.len()).map(part).collect()
+    }
+
+    /// Refuses what is too little for a shard on each of `homes` nodes.
+    fn check(
+        &self,
+        name: &str,
+        homes: u64,
+        region_bytes: u64,
+        config: &Config,
+        refuse: Refuse<'_>,
+    ) -> Result<(), ConfigError> {
+        let named = config.principals.contains_key(name);
+        let key =
+            |tier: &str| if named { format!("principals.{name}.share") } else { format!("{tier}.bytes_max") };
+        if self.regions < homes {
+            let least = Size(region_bytes);
+            let text = format!(
+                "too little host memory for principal {name}: less than one region of {least} for each of {homes} shard(s)"
+            );
+            return Err(refuse(&key("host"), text));
+        }
+        if config.disk_dir().is_some() && self.segments / homes < 2 {
+            let least = config.disk.segment_bytes;
+            let text = format!(
+                "too little disk for principal {name}: less than two segments of {least} for each of {homes} shard(s)"
+            );
+            return Err(refuse(&key("disk"), text));
+        }
+        Ok(())
+    }
+}
+
+/// Entries that a principal gets at least.
+const ENTRIES_MIN: u64 = 64;
+
+/// What the shares leave of `whole`, then what each share is of it.
+fn shared_out(whole: u64, shares: &[Share]) -> Vec<u64> {
+    let parts = shares.iter().map(|share| share.of(whole));
+    let rest = whole - parts.clone().sum::<u64>().min(whole);
+    std::iter::once(rest).chain(parts).collect()
 }
 
 fn control_threads(topology: &Topology) -> usize {
@@ -317,6 +425,7 @@ fn host_bytes(
     config: &Config,
     resources: &Resources,
     shards: u64,
+    shares: &[Share],
     notes: &mut Vec<String>,
     refuse: Refuse<'_>,
 ) -> Result<(u64, u64), ConfigError> {
@@ -338,8 +447,9 @@ fn host_bytes(
         }
     };
     // At least 64 regions a shard where 2 MiB regions allow it, so that several block sizes find room.
+    let least = shared_out(asked, shares).into_iter().min().unwrap_or(asked);
     let region_bytes = config.host.region_bytes.get().map_or_else(
-        || (asked / shards / 64).clamp(2 << 20, 32 << 20).next_power_of_two().min(32 << 20),
+        || (least / shards / 64).clamp(2 << 20, 32 << 20).next_power_of_two().min(32 << 20),
         |region| region.0,
     );
     let bytes = asked / region_bytes * region_bytes;
@@ -438,8 +548,7 @@ fn topology_notes(topology: &Topology, shards: &[ShardPlan]) -> Vec<String> {
     notes
 }
 
-fn bounds(config: &Config, shards: &[ShardPlan]) -> Bounds {
-    let arenas = shards.iter().map(|shard| shard.arena_bytes).min().unwrap_or(0);
+fn bounds(config: &Config) -> Bounds {
     let depth = config.disk.queue_depth;
     Bounds {
         disk_queue_depth: depth,
@@ -448,11 +557,11 @@ fn bounds(config: &Config, shards: &[ShardPlan]) -> Bounds {
         stalled_max: config.limits.sessions_max.saturating_mul(16),
         requests_max: 1024,
         events_max: 1 << 16,
-        pinned_bytes_max: config.limits.pinned_ratio_max.of(arenas),
     }
 }
 
-fn budget(config: &Config, shards: &[ShardPlan], bounds: &Bounds) -> Vec<BudgetLine> {
+/// `homes`: shards that one session meets, those of its principal.
+fn budget(config: &Config, shards: &[ShardPlan], homes: u64, bounds: &Bounds) -> Vec<BudgetLine> {
     let Config { workers, limits, .. } = config;
     let (count, sessions) = (shards.len() as u64, u64::from(limits.sessions_max));
     let arena: u64 = shards.iter().map(|shard| shard.arena_bytes).sum();
@@ -479,13 +588,13 @@ fn budget(config: &Config, shards: &[ShardPlan], bounds: &Bounds) -> Vec<BudgetL
         line("staging", format!("{sessions} sessions of {staging}"), sessions.saturating_mul(staging.0)),
         line(
             "rings",
-            format!("{sessions} sessions, {count} shard(s), {} entries both ways", workers.ring_entries),
-            sessions * count * ring,
+            format!("{sessions} sessions, {homes} shard(s), {} entries both ways", workers.ring_entries),
+            sessions * homes * ring,
         ),
         line(
             "hazards",
-            format!("{sessions} sessions, {count} shard(s), {} each", workers.hazards_max),
-            sessions * count * hazards,
+            format!("{sessions} sessions, {homes} shard(s), {} each", workers.hazards_max),
+            sessions * homes * hazards,
         ),
         line(
             "leases",

@@ -23,8 +23,8 @@ pub use guard::{Guard, METHODS, Needs};
 pub use worker::WorkerService;
 
 use crate::config::Config;
-use crate::node::Node;
-use crate::peercred::Caller;
+use crate::node::{Node, View};
+use crate::peercred::Who;
 
 /// How long a call may take when the caller does not say.
 const DEADLINE_DEFAULT: Duration = Duration::from_secs(10);
@@ -55,6 +55,11 @@ pub const STREAM_WINDOW_BYTES: u32 = 256 << 10;
 pub const CONNECTION_WINDOW_BYTES: u32 = STREAM_WINDOW_BYTES * WAITING_MAX as u32 * 2;
 
 impl Shared {
+    /// What somebody sees who asks in no session: an administrator everything, others what their principal has.
+    fn view(&self, who: Who) -> View<'_> {
+        if who.rights.admin { self.node.everything() } else { self.node.of(who.principal) }
+    }
+
     /// What the services of `node` share.
     pub fn new(node: Arc<Node>, config: Arc<Config>) -> Self {
         let room = config.limits.in_flight_bytes_max.0 / ROOM_BYTES;
@@ -88,8 +93,8 @@ impl Shared {
 }
 
 /// Who sent this request, as the guard found out.
-fn caller<T>(request: &Request<T>) -> Caller {
-    request.extensions().get().copied().unwrap_or(Caller::Unknown)
+fn who<T>(request: &Request<T>) -> Who {
+    request.extensions().get().copied().unwrap_or_else(Who::nobody)
 }
 
 /// By when a call must end: what the caller's `grpc-timeout` says, within bounds.

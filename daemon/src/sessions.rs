@@ -43,6 +43,8 @@ pub struct SessionInfo {
     pub door: Door,
     /// Who opened it. Nobody else may name it.
     pub owner: Caller,
+    /// The principal whose shards it has to do with.
+    pub principal: usize,
     /// Since when.
     pub since: Instant,
 }
@@ -64,7 +66,13 @@ impl Sessions {
     }
 
     /// A new session of this caller.
-    pub fn open(&self, name: String, door: Door, owner: Caller) -> Result<SessionInfo, Fault> {
+    pub fn open(
+        &self,
+        name: String,
+        door: Door,
+        owner: Caller,
+        principal: usize,
+    ) -> Result<SessionInfo, Fault> {
         let mut all = self.lock();
         if all.len() >= self.max {
             let text = format!("{} sessions are open, as many as there may be", self.max);
@@ -78,7 +86,7 @@ impl Sessions {
                 break id;
             }
         };
-        let info = SessionInfo { id, name, door, owner, since: Instant::now() };
+        let info = SessionInfo { id, name, door, owner, principal, since: Instant::now() };
         all.insert(id, info.clone());
         Ok(info)
     }
@@ -88,11 +96,11 @@ impl Sessions {
         self.lock().remove(&id).is_some()
     }
 
-    /// Refuses a number that is not a session of this life, or not this caller's.
-    pub fn check(&self, id: SessionId, caller: Caller) -> Result<(), Fault> {
-        let owner = self.lock().get(&id).map(|info| info.owner);
-        match owner {
-            Some(owner) if caller.may_use_what_is_of(owner) => Ok(()),
+    /// Refuses a number that is not a session of this life, or not this caller's. Gives its principal.
+    pub fn check(&self, id: SessionId, caller: Caller) -> Result<usize, Fault> {
+        let known = self.lock().get(&id).map(|info| (info.owner, info.principal));
+        match known {
+            Some((owner, principal)) if caller.may_use_what_is_of(owner) => Ok(principal),
             Some(_) => Err(Fault::new(Code::Denied, format!("session {id} was opened by another caller"))),
             None => Err(Fault::new(Code::UnknownSession, format!("session {id} is not open"))),
         }
@@ -136,7 +144,7 @@ mod tests {
     #[test]
     fn closed_and_unknown_sessions_are_fenced_and_too_many_are_refused() {
         let sessions = Sessions::new(1);
-        let open = || sessions.open("w".into(), Door::Grpc, user(1, 1));
+        let open = || sessions.open("w".into(), Door::Grpc, user(1, 1), 0);
         let first = open().unwrap();
         assert_eq!(open().unwrap_err().code, Code::TooManySessions);
         sessions.check(first.id, user(1, 1)).unwrap();
@@ -150,7 +158,7 @@ mod tests {
     #[test]
     fn a_session_is_of_the_caller_that_opened_it() {
         let sessions = Sessions::new(8);
-        let of = |owner| sessions.open("w".into(), Door::Grpc, owner).unwrap().id;
+        let of = |owner| sessions.open("w".into(), Door::Grpc, owner, 0).unwrap().id;
         let (seven, network, nobody) = (of(user(7, 1)), of(Caller::Network), of(Caller::Unknown));
         let rows = [
             (seven, user(7, 2), true), // another process of the same user
@@ -173,7 +181,7 @@ mod tests {
     fn numbers_cannot_be_guessed_from_one_another() {
         let sessions = Sessions::new(64);
         let numbers: Vec<u64> =
-            (0..64).map(|_| sessions.open("w".into(), Door::Shm, user(1, 1)).unwrap().id.0).collect();
+            (0..64).map(|_| sessions.open("w".into(), Door::Shm, user(1, 1), 0).unwrap().id.0).collect();
         // Of 64 random numbers every bit is set in some and clear in others, but for a chance of 2^-57.
         assert_eq!(numbers.iter().fold(0, |all, number| all | number), u64::MAX);
         assert_eq!(numbers.iter().fold(u64::MAX, |all, number| all & number), 0);

@@ -18,7 +18,7 @@ use rustix::event::epoll::{self, EventData, EventFlags};
 
 use crate::config::Config;
 use crate::node::Node;
-use crate::peercred::Caller;
+use crate::peercred::{Caller, Who};
 use crate::sessions::Door;
 use crate::shard::{Letter, Waker, WorkerLink};
 
@@ -27,10 +27,23 @@ const HELLO_WITHIN: Duration = Duration::from_secs(2);
 /// Connections that have not said hello yet.
 const STRANGERS_MAX: usize = 256;
 
+/// Where the shared memory files of one shard are.
+#[derive(Clone)]
+pub struct MemoryPlace {
+    /// Their directory.
+    pub dir: std::path::PathBuf,
+    /// The number in their names.
+    pub number: ShardId,
+}
+
 /// Descriptors of one shard's memory, to be passed on.
 pub struct MemoryFds {
     /// Which shard.
     pub shard: ShardId,
+    /// Whose it is; nobody else gets them.
+    pub principal: usize,
+    /// Where its files are.
+    pub place: MemoryPlace,
     /// NUMA node of its memory.
     pub numa_node: Option<u16>,
     /// Catalog and headers, read-only.
@@ -43,9 +56,17 @@ pub struct MemoryFds {
 
 impl MemoryFds {
     /// Descriptors of an opened memory.
-    pub fn of(shard: ShardId, numa_node: Option<u16>, memory: &ShardMemory) -> Result<Self, kv_arena::Error> {
+    pub fn of(
+        shard: ShardId,
+        principal: usize,
+        place: MemoryPlace,
+        numa_node: Option<u16>,
+        memory: &ShardMemory,
+    ) -> Result<Self, kv_arena::Error> {
         Ok(Self {
             shard,
+            principal,
+            place,
             numa_node,
             meta: memory.meta_ro()?,
             data: memory.data_ro()?,
@@ -213,7 +234,7 @@ impl WorkerDoor {
         })?;
         let peer = guest.peer;
         let caller = Caller::Process { uid: peer.uid, pid: Some(peer.pid) };
-        let rights = caller.rights(&self.config, self.own_uid);
+        let Who { rights, principal, .. } = Who::new(caller, &self.config, self.own_uid);
         if !rights.blocks {
             let text = format!("user id {} may not use shared memory; add it to workers.uids", peer.uid);
             return Err(Fault::new(Code::Denied, text));
@@ -226,8 +247,8 @@ impl WorkerDoor {
             Layout::new(entries, staging).map_err(|error| Fault::new(Code::BadRequest, error.to_string()))?;
         let hazards = hello.hazards.clamp(1, limits.hazards_max);
 
-        let info = self.node.sessions.open(String::new(), Door::Shm, caller)?;
-        let made = self.make_links(info.id, &peer, layout, hazards);
+        let info = self.node.sessions.open(String::new(), Door::Shm, caller, principal)?;
+        let made = self.make_links(info.id, principal, &peer, layout, hazards);
         let links = match made {
             Ok(links) => links,
             Err(fault) => {
@@ -235,7 +256,7 @@ impl WorkerDoor {
                 return Err(fault);
             }
         };
-        let shards = self.memory.iter().map(|memory| ShardWelcome {
+        let shards = memory_of(&self.memory, principal).map(|memory| ShardWelcome {
             shard: memory.shard,
             numa_node: memory.numa_node,
             hazards,
@@ -249,7 +270,7 @@ impl WorkerDoor {
             shards: shards.collect(),
         });
         let mut passed = Vec::with_capacity(links.len() * kv_shm::door::FDS_PER_SHARD);
-        for ((_, hazard, [ring, bell]), memory) in links.iter().zip(&self.memory) {
+        for ((_, hazard, [ring, bell]), memory) in links.iter().zip(memory_of(&self.memory, principal)) {
             let data = if may_write { &memory.data_writable } else { &memory.data };
             passed.extend([memory.meta.as_fd(), data.as_fd(), hazard.1.as_fd(), ring.as_fd(), bell.as_fd()]);
         }
@@ -264,7 +285,7 @@ impl WorkerDoor {
             let _ = epoll::add(&self.epoll, pidfd, EventData::new_u64(token | PIDFD), EventFlags::IN);
         }
         guest.session = Some((info.id, pidfd));
-        for ((end, (hazards, _), _), memory) in links.into_iter().zip(&self.memory) {
+        for ((end, (hazards, _), _), memory) in links.into_iter().zip(memory_of(&self.memory, principal)) {
             let link = Some(Box::new(WorkerLink { end, hazards, may_write }));
             let Some(shard) = self.node.shard(memory.shard) else { continue };
             shard.post_surely(Letter::Attach { session: info.id, link });
@@ -277,23 +298,30 @@ impl WorkerDoor {
     fn make_links(
         &self,
         session: SessionId,
+        principal: usize,
         peer: &peer::Peer,
         layout: Layout,
         hazards: u32,
     ) -> Result<Vec<(ShardEnd, (HazardFile, OwnedFd), [OwnedFd; 2])>, Fault> {
-        let dir = self.config.memory_dir();
         let refused = |error: &dyn std::error::Error| {
             Fault::new(Code::QueueFull, format!("no memory for another session: {error}"))
                 .retry_after(Duration::from_secs(1))
         };
         let one = |memory: &MemoryFds| {
             let (end, fds) = kv_shm::create(layout).map_err(|error| refused(&error))?;
-            let file = HazardFile::create(&dir, memory.shard, session, peer.pid, peer.start_time, hazards)
-                .map_err(|error| refused(&error))?;
+            let file = HazardFile::create(
+                &memory.place.dir,
+                memory.place.number,
+                session,
+                peer.pid,
+                peer.start_time,
+                hazards,
+            )
+            .map_err(|error| refused(&error))?;
             let fd = file.fd().map_err(|error| refused(&error))?;
             Ok((end, (file, fd), fds))
         };
-        self.memory.iter().map(one).collect()
+        memory_of(&self.memory, principal).map(one).collect()
     }
 
     fn close(&mut self, token: u64, why: &str) {
@@ -322,4 +350,9 @@ impl WorkerDoor {
             self.close(token, "it did not say hello");
         }
     }
+}
+
+/// What a worker of this principal maps.
+fn memory_of(memory: &[MemoryFds], principal: usize) -> impl Iterator<Item = &MemoryFds> {
+    memory.iter().filter(move |memory| memory.principal == principal)
 }

@@ -37,11 +37,12 @@ fn other_user() {
             run.block_on(async {
                 let (mut blocks, mut admin) = (door.blocks(), door.admin());
                 admin.status(v1::StatusRequest {}).await.expect("status");
-                let explained = blocks.explain(v1::ExplainRequest { names: names(1) }).await.expect("why");
+                let explained =
+                    blocks.explain(v1::ExplainRequest { names: names(1), session: 0 }).await.expect("why");
                 assert!(explained.into_inner().miss.is_none(), "the block is here");
                 let pin = v1::PinRequest { names: names(1), ttl_s: 60, session: 0 };
                 assert_eq!(blocks.pin(pin).await.expect("pin").into_inner().pinned, 1);
-                let unpin = v1::UnpinRequest { names: names(1) };
+                let unpin = v1::UnpinRequest { names: names(1), session: 0 };
                 assert_eq!(blocks.unpin(unpin).await.expect("unpin").into_inner().unpinned, 1);
                 let lookup = v1::LookupRequest { names: names(1), ..v1::LookupRequest::default() };
                 assert_eq!(blocks.lookup(lookup).await.expect("lookup").into_inner().prefix, 1);

@@ -67,6 +67,18 @@ fn a_mistake_is_named_with_its_place_and_what_was_meant() {
             "[tenants.A_B]\nbytes_max = 1",
             "kvd.toml:1:10: `A_B` cannot name a tenant: expected 1 to 63 of a-z, 0-9 and '-'",
         ),
+        (
+            "[principals.a]\nuid = [7]",
+            "kvd.toml:2:1: unknown key principals.a.uid; did you mean principals.a.uids?",
+        ),
+        (
+            "[principals.'../b']\nuids = [7]",
+            "kvd.toml:1:13: `../b` cannot name a principal: expected 1 to 63 of a-z, 0-9 and '-'",
+        ),
+        (
+            "[principals.a]\nshare = '10%'\nuids = ['self']",
+            "kvd.toml:3:1: principals.a.uids: string \"self\", expected a whole number from 0 to 4294967295",
+        ),
         ("host = 3", "kvd.toml:1:1: host is a section, not a value"),
         (
             "[host]\nbytes_max = '64G'",
@@ -215,11 +227,52 @@ fn the_printed_configuration_reads_back_and_tells_where_from() {
 
 #[test]
 fn every_key_is_in_the_printed_configuration() {
-    let text = Config::parse("tenants.t.bytes_max = 1").unwrap().print_effective(false);
+    let text = "tenants.t.bytes_max = 1\nprincipals.p = { uids = [7], share = '10%' }";
+    let text = Config::parse(text).unwrap().print_effective(false);
     let printed = text.lines().filter(|line| line.contains(" = ") && !line.starts_with('#')).count();
     // All keys but `listen.tls`, which is a section of its own.
     let known: usize = Config::SECTIONS.iter().map(|(_, keys)| keys.len()).sum();
     assert_eq!(printed, known - 1);
+}
+
+#[test]
+fn a_user_belongs_to_one_principal_and_the_shares_leave_something_over() {
+    let refused = |text: &str| Config::parse(text).unwrap_err().to_string();
+    let rows = [
+        (
+            "[principals.a]\nshare = '10%'\nuids = [7]\n[principals.b]\nshare = '10%'\nuids = [8, 7]",
+            "kvd.toml:6:1: principals.b.uids: user 7 is in principals.a.uids as well; take it out of one of the two",
+        ),
+        (
+            "workers.uids = ['self', 7]\n[principals.a]\nshare = '10%'\nuids = [7]",
+            "kvd.toml:4:1: principals.a.uids: user 7 is in workers.uids as well; take it out of one of the two",
+        ),
+        (
+            "[principals.a]\nshare = '10%'\nuids = []",
+            "kvd.toml:3:1: principals.a.uids: a principal without users: list their numbers, as in [1001]",
+        ),
+        ("[principals.a]\nuids = [7]", "principals.a.share: a principal without a share"),
+        (
+            "[principals.default]\nshare = '10%'\nuids = [7]",
+            "kvd.toml:3:1: principals.default.uids: `default` is whoever is in no other principal",
+        ),
+        (
+            "[principals.a]\nshare = '60%'\nuids = [7]\n[principals.b]\nshare = '40%'\nuids = [8]",
+            "kvd.toml:5:1: principals.b.share: 40% leaves nothing for the default principal (workers.uids and the \
+             network): with those before it, less than 40% is to be had",
+        ),
+    ];
+    for (text, wanted) in rows {
+        let found = refused(text);
+        assert!(found.contains(wanted), "{found}");
+    }
+    let text = "[principals.a]\nshare = '10%'\nuids = [7, 7]\n[principals.b]\nshare = '89.5%'\nuids = [8]";
+    let loaded = Config::parse(text).unwrap();
+    assert_eq!(loaded.config.principal_names().collect::<Vec<_>>(), ["default", "a", "b"]);
+    let listing = [6, 7, 8].map(|uid| loaded.config.principal_listing(uid));
+    assert_eq!(listing, [None, Some(1), Some(2)]);
+    let printed = loaded.print_effective(false);
+    assert_eq!(Config::parse(&printed).unwrap().config, loaded.config, "{printed}");
 }
 
 #[test]

@@ -284,14 +284,101 @@ fn the_plan_is_printed_as_tables() {
         "node      gpu-a",
         "numa node  cpus            memory   huge free  gpus  nvme  nics  home shard",
         "1          56-111,168-223  1008GiB  0B         4     4     4     1",
-        "shard  numa node  cpu  disk cpu  arena  regions       entries   disk",
-        "1      1          222  223       32GiB  1024 x 32MiB  10485760  512GiB",
+        "shard  numa node  cpu  disk cpu  arena  regions       entries   pinned  disk",
+        "1      1          222  223       32GiB  1024 x 32MiB  10485760  16GiB   512GiB",
         "disk.dir        kvd.toml:1:10",
         "the configuration is good",
     ] {
         assert!(text.lines().any(|found| found == line), "no `{line}` in\n{text}");
     }
     assert!(text.lines().all(|line| line.trim_end() == line));
+}
+
+#[test]
+fn each_principal_gets_a_shard_on_each_node_and_its_share_of_everything() {
+    let machine = topology("two-sockets-eight-gpus.txt", &all_cpus());
+    let tiers = "host.bytes_max = '64GiB'\ndisk = { dir = '/data', bytes_max = '1TiB' }\n\
+                 catalog = { entries_max = 1000000, ghosts_max = 100000 }\n";
+    let principals =
+        "[principals.b]\nuids = [1001, 1002]\nshare = '25%'\n[principals.a]\nuids = [7]\nshare = '12.5%'\n";
+    let text = format!("{tiers}{principals}");
+    let alone = planned(&machine, tiers);
+    let plan = planned(&machine, &text);
+
+    // Whose, which of his, on which node; host regions; disk segments; entries, ghosts; pinned.
+    let shard = |at: usize| {
+        let shard = &plan.shards[at];
+        assert_eq!(usize::from(shard.index), at);
+        let tiers = (shard.regions, shard.disk.as_ref().unwrap().segments_max);
+        let table = (shard.table_entries_max, shard.ghosts_max, shard.pinned_bytes_max / GIB);
+        (shard.principal, shard.home, shard.numa_node.unwrap(), tiers, table)
+    };
+    assert_eq!(shard(0), (0, 0, 0, (640, 5120), (343_750, 31_250, 10)));
+    assert_eq!(shard(1), (0, 1, 1, (640, 5120), (343_750, 31_250, 10)));
+    assert_eq!(shard(2), (1, 0, 0, (128, 1024), (68_750, 6_250, 2)));
+    assert_eq!(shard(3), (1, 1, 1, (128, 1024), (68_750, 6_250, 2)));
+    assert_eq!(shard(4), (2, 0, 0, (256, 2048), (137_500, 12_500, 4)));
+    assert_eq!(shard(5), (2, 1, 1, (256, 2048), (137_500, 12_500, 4)));
+    assert_eq!(plan.shards.len(), 6);
+    let whose: Vec<_> = plan.principals.iter().map(|one| (one.name.as_str(), one.shards.clone())).collect();
+    assert_eq!(whose, [("default", 0..2), ("a", 2..4), ("b", 4..6)]);
+    let regions = |plan: &Plan| plan.shards.iter().map(|shard| shard.regions).sum::<u32>();
+    assert_eq!(regions(&plan), regions(&alone), "nothing is lost");
+
+    // Files of their own, and those of the default principal where they always were.
+    let files = |plan: &Plan, at: usize| {
+        let shard = &plan.shards[at];
+        let memory = shard.memory_dir.join(format!("shard-{}", shard.home));
+        (memory, shard.disk.as_ref().unwrap().dir.clone())
+    };
+    let base = alone.shards[0].memory_dir.clone();
+    for at in 0..2 {
+        assert_eq!(files(&plan, at), files(&alone, at));
+        assert_eq!(files(&plan, at), (base.join(format!("shard-{at}")), format!("/data/shard-{at}").into()));
+    }
+    assert_eq!(files(&plan, 5), (base.join("principal-b/shard-1"), "/data/principal-b/shard-1".into()));
+    // Threads of their own, where a node has CPUs enough.
+    let cpus: Vec<_> = plan.shards.iter().map(|shard| (shard.shard_cpus[0], shard.disk_cpus[0])).collect();
+    assert_eq!(cpus, [(166, 167), (222, 223), (164, 165), (220, 221), (162, 163), (218, 219)]);
+
+    let loaded = config(&text);
+    let printed = check::report(&loaded, &machine, &resources(&machine), &plan);
+    for line in [
+        "principal  users                  share  shards  host   disk",
+        "default    workers.uids, network  rest   0,1     40GiB  640GiB",
+        "b          1001,1002              25%    4,5     16GiB  256GiB",
+    ] {
+        assert!(printed.lines().any(|found| found == line), "no `{line}` in\n{printed}");
+    }
+    let without = check::report(&config(tiers), &machine, &resources(&machine), &alone);
+    assert!(!without.contains("principal"), "{without}");
+}
+
+#[test]
+fn a_share_too_small_for_a_shard_is_refused_where_it_was_set() {
+    let machine = topology("two-sockets-eight-gpus.txt", &all_cpus());
+    let have = resources(&machine);
+    let rows = [
+        (
+            "host = { bytes_max = '1GiB', region_bytes = '256MiB' }\n[principals.b]\nuids = [7]\nshare = '25%'",
+            "kvd.toml:4:1: principals.b.share: too little host memory for principal b: less than one region of 256MiB",
+        ),
+        (
+            "host = { bytes_max = '1GiB', region_bytes = '256MiB' }\n[principals.b]\nuids = [7]\nshare = '75%'",
+            "kvd.toml:1:10: host.bytes_max: too little host memory for principal default",
+        ),
+        (
+            "disk = { dir = '/d', bytes_max = '1GiB' }\n[principals.b]\nuids = [7]\nshare = '20%'",
+            "kvd.toml:4:1: principals.b.share: too little disk for principal b: less than two segments of 64MiB",
+        ),
+    ];
+    for (text, wanted) in rows {
+        let found = refused(&machine, text, &have);
+        assert!(found.contains(wanted), "{found}");
+    }
+    // Regions are small enough for the smallest.
+    let plan = planned(&machine, "host.bytes_max = '1GiB'\n[principals.b]\nuids = [7]\nshare = '1%'");
+    assert_eq!((plan.region_bytes, plan.shards[2].regions, plan.shards[3].regions), (2 << 20, 2, 3));
 }
 
 #[test]

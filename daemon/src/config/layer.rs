@@ -10,7 +10,7 @@ use toml::de::{DeTable, DeValue};
 use toml::{Table, Value};
 
 use super::units::{FilePath, Label, OrAuto, Text};
-use super::{Config, Tenant, validate};
+use super::{Config, Principal, Tenant, validate};
 
 /// Where a value came from.
 #[derive(Clone, PartialEq, Eq, Debug)]
@@ -282,8 +282,11 @@ impl Loaded {
     }
 }
 
-/// Whether scopes can carry this tenant name.
-fn is_tenant(name: &str) -> bool {
+/// Sections whose parts have names, and what one of them is.
+const NAMED: [(&str, &str); 2] = [("tenants", "tenant"), ("principals", "principal")];
+
+/// Whether a tenant or a principal can have this name: scopes and directories carry them.
+fn is_name(name: &str) -> bool {
     let letter = |byte: u8| byte.is_ascii_lowercase() || byte.is_ascii_digit() || byte == b'-';
     (1..=63).contains(&name.len()) && name.bytes().all(letter)
 }
@@ -307,7 +310,7 @@ fn put(tree: &mut Table, path: &[&str], value: Value) {
 }
 
 struct Layers {
-    /// The default tree, with `tenants.*` as the pattern of any tenant.
+    /// The default tree, with `tenants.*` as the pattern of any tenant, and so for principals.
     known: Table,
     tree: Table,
     origins: BTreeMap<String, Origin>,
@@ -318,6 +321,7 @@ impl Default for Layers {
     fn default() -> Self {
         let mut pattern = Config::default();
         pattern.tenants.insert("*".into(), Tenant::default());
+        pattern.principals.insert("*".into(), Principal::default());
         Self {
             known: Table::try_from(pattern).expect("a configuration is a table"),
             tree: Table::new(),
@@ -414,19 +418,22 @@ impl Layers {
     /// What the default tree holds at `path`.
     fn known_at(&self, path: &[&str]) -> Option<&Value> {
         match path {
-            ["tenants", name, rest @ ..] if is_tenant(name) => {
-                find(&self.known, &[&["tenants", "*"], rest].concat())
+            [section, name, rest @ ..] if NAMED.iter().any(|(named, _)| named == section) => {
+                is_name(name).then(|| find(&self.known, &[&[*section, "*"], rest].concat()))?
             }
-            ["tenants", _, ..] => None,
             _ => find(&self.known, path),
         }
     }
 
     fn complain_unknown(&mut self, path: &[&str], origin: Origin) {
         let key = path.join(".");
-        let message = match path {
-            ["tenants", name, ..] if !is_tenant(name) => {
-                format!("`{name}` cannot name a tenant: expected 1 to 63 of a-z, 0-9 and '-'")
+        let misnamed = match path {
+            [section, name, ..] if !is_name(name) => NAMED.iter().find(|(named, _)| named == section),
+            _ => None,
+        };
+        let message = match (misnamed, path) {
+            (Some((_, what)), [_, name, ..]) => {
+                format!("`{name}` cannot name a {what}: expected 1 to 63 of a-z, 0-9 and '-'")
             }
             _ => match self.nearest(&key) {
                 Some(near) => format!("unknown key {key}; did you mean {near}?"),
@@ -440,9 +447,11 @@ impl Layers {
     fn nearest(&self, key: &str) -> Option<String> {
         let mut names = Vec::new();
         for (section, keys) in Config::SECTIONS {
-            let tenant =
-                key.strip_prefix("tenants.").and_then(|rest| rest.split_once('.')).map(|parts| parts.0);
-            let section = section.replace('*', tenant.unwrap_or("<name>"));
+            let typed = section
+                .strip_suffix('*')
+                .and_then(|parent| key.strip_prefix(parent)?.split_once('.'))
+                .map(|parts| parts.0);
+            let section = section.replace('*', typed.unwrap_or("<name>"));
             names.extend(keys.iter().map(|(name, _)| format!("{section}.{name}")));
             names.push(section);
         }

@@ -198,6 +198,14 @@ impl Share {
     pub fn of(self, whole: u64) -> u64 {
         (u128::from(whole) * u128::from(self.0) / 1_000_000) as u64
     }
+    /// Whether it is nothing.
+    pub fn is_zero(self) -> bool {
+        self.0 == 0
+    }
+    /// What is left when another is taken away; `None` when there is not that much.
+    pub fn without(self, other: Self) -> Option<Self> {
+        self.0.checked_sub(other.0).map(Self)
+    }
     /// As a number from 0 to 1.
     pub fn ratio(self) -> f64 {
         f64::from(self.0) / 1e6

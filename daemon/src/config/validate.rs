@@ -1,10 +1,11 @@
 //! What must hold between values, and the ranges that a type cannot say.
 
+use std::collections::BTreeMap;
 use std::fmt::Display;
 use std::ops::RangeInclusive;
 
-use super::Config;
-use super::units::{OrAuto, Size, Span};
+use super::units::{OrAuto, Share, Size, Span, UidRule};
+use super::{Config, PRINCIPAL_DEFAULT};
 
 /// Every key whose value cannot stand, with what is expected of it.
 pub(super) fn problems(config: &Config) -> Vec<(String, String)> {
@@ -71,6 +72,7 @@ pub(super) fn problems(config: &Config) -> Vec<(String, String)> {
             refuse(key, message);
         }
     }
+    principals(config, &mut refuse);
     if let Err(error) = crate::logging::check_level(&config.log.level) {
         refuse("log.level", error);
     }
@@ -78,6 +80,50 @@ pub(super) fn problems(config: &Config) -> Vec<(String, String)> {
         refuse(key, message);
     }
     found
+}
+
+/// A principal has users who belong to nobody else, and a share that leaves something for the default one.
+fn principals(config: &Config, refuse: &mut dyn FnMut(&str, String)) {
+    let mut left = Share::percent(100);
+    let mut seen: BTreeMap<u32, String> = BTreeMap::new();
+    for rule in &config.workers.uids {
+        if let UidRule::Uid(uid) = rule {
+            seen.insert(*uid, "workers.uids".to_owned());
+        }
+    }
+    for (name, principal) in &config.principals {
+        let (uids, share) = (format!("principals.{name}.uids"), format!("principals.{name}.share"));
+        if name == PRINCIPAL_DEFAULT {
+            let text = "`default` is whoever is in no other principal: list its users in workers.uids";
+            refuse(&uids, text.to_owned());
+        }
+        if principal.uids.is_empty() {
+            refuse(&uids, "a principal without users: list their numbers, as in [1001]".to_owned());
+        }
+        for uid in &principal.uids {
+            if let Some(other) = seen.insert(*uid, uids.clone()).filter(|other| *other != uids) {
+                let text = format!("user {uid} is in {other} as well; take it out of one of the two");
+                refuse(&uids, text);
+            }
+        }
+        if principal.share.is_zero() {
+            refuse(
+                &share,
+                "a principal without a share: say how much of the tiers is its, as in \"30%\"".into(),
+            );
+        }
+        match left.without(principal.share) {
+            Some(rest) if !rest.is_zero() => left = rest,
+            _ => {
+                let text = format!(
+                    "{} leaves nothing for the default principal (workers.uids and the network): with those \
+                     before it, less than {} is to be had",
+                    principal.share, left
+                );
+                refuse(&share, text);
+            }
+        }
+    }
 }
 
 fn outside<T: PartialOrd + Display + Copy>(value: T, range: RangeInclusive<T>) -> Option<String> {

@@ -1,12 +1,12 @@
 //! What operators ask: health, tiers, clients, leases, tenants, blocks; purge, verify, drain.
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use kv_api::{convert, v1};
 use kv_block::code::Code;
-use kv_block::{BlockKey, Fault, SessionId, Tier};
+use kv_block::{BlockKey, Fault, SessionId, ShardId, Tier};
 use kv_node::{Filter, Op, Reply, ShardReport};
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Request, Response, Status};
@@ -41,8 +41,12 @@ impl AdminService {
         let mut tiers = Vec::new();
         for (index, report) in reports.iter().enumerate() {
             let notes = &self.shared.node.tier_notes[index];
-            let common =
-                v1::TierInfo { shard: index as u32, numa_node: notes.numa_node, ..v1::TierInfo::default() };
+            let common = v1::TierInfo {
+                shard: index as u32,
+                numa_node: notes.numa_node,
+                principal: self.shared.node.principal_of(ShardId(index as u16)).to_owned(),
+                ..v1::TierInfo::default()
+            };
             tiers.push(v1::TierInfo {
                 tier: v1::Tier::Host.into(),
                 bytes_max: report.host_bytes_max,
@@ -120,6 +124,27 @@ impl AdminService {
         });
         Ok(ReceiverStream::new(receiver))
     }
+}
+
+/// Adds what one shard knows of a tenant.
+fn add_up(tenant: &mut v1::TenantInfo, row: &kv_node::TenantReport) {
+    tenant.tenant.clone_from(&row.tenant);
+    tenant.host_bytes += row.host_bytes;
+    tenant.disk_bytes += row.disk_bytes;
+    tenant.blocks += row.blocks;
+    tenant.pinned_bytes += row.pinned_bytes;
+    // Every shard of a principal has a part of the quota, or none has.
+    if let Some(part) = row.quota_bytes {
+        *tenant.quota_bytes.get_or_insert(0) += part;
+    }
+    tenant.hits += row.hits;
+    tenant.misses += row.misses;
+}
+
+/// Whether a tenant has nothing here and never had to do with it.
+fn is_empty(tenant: &v1::TenantInfo) -> bool {
+    let name = tenant.tenant.clone();
+    *tenant == v1::TenantInfo { tenant: name, ..v1::TenantInfo::default() }
 }
 
 fn sum(parts: &[kv_node::Progress], finished: bool) -> v1::Progress {
@@ -242,6 +267,7 @@ impl v1::admin_server::Admin for AdminService {
                 door: info.door.name().into(),
                 pid: info.owner.pid(),
                 uid: info.owner.uid().unwrap_or(u32::MAX),
+                principal: self.shared.node.principals[info.principal].name.clone(),
                 connected_s: info.since.elapsed().as_secs(),
                 ..v1::ClientInfo::default()
             };
@@ -286,23 +312,19 @@ impl v1::admin_server::Admin for AdminService {
         request: Request<v1::ListTenantsRequest>,
     ) -> Result<Response<v1::ListTenantsResponse>, Status> {
         let reports = self.reports(deadline(&request)).await?;
-        let mut tenants: std::collections::BTreeMap<String, v1::TenantInfo> =
-            std::collections::BTreeMap::new();
-        for row in reports.into_iter().flat_map(|report| report.tenants) {
-            let tenant = tenants.entry(row.tenant.clone()).or_default();
-            tenant.tenant = row.tenant;
-            tenant.host_bytes += row.host_bytes;
-            tenant.disk_bytes += row.disk_bytes;
-            tenant.blocks += row.blocks;
-            tenant.pinned_bytes += row.pinned_bytes;
-            // Every shard has a part of the quota, or none has.
-            if let Some(part) = row.quota_bytes {
-                *tenant.quota_bytes.get_or_insert(0) += part;
+        let node = &self.shared.node;
+        let mut tenants = Vec::new();
+        for principal in &node.principals {
+            let mut own: BTreeMap<String, v1::TenantInfo> = BTreeMap::new();
+            for row in reports[principal.shards.clone()].iter().flat_map(|report| &report.tenants) {
+                add_up(own.entry(row.tenant.clone()).or_default(), row);
             }
-            tenant.hits += row.hits;
-            tenant.misses += row.misses;
+            // Names are known node-wide: of several principals, only those are told that have to do with it.
+            let named = |row: v1::TenantInfo| v1::TenantInfo { principal: principal.name.clone(), ..row };
+            let told = |row: &v1::TenantInfo| node.principals.len() == 1 || !is_empty(row);
+            tenants.extend(own.into_values().filter(told).map(named));
         }
-        Ok(Response::new(v1::ListTenantsResponse { tenants: tenants.into_values().collect() }))
+        Ok(Response::new(v1::ListTenantsResponse { tenants }))
     }
 
     async fn list_blocks(

@@ -11,9 +11,9 @@ use kv_node::{BlockReport, BlockState, Found, Keep, Micros, Op, Reply};
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Request, Response, Status, Streaming};
 
-use super::{Shared, caller, deadline, status, too_late, wait_until};
-use crate::node::{Node, unexpected};
-use crate::peercred::Caller;
+use super::{Shared, deadline, status, too_late, wait_until, who};
+use crate::node::{Node, View, unexpected};
+use crate::peercred::Who;
 
 /// Longest piece of a block in one message, however much a message may hold.
 const CHUNK_BYTES_MAX: usize = 1 << 20;
@@ -46,29 +46,44 @@ impl BlocksService {
         }
     }
 
-    /// The caller's session, or the guest's when it has none.
-    fn session(&self, caller: Caller, number: u64) -> Result<SessionId, Status> {
-        if number == 0 {
-            return Ok(self.node().guest);
-        }
-        self.node().sessions.check(SessionId(number), caller).map_err(status)?;
-        Ok(SessionId(number))
+    /// For whoever stores and reads: the caller's session, or the guest's when it has none, and its shards.
+    fn session(&self, who: Who, number: u64) -> Result<(SessionId, View<'_>), Status> {
+        let (session, principal) = match SessionId(number) {
+            SessionId(0) => (self.node().guest, who.principal),
+            session => (session, self.node().sessions.check(session, who.caller).map_err(status)?),
+        };
+        Ok((session, self.node().of(principal)))
     }
 
     /// A session that can own something: leases and announcements end with it.
-    fn own_session(&self, caller: Caller, number: u64) -> Result<SessionId, Status> {
+    fn own_session(&self, who: Who, number: u64) -> Result<(SessionId, View<'_>), Status> {
         if number == 0 {
             let text = "field `session` is missing; open one with Worker.Open";
             return Err(status(Fault::new(Code::UnknownSession, text)));
         }
-        self.session(caller, number)
+        self.session(who, number)
+    }
+
+    /// What a question goes to that moves no bytes: without a session, an administrator means everything.
+    fn view(&self, who: Who, session: u64) -> Result<View<'_>, Status> {
+        if session == 0 {
+            return Ok(self.0.view(who));
+        }
+        Ok(self.session(who, session)?.1)
     }
 
     /// Why a block is missing, with the scope fields that differ when that is why.
-    async fn miss(&self, names: &convert::Names, at: usize, reason: MissReason, until: Instant) -> v1::Miss {
+    async fn miss(
+        &self,
+        view: View<'_>,
+        names: &convert::Names,
+        at: usize,
+        reason: MissReason,
+        until: Instant,
+    ) -> v1::Miss {
         if let (MissReason::NeverStored, convert::Names::Hashes { binding, hashes }) = (reason, names)
             && let Some(hash) = hashes.get(at)
-            && let Ok(Some(fields)) = self.node().scope_difference(*binding, hash, until).await
+            && let Ok(Some(fields)) = view.scope_difference(*binding, hash, until).await
         {
             return convert::miss_message(MissReason::ScopeDiffers, fields);
         }
@@ -117,6 +132,7 @@ pub(super) fn block_info(node: &Node, shard: ShardId, report: &BlockReport) -> v
         slot: report.host.map_or(0, |(slot, _)| slot.0),
         generation: report.host.map_or(0, |(_, generation)| generation.0),
         state,
+        principal: node.principal_of(shard).to_owned(),
     }
 }
 
@@ -126,11 +142,12 @@ impl v1::blocks_server::Blocks for BlocksService {
         &self,
         request: Request<v1::LookupRequest>,
     ) -> Result<Response<v1::LookupResponse>, Status> {
-        let until = deadline(&request);
+        let (until, who) = (deadline(&request), who(&request));
         let request = request.into_inner();
+        let view = self.view(who, request.session)?;
         let names = self.names(request.names.as_ref()).map_err(status)?;
         let keys = self.node().keys(&names).map_err(status)?;
-        let answers = self.node().lookup(&keys, request.all, until).await.map_err(status)?;
+        let answers = view.lookup(&keys, request.all, until).await.map_err(status)?;
         let prefix = answers.iter().take_while(|found| matches!(found, Found::In(_))).count() as u32;
         let mut found = Vec::with_capacity(answers.len());
         let mut explained = false;
@@ -140,7 +157,7 @@ impl v1::blocks_server::Blocks for BlocksService {
                 // Only the first one is worth a comparison of scopes: the rest follows from it.
                 Found::Miss(reason) if !explained => {
                     explained = true;
-                    v1::found::What::Miss(self.miss(&names, at, reason, until).await)
+                    v1::found::What::Miss(self.miss(view, &names, at, reason, until).await)
                 }
                 Found::Miss(reason) => v1::found::What::Miss(convert::miss_message(reason, Vec::new())),
             };
@@ -154,14 +171,14 @@ impl v1::blocks_server::Blocks for BlocksService {
         request: Request<v1::AcquireRequest>,
     ) -> Result<Response<v1::AcquireResponse>, Status> {
         self.node().accepting().map_err(status)?;
-        let (until, caller) = (deadline(&request), caller(&request));
+        let (until, who) = (deadline(&request), who(&request));
         let request = request.into_inner();
-        let session = self.own_session(caller, request.session)?;
+        let (session, view) = self.own_session(who, request.session)?;
         let names = self.names(request.names.as_ref()).map_err(status)?;
         let keys = self.node().keys(&names).map_err(status)?;
         let (until, wait) = wait_until(until, request.wait_ms);
         // All at once, so that waits overlap.
-        let asked = keys.iter().map(|key| self.node().acquire(session, key, wait, until));
+        let asked = keys.iter().map(|key| view.acquire(session, key, wait, until));
         let answers = futures_join(asked).await;
         let mut acquired = Vec::with_capacity(keys.len());
         for (at, answer) in answers.into_iter().enumerate() {
@@ -176,7 +193,7 @@ impl v1::blocks_server::Blocks for BlocksService {
                     bytes: grant.bytes,
                     checksum: grant.checksum.0,
                 }),
-                Err(reason) => v1::acquired::What::Miss(self.miss(&names, at, reason, until).await),
+                Err(reason) => v1::acquired::What::Miss(self.miss(view, &names, at, reason, until).await),
             };
             acquired.push(v1::Acquired { what: Some(what) });
         }
@@ -187,26 +204,26 @@ impl v1::blocks_server::Blocks for BlocksService {
         &self,
         request: Request<v1::ReleaseRequest>,
     ) -> Result<Response<v1::ReleaseResponse>, Status> {
-        let (until, caller) = (deadline(&request), caller(&request));
+        let (until, who) = (deadline(&request), who(&request));
         let request = request.into_inner();
-        let session = self.own_session(caller, request.session)?;
+        let (session, view) = self.own_session(who, request.session)?;
         let leases: Vec<_> = request.leases.into_iter().map(LeaseId).collect();
         let op = || Op::Release { leases: leases.clone() };
-        let (released, _, _) = self.node().count(session, until, op).await.map_err(status)?;
+        let (released, _, _) = view.count(session, until, op).await.map_err(status)?;
         Ok(Response::new(v1::ReleaseResponse { released: released as u32 }))
     }
 
     type GetStream = ReceiverStream<Result<v1::GetResponse, Status>>;
 
     async fn get(&self, request: Request<v1::GetRequest>) -> Result<Response<Self::GetStream>, Status> {
-        let (until, caller) = (deadline(&request), caller(&request));
+        let (until, who) = (deadline(&request), who(&request));
         let request = request.into_inner();
-        let session = self.session(caller, request.session)?;
+        let (session, view) = self.session(who, request.session)?;
         let names = self.names(request.names.as_ref()).map_err(status)?;
         let key = self.one_key(request.names.as_ref())?;
         let (waited, wait) = wait_until(until, request.wait_ms);
         let (sender, receiver) = tokio::sync::mpsc::channel(3);
-        match self.node().read(session, &key, wait, waited).await.map_err(status)? {
+        match view.read(session, &key, wait, waited).await.map_err(status)? {
             Ok((held, tier)) => {
                 let chunk_bytes = self.0.config.limits.message_bytes_max.0 as usize - MESSAGE_BYTES_OTHER;
                 let chunk_bytes = chunk_bytes.min(CHUNK_BYTES_MAX);
@@ -220,7 +237,7 @@ impl v1::blocks_server::Blocks for BlocksService {
                 });
             }
             Err(reason) => {
-                let miss = self.miss(&names, 0, reason, until).await;
+                let miss = self.miss(view, &names, 0, reason, until).await;
                 let what = Some(v1::get_response::What::Miss(miss));
                 let _ = sender.send(Ok(v1::GetResponse { what })).await;
             }
@@ -233,13 +250,13 @@ impl v1::blocks_server::Blocks for BlocksService {
         request: Request<Streaming<v1::PutRequest>>,
     ) -> Result<Response<v1::PutResponse>, Status> {
         self.node().accepting().map_err(status)?;
-        let (until, caller) = (deadline(&request), caller(&request));
+        let (until, who) = (deadline(&request), who(&request));
         let mut messages = request.into_inner();
         let bad = |text: String| status(Fault::new(Code::BadRequest, text));
         let first = next_piece(&mut messages, until).await?;
         let first = first.ok_or_else(|| bad("a put has at least one message".into()))?;
         let header = first.header.ok_or_else(|| bad("the first message of a put has no `header`".into()))?;
-        let session = self.session(caller, header.session)?;
+        let (session, view) = self.session(who, header.session)?;
         let bound = self.node().binding(header.binding).map_err(status)?;
         let hash = convert::sequence_hash(&header.sequence_hash).map_err(status)?;
         let key = bound.key(&hash).ok_or_else(|| {
@@ -275,7 +292,7 @@ impl v1::blocks_server::Blocks for BlocksService {
             durable: header.durable,
         };
         let node = self.node();
-        let shard = node.owner(&key, until).await.map_err(status)?;
+        let shard = view.owner(&key, until).await.map_err(status)?;
         match node.ask(shard, session, until, op, body.freeze()).await.map_err(status)? {
             Reply::Stored { already } => {
                 Ok(Response::new(v1::PutResponse { already, key: Bytes::copy_from_slice(key.as_bytes()) }))
@@ -289,9 +306,9 @@ impl v1::blocks_server::Blocks for BlocksService {
         request: Request<v1::ReserveRequest>,
     ) -> Result<Response<v1::ReserveResponse>, Status> {
         self.node().accepting().map_err(status)?;
-        let (until, caller) = (deadline(&request), caller(&request));
+        let (until, who) = (deadline(&request), who(&request));
         let request = request.into_inner();
-        let session = self.own_session(caller, request.session)?;
+        let (session, view) = self.own_session(who, request.session)?;
         let names = self.names(request.names.as_ref()).map_err(status)?;
         let convert::Names::Hashes { binding, .. } = &names else {
             let text = "an announcement names its blocks by binding and sequence hash";
@@ -302,7 +319,7 @@ impl v1::blocks_server::Blocks for BlocksService {
         let mut reserved = Vec::new();
         for key in self.node().keys(&names).map_err(status)? {
             let op = Op::Reserve { key, binding, keep, in_place: false };
-            let shard = self.node().owner(&key, until).await.map_err(status)?;
+            let shard = view.owner(&key, until).await.map_err(status)?;
             match self.node().ask(shard, session, until, op, Bytes::new()).await.map_err(status)? {
                 Reply::Reserved { .. } => reserved.push(true),
                 Reply::AlreadyThere => reserved.push(false),
@@ -313,12 +330,12 @@ impl v1::blocks_server::Blocks for BlocksService {
     }
 
     async fn abort(&self, request: Request<v1::AbortRequest>) -> Result<Response<v1::AbortResponse>, Status> {
-        let (until, caller) = (deadline(&request), caller(&request));
+        let (until, who) = (deadline(&request), who(&request));
         let request = request.into_inner();
-        let session = self.own_session(caller, request.session)?;
+        let (session, view) = self.own_session(who, request.session)?;
         let mut aborted = 0;
         for key in self.keys(request.names.as_ref())? {
-            let shard = self.node().owner(&key, until).await.map_err(status)?;
+            let shard = view.owner(&key, until).await.map_err(status)?;
             match self.node().ask(shard, session, until, Op::Abort { key }, Bytes::new()).await {
                 Ok(_) => aborted += 1,
                 Err(fault) if fault.code == Code::NotReserved => {}
@@ -329,25 +346,28 @@ impl v1::blocks_server::Blocks for BlocksService {
     }
 
     async fn pin(&self, request: Request<v1::PinRequest>) -> Result<Response<v1::PinResponse>, Status> {
-        let (until, caller) = (deadline(&request), caller(&request));
+        let (until, who) = (deadline(&request), who(&request));
         let request = request.into_inner();
         if request.ttl_s == 0 {
             let text = "field `ttl_s` is 0: every pin has an end";
             return Err(status(Fault::new(Code::BadRequest, text)));
         }
-        let session = self.session(caller, request.session)?;
+        let (session, _) = self.session(who, request.session)?;
+        let view = self.view(who, request.session)?;
         let keys = self.keys(request.names.as_ref())?;
         let pin_until = self.node().started.elapsed() + Duration::from_secs(request.ttl_s.into());
         let op = || Op::Pin { keys: keys.clone(), until: Micros(pin_until.as_micros() as u64) };
-        let (pinned, _, absent) = self.node().count(session, until, op).await.map_err(status)?;
+        let (pinned, _, absent) = view.count(session, until, op).await.map_err(status)?;
         Ok(Response::new(v1::PinResponse { pinned: pinned as u32, absent: absent as u32 }))
     }
 
     async fn unpin(&self, request: Request<v1::UnpinRequest>) -> Result<Response<v1::UnpinResponse>, Status> {
-        let until = deadline(&request);
-        let keys = self.keys(request.into_inner().names.as_ref())?;
+        let (until, who) = (deadline(&request), who(&request));
+        let request = request.into_inner();
+        let view = self.view(who, request.session)?;
+        let keys = self.keys(request.names.as_ref())?;
         let op = || Op::Unpin { keys: keys.clone() };
-        let (unpinned, _, _) = self.node().count(SessionId(0), until, op).await.map_err(status)?;
+        let (unpinned, _, _) = view.count(SessionId(0), until, op).await.map_err(status)?;
         Ok(Response::new(v1::UnpinResponse { unpinned: unpinned as u32 }))
     }
 
@@ -356,20 +376,23 @@ impl v1::blocks_server::Blocks for BlocksService {
         request: Request<v1::PrefetchRequest>,
     ) -> Result<Response<v1::PrefetchResponse>, Status> {
         self.node().accepting().map_err(status)?;
-        let until = deadline(&request);
-        let keys = self.keys(request.into_inner().names.as_ref())?;
+        let (until, who) = (deadline(&request), who(&request));
+        let request = request.into_inner();
+        let view = self.view(who, request.session)?;
+        let keys = self.keys(request.names.as_ref())?;
         let op = || Op::Prefetch { keys: keys.clone() };
-        let (started, resident, _) = self.node().count(self.node().guest, until, op).await.map_err(status)?;
+        let (started, resident, _) = view.count(self.node().guest, until, op).await.map_err(status)?;
         Ok(Response::new(v1::PrefetchResponse { started: started as u32, resident: resident as u32 }))
     }
 
     async fn evict(&self, request: Request<v1::EvictRequest>) -> Result<Response<v1::EvictResponse>, Status> {
-        let until = deadline(&request);
+        let (until, who) = (deadline(&request), who(&request));
         let request = request.into_inner();
+        let view = self.view(who, request.session)?;
         let keys = self.keys(request.names.as_ref())?;
         let tier = convert::tier(request.tier).map_err(status)?;
         let op = || Op::Evict { keys: keys.clone(), tier, dry_run: request.dry_run };
-        let (evicted, in_use, absent) = self.node().count(SessionId(0), until, op).await.map_err(status)?;
+        let (evicted, in_use, absent) = view.count(SessionId(0), until, op).await.map_err(status)?;
         let number = |count: u64| count as u32;
         Ok(Response::new(v1::EvictResponse {
             evicted: number(evicted),
@@ -382,17 +405,18 @@ impl v1::blocks_server::Blocks for BlocksService {
         &self,
         request: Request<v1::ExplainRequest>,
     ) -> Result<Response<v1::ExplainResponse>, Status> {
-        let until = deadline(&request);
+        let (until, who) = (deadline(&request), who(&request));
         let request = request.into_inner();
+        let view = self.view(who, request.session)?;
         let names = self.names(request.names.as_ref()).map_err(status)?;
         let key = self.one_key(request.names.as_ref())?;
-        let known = self.node().inspect(&key, until).await.map_err(status)?;
+        let known = view.inspect(&key, until).await.map_err(status)?;
         let reason = match known.as_ref().map(|(_, report)| (report.state, report.tiers.first())) {
             None => Some(MissReason::NeverStored),
             Some((BlockState::Gone(reason), _)) => Some(reason),
             Some((BlockState::Pending, None)) => Some(MissReason::NotComplete),
             Some((_, Some(Tier::Disk))) => {
-                match self.node().lookup(&[key], true, until).await.map_err(status)?[..] {
+                match view.lookup(&[key], true, until).await.map_err(status)?[..] {
                     [Found::Miss(reason)] => Some(reason),
                     _ => None,
                 }
@@ -400,7 +424,7 @@ impl v1::blocks_server::Blocks for BlocksService {
             Some(_) => None,
         };
         let miss = match reason {
-            Some(reason) => Some(self.miss(&names, 0, reason, until).await),
+            Some(reason) => Some(self.miss(view, &names, 0, reason, until).await),
             None => None,
         };
         let block = known.map(|(shard, report)| block_info(self.node(), shard, &report));

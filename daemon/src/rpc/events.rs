@@ -9,7 +9,7 @@ use kv_node::{BlockState, Filter, Op, Reply};
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Request, Response, Status};
 
-use super::{Shared, deadline_asked, status, too_late};
+use super::{Shared, deadline_asked, status, too_late, who};
 use crate::node::{Node, unexpected};
 use crate::shard::ShardHandle;
 
@@ -28,10 +28,10 @@ impl v1::events_server::Events for EventsService {
     type WatchStream = ReceiverStream<Result<v1::EventBatch, Status>>;
 
     async fn watch(&self, request: Request<v1::WatchRequest>) -> Result<Response<Self::WatchStream>, Status> {
-        let until = deadline_asked(&request);
+        let (who, until) = (who(&request), deadline_asked(&request));
         let request = request.into_inner();
         let (sender, receiver) = tokio::sync::mpsc::channel(16);
-        for shard in self.0.node.shards.clone() {
+        for shard in self.0.view(who).shards().to_vec() {
             let subscription = Subscription {
                 node: self.0.node.clone(),
                 cursor: request.cursors.iter().find(|cursor| cursor.shard == u32::from(shard.id.0)).copied(),

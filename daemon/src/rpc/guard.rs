@@ -16,7 +16,7 @@ use tonic::body::Body;
 use tower::{Layer, Service};
 
 use crate::config::Config;
-use crate::peercred::{Caller, Rights};
+use crate::peercred::{Caller, Rights, Who};
 
 /// The right that a method needs.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -127,10 +127,10 @@ where
 
     fn call(&mut self, mut request: Request<A>) -> Self::Future {
         let caller = Caller::of(request.extensions());
-        let rights = caller.rights(&self.guard.config, self.guard.own_uid);
-        match allow(request.uri().path(), rights) {
+        let who = Who::new(caller, &self.guard.config, self.guard.own_uid);
+        match allow(request.uri().path(), who.rights) {
             Ok(()) => {
-                request.extensions_mut().insert(caller);
+                request.extensions_mut().insert(who);
                 Box::pin(self.inner.call(request))
             }
             Err(status) => Box::pin(std::future::ready(Ok(status.into_http()))),

@@ -10,7 +10,7 @@ use kv_node::Event;
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Request, Response, Status};
 
-use super::{Shared, caller, deadline_asked, status, too_late};
+use super::{Shared, deadline_asked, status, too_late, who};
 use crate::sessions::Door;
 use crate::shard::Letter;
 
@@ -36,14 +36,14 @@ impl v1::worker_server::Worker for WorkerService {
     async fn open(&self, request: Request<v1::OpenRequest>) -> Result<Response<Self::OpenStream>, Status> {
         let node = self.0.node.clone();
         node.accepting().map_err(status)?;
-        let (caller, until) = (caller(&request), deadline_asked(&request));
+        let (who, until) = (who(&request), deadline_asked(&request));
         let name = request.into_inner().name;
         if name.len() > NAME_BYTES_MAX {
             let text = format!("field `name` has {} bytes, {NAME_BYTES_MAX} are allowed", name.len());
             return Err(status(Fault::new(Code::BadRequest, text)));
         }
-        let info = node.sessions.open(name, Door::Grpc, caller).map_err(status)?;
-        for shard in &node.shards {
+        let info = node.sessions.open(name, Door::Grpc, who.caller, who.principal).map_err(status)?;
+        for shard in node.of(who.principal).shards() {
             shard.post_surely(Letter::Attach { session: info.id, link: None });
         }
         let (sender, receiver) = tokio::sync::mpsc::channel(4);
@@ -72,7 +72,7 @@ impl v1::worker_server::Worker for WorkerService {
                     break;
                 }
             }
-            for shard in &node.shards {
+            for shard in node.of(who.principal).shards() {
                 shard.post_surely(Letter::Detach { session: info.id });
             }
             node.sessions.close(info.id);
@@ -85,7 +85,7 @@ impl v1::worker_server::Worker for WorkerService {
         request: Request<v1::RegisterRequest>,
     ) -> Result<Response<v1::RegisterResponse>, Status> {
         let node = &self.0.node;
-        let caller = caller(&request);
+        let caller = who(&request).caller;
         let request = request.into_inner();
         if request.session != 0 {
             node.sessions.check(SessionId(request.session), caller).map_err(status)?;
@@ -113,18 +113,19 @@ impl v1::worker_server::Worker for WorkerService {
 
     async fn describe(
         &self,
-        _: Request<v1::DescribeRequest>,
+        request: Request<v1::DescribeRequest>,
     ) -> Result<Response<v1::DescribeResponse>, Status> {
-        let (node, config) = (&self.0.node, &self.0.config);
+        let (node, config, who) = (&self.0.node, &self.0.config, who(&request));
         Ok(Response::new(v1::DescribeResponse {
             node: node.name.clone(),
             version: env!("CARGO_PKG_VERSION").into(),
             epoch: node.epoch.0,
-            shards: node.shards.len() as u32,
+            shards: self.0.view(who).shards().len() as u32,
             keys_per_request_max: config.limits.keys_per_request_max,
             message_bytes_max: config.limits.message_bytes_max.0,
             worker_socket: config.run_dir().join("worker.sock").display().to_string(),
             block_bytes_max: node.block_bytes_max.min(u64::from(u32::MAX)) as u32,
+            principal: node.principals[who.principal].name.clone(),
         }))
     }
 }

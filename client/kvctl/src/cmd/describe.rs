@@ -76,8 +76,9 @@ pub(crate) async fn run(global: &Global, arguments: Arguments) -> Result<Exit, F
             let daemon = connect::connect(global).await?;
             let key = names::resolve(&daemon, &key).await?;
             let names = names::requests(&[key], 1).next();
-            let answer =
-                daemon.within(daemon.blocks().explain(daemon.request(v1::ExplainRequest { names }))).await?;
+            let answer = daemon
+                .within(daemon.blocks().explain(daemon.request(v1::ExplainRequest { names, session: 0 })))
+                .await?;
             let Some(block) = answer.block.filter(|_| answer.miss.is_none()) else {
                 let reason = answer
                     .miss
@@ -105,9 +106,14 @@ pub(crate) async fn run(global: &Global, arguments: Arguments) -> Result<Exit, F
                 .within(daemon.admin().list_tenants(daemon.request(v1::ListTenantsRequest {})))
                 .await?
                 .tenants;
-            let found = tenants.into_iter().find(|tenant| tenant.tenant == name);
-            let tenant = found.ok_or_else(|| missing("tenant", name, "kvctl get tenants"))?;
-            print(show.output, &tenant, &format!("tenant/{name}"), tenant_fields(&tenant))?;
+            // One for each principal in which the tenant has to do.
+            let mut found = tenants.into_iter().filter(|tenant| tenant.tenant == name).peekable();
+            if found.peek().is_none() {
+                return Err(missing("tenant", name, "kvctl get tenants"));
+            }
+            for tenant in found {
+                print(show.output, &tenant, &format!("tenant/{name}"), tenant_fields(&tenant))?;
+            }
         }
     }
     Ok(Exit::Ok)
@@ -147,6 +153,7 @@ fn tier_fields(tier: &v1::TierInfo, now: u64) -> String {
     fields(&[
         ("Tier", tier_name(tier.tier).into()),
         ("Shard", tier.shard.to_string()),
+        ("Principal", tier.principal.clone()),
         ("NUMA node", tier.numa_node.to_string()),
         ("State", tier.state.clone()),
         ("Reason", tier.reason.clone()),
@@ -176,6 +183,7 @@ pub(crate) fn block_fields(block: &v1::BlockInfo, now: u64) -> String {
         ("Tiers", tier_names(&block.tiers)),
         ("Bytes", format!("{} ({})", count(block.bytes.into()), bytes(block.bytes.into()))),
         ("Checksum", format!("{:016x}", block.checksum)),
+        ("Principal", block.principal.clone()),
         ("Tenant", block.tenant.clone()),
         ("Model", block.model.clone()),
         ("Priority", priority_name(block.priority).into()),
@@ -194,6 +202,7 @@ fn client_fields(client: &v1::ClientInfo) -> String {
         ("Name", client.name.clone()),
         ("Door", client.door.clone()),
         ("Process", format!("{} of uid {}", client.pid, client.uid)),
+        ("Principal", client.principal.clone()),
         ("Connected", format!("for {}", seconds(client.connected_s))),
         ("Leases", format!("{} on {}", count(client.leases.into()), bytes(client.leased_bytes))),
         ("Pending", count(client.pending.into())),
@@ -213,6 +222,7 @@ fn tenant_fields(tenant: &v1::TenantInfo) -> String {
     let lookups = tenant.hits.saturating_add(tenant.misses);
     fields(&[
         ("Tenant", tenant.tenant.clone()),
+        ("Principal", tenant.principal.clone()),
         ("Blocks", count(tenant.blocks)),
         ("Host", bytes(tenant.host_bytes)),
         ("Disk", bytes(tenant.disk_bytes)),
@@ -244,6 +254,7 @@ mod tests {
             checksum: 0xff,
             priority: v1::Priority::High.into(),
             pinned_until: 160,
+            principal: "default".into(),
             tenant: "team-a".into(),
             state: "present".into(),
             slot: 9,
@@ -257,6 +268,7 @@ State:        present
 Tiers:        host,disk
 Bytes:        65,536 (64.0KiB)
 Checksum:     00000000000000ff
+Principal:    default
 Tenant:       team-a
 Model:        -
 Priority:     high
@@ -275,6 +287,7 @@ Disk:         -
     fn a_tenant_without_quota_says_so() {
         let tenant = v1::TenantInfo { tenant: "a".into(), hits: 3, misses: 1, ..Default::default() };
         let text = tenant_fields(&tenant);
-        assert!(text.contains("Quota:   none\n") && text.contains("Hits:    75.0% of 4 lookups\n"), "{text}");
+        let says = |wanted: &str| text.lines().any(|line| line.split_whitespace().eq(wanted.split(' ')));
+        assert!(says("Quota: none") && says("Hits: 75.0% of 4 lookups"), "{text}");
     }
 }

@@ -39,7 +39,7 @@ pub(crate) async fn run(global: &Global, arguments: Arguments) -> Result<Exit, F
     let tier = arguments.tier.map_or(v1::Tier::Unspecified, kv_api::convert::tier_message).into();
     let mut total = v1::EvictResponse::default();
     for names in names::requests(&keys, daemon.client.keys_per_request_max()) {
-        let request = v1::EvictRequest { names: Some(names), tier, dry_run: arguments.dry_run };
+        let request = v1::EvictRequest { names: Some(names), tier, dry_run: arguments.dry_run, session: 0 };
         let answer = daemon.within(daemon.blocks().evict(daemon.request(request))).await?;
         total.evicted += answer.evicted;
         total.in_use += answer.in_use;

@@ -24,7 +24,9 @@ pub(crate) async fn run(global: &Global, arguments: Arguments) -> Result<Exit, F
     let mut total = v1::UnpinResponse::default();
     for names in names::requests(&keys, daemon.client.keys_per_request_max()) {
         let answer = daemon
-            .within(daemon.blocks().unpin(daemon.request(v1::UnpinRequest { names: Some(names) })))
+            .within(
+                daemon.blocks().unpin(daemon.request(v1::UnpinRequest { names: Some(names), session: 0 })),
+            )
             .await?;
         total.unpinned += answer.unpinned;
     }

@@ -54,7 +54,11 @@ fn names_of(key: BlockKey) -> v1::Names {
 }
 
 async fn explain(daemon: &Daemon, names: v1::Names) -> Result<v1::ExplainResponse, Failure> {
-    daemon.within(daemon.blocks().explain(daemon.request(v1::ExplainRequest { names: Some(names) }))).await
+    daemon
+        .within(
+            daemon.blocks().explain(daemon.request(v1::ExplainRequest { names: Some(names), session: 0 })),
+        )
+        .await
 }
 
 /// Asks again by scope: only then can the daemon compare it with the scopes it has blocks of. `None` when
