@@ -13,6 +13,8 @@
 use std::ops::Range;
 use std::path::PathBuf;
 
+use kv_ssd::SEGMENTS_MIN;
+
 use crate::config::units::{OrAuto, Share, Size, SizeOrShare};
 use crate::config::{Config, ConfigError, Loaded, Problem};
 use crate::topology::{NumaNode, Topology};
@@ -375,10 +377,10 @@ impl Part {
             );
             return Err(refuse(&key("host"), text));
         }
-        if config.disk_dir().is_some() && self.segments / homes < 2 {
+        if config.disk_dir().is_some() && self.segments / homes < SEGMENTS_MIN {
             let least = config.disk.segment_bytes;
             let text = format!(
-                "too little disk for principal {name}: less than two segments of {least} for each of {homes} shard(s)"
+                "too little disk for principal {name}: less than {SEGMENTS_MIN} segments of {least} for each of {homes} shard(s)"
             );
             return Err(refuse(&key("disk"), text));
         }
@@ -502,12 +504,12 @@ fn disk_bytes(
             ));
         }
     };
-    // Two at least: one is being filled while another is emptied.
-    if bytes / segment.0 / shards < 2 {
+    // What the disk tier refuses to start with is refused here, where the key is known.
+    if bytes / segment.0 / shards < SEGMENTS_MIN {
         return Err(refuse(
             "disk.bytes_max",
             format!(
-                "{} is less than two segments of {segment} for each of {shards} shard(s)",
+                "{} is less than {SEGMENTS_MIN} segments of {segment} for each of {shards} shard(s)",
                 Size(bytes).about()
             ),
         ));

@@ -211,7 +211,7 @@ fn what_cannot_be_is_refused_with_the_key_and_the_way_out() {
         (
             "disk = { dir = '/d', bytes_max = '100MiB' }",
             &have,
-            "is less than two segments of 64MiB for each of 2",
+            "is less than 4 segments of 64MiB for each of 2",
         ),
         ("disk.dir = '/d'", &have, "disk.bytes_max: 50% of /d, whose size cannot be told"),
         (
@@ -369,7 +369,7 @@ fn a_share_too_small_for_a_shard_is_refused_where_it_was_set() {
         ),
         (
             "disk = { dir = '/d', bytes_max = '1GiB' }\n[principals.b]\nuids = [7]\nshare = '20%'",
-            "kvd.toml:4:1: principals.b.share: too little disk for principal b: less than two segments of 64MiB",
+            "kvd.toml:4:1: principals.b.share: too little disk for principal b: less than 4 segments of 64MiB",
         ),
     ];
     for (text, wanted) in rows {

@@ -30,4 +30,4 @@ pub use health::{CircuitLimits, Health, HealthState};
 pub use log::{SsdStats, SyncMode};
 pub use recover::RecoveryReport;
 pub use sim::{SimDisk, SimFault};
-pub use store::{Engine, Error, Recovered, SsdConfig, SsdStore};
+pub use store::{Engine, Error, Recovered, SEGMENTS_MIN, SsdConfig, SsdStore};
