@@ -161,6 +161,11 @@ pub(crate) struct Door {
     pub(crate) channel: tonic::transport::Channel,
 }
 
+/// A runtime with a thread of its own: it answers the daemon's pings while a story does something else.
+fn runtime() -> tokio::runtime::Runtime {
+    tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build().unwrap()
+}
+
 impl Door {
     pub(crate) fn of(home: &Home) -> Self {
         Self::at(&home.run_dir())
@@ -168,7 +173,7 @@ impl Door {
 
     /// The same door from a process of another user, who knows the run directory alone.
     pub(crate) fn at(run_dir: &Path) -> Self {
-        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+        let runtime = runtime();
         let socket = run_dir.join("kvd.sock");
         let connect = tower::service_fn(move |_| {
             let socket = socket.clone();
@@ -185,7 +190,7 @@ impl Door {
 
     /// The door that is open to the network.
     pub(crate) fn over_tcp(uri: &str) -> Self {
-        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+        let runtime = runtime();
         let endpoint = tonic::transport::Endpoint::from_shared(uri.to_owned()).unwrap();
         let channel = runtime.block_on(endpoint.timeout(Duration::from_secs(20)).connect()).expect("connect");
         Self { runtime, channel }
