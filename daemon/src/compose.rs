@@ -3,7 +3,7 @@
 //!
 //! ```text
 //!   registry -> per shard: memory -> disk -> brain <- adopted host blocks, then blocks found on disk
-//!            -> threads: shard 0..n (pinned), worker door, control runtime (gRPC, HTTP)
+//!            -> threads: shard 0..n (pinned), growth, worker door, control runtime (gRPC, HTTP)
 //!   SIGTERM  -> not ready, no new work -> listeners close -> shards finish -> memory stays for the next life
 //! ```
 
@@ -13,7 +13,7 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use anyhow::Context as _;
-use kv_arena::{Adoption, Geometry, HazardSet, MemorySpec, ShardMemory};
+use kv_arena::{Adoption, Geometry, Grower, HazardSet, MemorySpec, ShardMemory};
 use kv_block::{Epoch, SessionId, ShardId};
 use kv_node::{Brain, BrainConfig, Event, Micros, Now};
 use kv_tiers::catalog::Catalog;
@@ -22,6 +22,7 @@ use kv_tiers::host::{HostTier, Watermarks};
 use crate::config::units::{Admission, HugePages, Policy};
 use crate::config::{Config, Loaded};
 use crate::disk;
+use crate::growth::{Growth, READY_BYTES};
 use crate::listen::{RunDir, SocketFile};
 use crate::node::{Node, Recovered, TierNotes, quota_share};
 use crate::peercred::Caller;
@@ -38,6 +39,7 @@ pub struct Running {
     /// The gRPC socket, listening.
     pub grpc: std::os::unix::net::UnixListener,
     threads: Vec<JoinHandle<()>>,
+    growth: Growth,
     door: Option<(StopDoor, JoinHandle<()>)>,
     /// Held until the end: the run directory's lock and socket files.
     _files: (RunDir, [SocketFile; 2]),
@@ -53,6 +55,7 @@ struct Opened {
     host_blocks: u64,
     disk_blocks: u64,
     remarks: Vec<String>,
+    grower: Option<Grower>,
 }
 
 /// Opens everything in the plan and starts the shards.
@@ -66,11 +69,14 @@ pub fn start(loaded: &Loaded, plan: &Plan) -> anyhow::Result<Running> {
     let mut recovered = Recovered { notes: note.into_iter().collect(), ..Recovered::default() };
 
     let mut epoch = Epoch(1);
+    // What arenas opened before will still take, so that one that has no room beside them is refused now.
+    let mut promised_bytes = 0;
     let mut opened = Vec::with_capacity(plan.shards.len());
     for shard in &plan.shards {
-        let one = open_shard(config, plan, shard, &registry, epoch)
+        let one = open_shard(config, plan, shard, &registry, epoch, promised_bytes)
             .with_context(|| format!("opening shard {}", shard.index))?;
         epoch = epoch.max(one.epoch);
+        promised_bytes += one.grower.as_ref().map_or(0, Grower::unclaimed_bytes);
         opened.push(one);
     }
 
@@ -82,6 +88,7 @@ pub fn start(loaded: &Loaded, plan: &Plan) -> anyhow::Result<Running> {
     let mut memory = Vec::new();
     let mut notes = Vec::new();
     let mut ready = Vec::new();
+    let mut growers = Vec::new();
     for (mut one, shard_plan) in opened.into_iter().zip(&plan.shards) {
         recovered.host_blocks += one.host_blocks;
         recovered.disk_blocks += one.disk_blocks;
@@ -93,6 +100,7 @@ pub fn start(loaded: &Loaded, plan: &Plan) -> anyhow::Result<Running> {
             one.shard.tell(Event::Quota { tenant, bytes_max });
         }
         one.shard.tell(Event::Opened { session: guest });
+        growers.extend(one.grower.map(|grower| (one.handle.clone(), grower)));
         shards.push(one.handle);
         memory.push(one.fds);
         notes.push(one.notes);
@@ -102,6 +110,10 @@ pub fn start(loaded: &Loaded, plan: &Plan) -> anyhow::Result<Running> {
         .into_iter()
         .map(|(shard, cpus, index)| spawn(format!("shard-{index}"), cpus, move || shard.run()))
         .collect::<Result<Vec<_>, _>>()?;
+    let mut growth = Growth::default();
+    for (shard, grower) in growers {
+        growth.add(shard, grower)?;
+    }
     recovered.took = began.elapsed();
 
     let node = Arc::new(Node::new(
@@ -120,7 +132,14 @@ pub fn start(loaded: &Loaded, plan: &Plan) -> anyhow::Result<Running> {
     let (workers, workers_file) = run_dir.listen_workers()?.split();
     let (door, stop) = WorkerDoor::new(Arc::clone(&node), Arc::new(config.clone()), memory, workers.into())?;
     let door = (stop, spawn("worker-door".into(), Vec::new(), move || door.run())?);
-    Ok(Running { node, grpc, threads, door: Some(door), _files: (run_dir, [grpc_file, workers_file]) })
+    Ok(Running {
+        node,
+        grpc,
+        threads,
+        growth,
+        door: Some(door),
+        _files: (run_dir, [grpc_file, workers_file]),
+    })
 }
 
 impl Running {
@@ -130,6 +149,7 @@ impl Running {
             stop.stop();
             let _ = thread.join();
         }
+        self.growth.stop();
         self.node.stop_shards();
         for thread in self.threads.drain(..) {
             if thread.join().is_err() {
@@ -187,6 +207,7 @@ fn open_shard(
     shard: &ShardPlan,
     registry: &Registry,
     epoch_floor: Epoch,
+    promised_bytes: u64,
 ) -> anyhow::Result<Opened> {
     let id = ShardId(shard.index);
     // Files go by principal and home, which stay; numbers of shards follow from who else there is.
@@ -206,6 +227,8 @@ fn open_shard(
             HugePages::Required => kv_arena::HugePages::Required,
         },
         hugetlbfs_dir: config.host.hugetlbfs_dir.get().map(|path| PathBuf::from(&path.0)),
+        ready_bytes: READY_BYTES,
+        promised_bytes,
     };
     let mut remarks = Vec::new();
     // A reboot takes the memory and its epochs; the clock keeps later lives apart from earlier ones.
@@ -222,6 +245,7 @@ fn open_shard(
             remarks.push(remark);
         }
     }
+    let grower = memory.take_grower();
     let hazards = HazardSet::adopt(&place.dir, place.number)?;
     let table = memory.take_table()?.context("the catalog table has one writer")?;
     let catalog = Catalog::new(table, shard.ghosts_max as usize);
@@ -266,7 +290,7 @@ fn open_shard(
         one.set_store(Box::new(store));
     }
     tracing::info!(shard = shard.index, host_blocks, disk_blocks, "recovered");
-    Ok(Opened { shard: one, handle, fds, notes, epoch, host_blocks, disk_blocks, remarks })
+    Ok(Opened { shard: one, handle, fds, notes, epoch, host_blocks, disk_blocks, remarks, grower })
 }
 
 fn now() -> Now {

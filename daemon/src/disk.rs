@@ -16,7 +16,8 @@ pub struct OpenedDisk {
     pub found: Recovered,
 }
 
-/// Opens the log of one shard. Its arena is registered with the kernel where that is allowed.
+/// Opens the log of one shard. Its arena is registered with the kernel where that is allowed, as far as it has
+/// memory: registering takes hold of pages, so it must not be what brings them.
 pub fn open(
     config: &Config,
     disk: &DiskPlan,
@@ -54,5 +55,9 @@ impl DiskTier for SsdStore {
             HealthState::Healthy => None,
             HealthState::Degraded { reason, .. } => Some(reason.to_string()),
         }
+    }
+
+    fn host_grew(&self) {
+        self.arenas_grew();
     }
 }

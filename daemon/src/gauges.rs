@@ -36,6 +36,7 @@ fn publish(node: &Node, reports: &[ShardReport]) {
         let set = |metric: &m::Metric, labels: &[&str], value: u64| metric.gauge(labels).set(value as f64);
         set(&m::EPOCH, &[shard], node.epoch.0);
         set(&m::TIER_CAPACITY, &[shard, "host"], report.host_bytes_max);
+        set(&m::TIER_CONFIGURED, &[shard, "host"], report.host_bytes_wanted);
         set(&m::TIER_USED, &[shard, "host"], report.host_bytes);
         set(&m::TIER_BLOCKS, &[shard, "host"], report.host_blocks);
         set(&m::TIER_SERVING, &[shard, "host"], 1);
@@ -43,6 +44,7 @@ fn publish(node: &Node, reports: &[ShardReport]) {
         set(&m::LEASED_BYTES, &[shard, "host"], report.leased_bytes);
         if let Some(serving) = report.disk_serving {
             set(&m::TIER_CAPACITY, &[shard, "disk"], node.tier_notes[index].disk_bytes_max);
+            set(&m::TIER_CONFIGURED, &[shard, "disk"], node.tier_notes[index].disk_bytes_max);
             set(&m::TIER_USED, &[shard, "disk"], report.disk_bytes);
             set(&m::TIER_BLOCKS, &[shard, "disk"], report.disk_blocks);
             set(&m::TIER_SERVING, &[shard, "disk"], u64::from(serving));

@@ -2,6 +2,7 @@
 //!
 //! ```text
 //!   config, topology --> plan --> compose --> shard threads (brain + memory + rings + disk)
+//!                                    |------> growth: host memory gets its pages meanwhile
 //!                                    |------> worker_door: shared memory for engine workers
 //!                                    '------> serve: gRPC (rpc), health and metrics (http, gauges)
 //! ```
@@ -11,6 +12,7 @@ pub mod compose;
 pub mod config;
 pub mod disk;
 pub mod gauges;
+pub mod growth;
 pub mod http;
 pub mod listen;
 pub mod logging;

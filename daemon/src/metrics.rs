@@ -97,7 +97,9 @@ metrics! {
         "Copies and disk operations under way";
 
     TIER_CAPACITY = "kvd_tier_capacity_bytes", Gauge, Bytes, ["shard", "tier"],
-        "Room of a tier";
+        "Room of a tier; of host memory, what is allocated";
+    TIER_CONFIGURED = "kvd_tier_configured_bytes", Gauge, Bytes, ["shard", "tier"],
+        "Room of a tier when it is whole: more than its capacity while host memory grows, or when it found too little";
     TIER_USED = "kvd_tier_used_bytes", Gauge, Bytes, ["shard", "tier"],
         "Bytes of blocks in a tier";
     TIER_BLOCKS = "kvd_tier_blocks", Gauge, Count, ["shard", "tier"],

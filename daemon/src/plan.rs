@@ -17,6 +17,7 @@ use kv_ssd::SEGMENTS_MIN;
 
 use crate::config::units::{OrAuto, Share, Size, SizeOrShare};
 use crate::config::{Config, ConfigError, Loaded, Problem};
+use crate::growth::READY_BYTES;
 use crate::topology::{NumaNode, Topology};
 
 /// Host memory taken when nobody says: this share of the machine's...
@@ -576,7 +577,11 @@ fn budget(config: &Config, shards: &[ShardPlan], homes: u64, bounds: &Bounds) ->
     let (in_flight, message) = (limits.in_flight_bytes_max, limits.message_bytes_max);
     let line = |owner, how, bytes| BudgetLine { owner, how, bytes };
     vec![
-        line("host arenas", format!("{count} shard(s), blocks of callers"), arena),
+        line(
+            "host arenas",
+            format!("{count} shard(s), blocks of callers; {} each are there at start", Size(READY_BYTES)),
+            arena,
+        ),
         line(
             "slot headers",
             "64B for each 4KiB slot; less for larger blocks".into(),

@@ -125,6 +125,7 @@ pub struct ShardHandle {
     heartbeat: Arc<AtomicU64>,
     slab: Slab,
     disk_trouble: Arc<Mutex<Option<String>>>,
+    host_trouble: Arc<Mutex<Option<String>>>,
 }
 
 impl ShardHandle {
@@ -157,6 +158,16 @@ impl ShardHandle {
     /// Why the disk tier is out of service; `None` while it serves or there is none.
     pub fn disk_trouble(&self) -> Option<String> {
         self.disk_trouble.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// Why host memory is smaller than configured; `None` while it is not, or still grows.
+    pub fn host_trouble(&self) -> Option<String> {
+        self.host_trouble.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// Host memory stays smaller than configured.
+    pub fn set_host_trouble(&self, why: String) {
+        *self.host_trouble.lock().unwrap_or_else(PoisonError::into_inner) = Some(why);
     }
 
     /// The shard's host memory, to read blocks that a lease holds.
@@ -199,6 +210,8 @@ pub struct Shard {
 pub trait DiskTier: BlockStore {
     /// Why it is out of service; `None` while it serves.
     fn trouble(&self) -> Option<String>;
+    /// Host memory has more regions than before: they may be made known to the device.
+    fn host_grew(&self);
 }
 
 struct Worker {
@@ -233,6 +246,7 @@ impl Shard {
             heartbeat: Arc::clone(&heartbeat),
             slab: slab.clone(),
             disk_trouble: Arc::new(Mutex::new(None)),
+            host_trouble: Arc::new(Mutex::new(None)),
         };
         let now = Instant::now();
         let shard = Self {
@@ -358,7 +372,13 @@ impl Shard {
                     let deadline = self.micros(deadline);
                     self.brain.handle(now, Event::Request { from, deadline, op }, &mut self.commands);
                 }
-                Letter::Tell(event) => self.brain.handle(now, event, &mut self.commands),
+                Letter::Tell(event) => {
+                    let grew = matches!(event, Event::Grown { .. });
+                    self.brain.handle(now, event, &mut self.commands);
+                    if let Some(store) = self.store.as_ref().filter(|_| grew) {
+                        store.host_grew();
+                    }
+                }
                 Letter::Stop => self.stopping = true,
             }
             self.obey(now);

@@ -22,11 +22,13 @@
 //!   all leave. One region is emptied at a time; of 32 MiB, that is 8,192 blocks of 4 KiB at most. The arena
 //!   hands out none of its slots meanwhile. Emptied, it is kept for the class that wants it while others ask
 //!   [`PATIENCE`] times; not emptied after [`DRAIN_TAKES_MAX`] slots were taken elsewhere, it is given up.
+//! - **While it grows**: regions get their memory one after the other ([`HostTier::grown`]). Until the last has it,
+//!   or will not get it, nobody leaves to make room: a request that finds no slot waits for the next region.
 //! - **Memory**: 12 bytes for each slot that was ever used, in the policies.
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use kv_arena::{HazardSet, Held, Slab, SlabUsage, Slot, SlotHeader, SlotState};
+use kv_arena::{Backed, HazardSet, Held, Slab, SlabUsage, Slot, SlotHeader, SlotState};
 use kv_block::{BlockKey, Generation, Priority, Record, SlotId};
 
 use crate::evict::{Policy, PolicyKind};
@@ -82,15 +84,17 @@ pub struct HostTier {
     /// Retired slots that the last sweep could not free.
     stuck: usize,
     region_bytes: u32,
+    /// More regions will come.
+    growing: bool,
 }
 
 impl HostTier {
     /// The tier over an arena. Blocks that came through a restart ([`Self::adopted`]) are put in with
     /// [`Self::insert`].
     pub fn new(slab: Slab, kind: PolicyKind, watermarks: Watermarks) -> Self {
-        let regions = u64::from(slab.usage().regions_total).max(1);
         // At most 2 GiB.
-        let region_bytes = (slab.data_bytes() / regions) as u32;
+        let region_bytes = slab.region_bytes() as u32;
+        let growing = slab.usage().regions_missing > 0;
         Self {
             slab,
             kind,
@@ -100,7 +104,24 @@ impl HostTier {
             own_victims: 0,
             stuck: 0,
             region_bytes,
+            growing,
         }
+    }
+
+    /// Regions that have memory now: their slots are handed out from here on.
+    pub fn grown(&mut self, regions: Backed) {
+        self.slab.grown(regions);
+        self.growing &= self.slab.usage().regions_missing > 0;
+    }
+
+    /// No region will come any more: the tier stays as large as it is.
+    pub fn growth_ended(&mut self) {
+        self.growing = false;
+    }
+
+    /// Whether regions are still to come.
+    pub fn is_growing(&self) -> bool {
+        self.growing
     }
 
     /// The arena.
@@ -113,8 +134,13 @@ impl HostTier {
         self.slab.usage()
     }
 
-    /// Bytes of the arena.
+    /// Bytes of the arena that have memory.
     pub fn bytes_max(&self) -> u64 {
+        u64::from(self.slab.usage().regions_total) * u64::from(self.region_bytes)
+    }
+
+    /// Bytes of the arena when it is whole.
+    pub fn bytes_wanted(&self) -> u64 {
         self.slab.data_bytes()
     }
 
@@ -253,10 +279,10 @@ impl HostTier {
         self.batch(bytes).saturating_sub(coming)
     }
 
-    /// Slot sizes, in bytes, of which less than the low share is free while no region is.
+    /// Slot sizes, in bytes, of which less than the low share is free while no region is, nor will be.
     pub fn sizes_below_low(&self) -> Vec<u32> {
         let usage = self.slab.usage();
-        if usage.regions_free > 0 {
+        if usage.regions_free > 0 || self.growing {
             return Vec::new();
         }
         let low = |slots: u32| (f64::from(slots) * self.watermarks.low) as u32;
@@ -288,7 +314,7 @@ impl HostTier {
     ) -> Option<u32> {
         let to = self.slab.class_for(bytes)?;
         let usage = self.slab.usage();
-        if self.drain.is_some() || usage.regions_free > 0 {
+        if self.drain.is_some() || usage.regions_free > 0 || self.growing {
             return None;
         }
         let idle = self.classes.get(&to).is_none_or(|policy| policy.is_empty());
@@ -426,8 +452,8 @@ fn free_to_leave(
 
 #[cfg(test)]
 mod tests {
-    use kv_arena::{Geometry, ShardMemory};
-    use kv_block::{BindingTag, Checksum};
+    use kv_arena::{Geometry, HugePages, MemorySpec, ShardMemory};
+    use kv_block::{BindingTag, Checksum, Epoch};
 
     use super::*;
 
@@ -680,6 +706,38 @@ mod tests {
         }
         let (small, large) = (world.regions_of(64 << 10), world.regions_of(128 << 10));
         assert!(large >= 2 && small >= 2, "{small} and {large} of 8 regions");
+    }
+
+    #[test]
+    fn nobody_leaves_ahead_while_regions_come_and_a_tier_that_stays_small_is_whole() {
+        let dir = tempfile::tempdir().unwrap();
+        let spec = MemorySpec {
+            dir: dir.path().to_owned(),
+            name: "shard-0".into(),
+            geometry: Geometry { regions: 40, region_bytes: REGION, table_entries_max: 8 },
+            numa_node: None,
+            huge: HugePages::Off,
+            hugetlbfs_dir: None,
+            ready_bytes: REGION,
+            promised_bytes: 0,
+        };
+        let (mut memory, _) = ShardMemory::open(&spec, Epoch(1)).unwrap();
+        let mut grower = memory.take_grower().unwrap();
+        let tier = HostTier::new(memory.slab().clone(), PolicyKind::Sieve, Watermarks::default());
+        let mut world = World { memory, tier, hazards: HazardSet::new(), keys: 0 };
+        assert!(world.tier.is_growing());
+        assert_eq!((world.tier.bytes_max(), world.tier.bytes_wanted()), (REGION, 40 * REGION));
+        assert_eq!(world.fill(4096).len(), 512);
+        assert!(world.tier.sizes_below_low().is_empty(), "more comes");
+        assert_eq!(world.tier.region_to_steal(1 << 20, &mut |_| true), None, "more comes");
+        world.tier.grown(grower.step().unwrap().unwrap());
+        assert_eq!(world.fill(1 << 20).len(), 32);
+        world.tier.growth_ended();
+        assert!(!world.tier.is_growing());
+        assert_eq!(world.tier.bytes_max(), 17 * REGION);
+        assert_eq!(world.tier.sizes_below_low(), [4096], "what is there must do");
+        // Shares are of what is there: the one region of small blocks is no more than poor.
+        assert!(!is_poor(&world.tier.usage(), 1 << 20) && is_poor(&world.tier.usage(), 4096));
     }
 
     #[test]

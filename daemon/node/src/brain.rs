@@ -253,6 +253,14 @@ impl Brain {
                     self.retry_stalled(now, out);
                 }
             }
+            Event::Grown { regions } => {
+                self.host.grown(regions);
+                self.retry_stalled(now, out);
+            }
+            Event::GrowthEnded => {
+                self.host.growth_ended();
+                self.retry_stalled(now, out);
+            }
             Event::Touched(slots) => self.touched(&slots),
             Event::Quota { tenant, bytes_max } => {
                 let tenant = self.tenants.index(&tenant);
@@ -607,6 +615,8 @@ impl Brain {
             counters: self.counters.clone(),
             host_bytes: self.tenants.iter().map(|tenant| tenant.host_bytes).sum(),
             host_bytes_max: self.host.bytes_max(),
+            host_bytes_wanted: self.host.bytes_wanted(),
+            host_growing: self.host.is_growing(),
             host_blocks: self.tenants.iter().map(|tenant| tenant.host_blocks).sum(),
             disk_blocks: self.tenants.iter().map(|tenant| tenant.disk_blocks).sum(),
             disk_bytes: self.tenants.iter().map(|tenant| tenant.disk_bytes).sum(),

@@ -8,7 +8,7 @@
 //! ```
 //! Every request ends in exactly one `Reply` other than [`Reply::Progress`], at its deadline at the latest.
 
-use kv_arena::Slot;
+use kv_arena::{Backed, Slot};
 use kv_block::{
     BindingId, BindingTag, BlockKey, Checksum, Fault, Generation, LeaseId, MissReason, Priority, SessionId,
     SlotId, Tier,
@@ -97,6 +97,13 @@ pub enum Event {
         /// How many.
         freed: usize,
     },
+    /// Regions of host memory got their pages and may be handed out.
+    Grown {
+        /// Which.
+        regions: Backed,
+    },
+    /// Host memory will not grow any more, whether it has all its regions or not.
+    GrowthEnded,
     /// Workers read these slots by themselves since the last report.
     Touched(Vec<SlotId>),
     /// A tenant's quota changed.

@@ -58,8 +58,12 @@ pub struct ShardReport {
     pub counters: Counters,
     /// Bytes of blocks in host memory.
     pub host_bytes: u64,
-    /// Bytes the arena has.
+    /// Bytes of the arena that have memory.
     pub host_bytes_max: u64,
+    /// Bytes of the arena when it is whole.
+    pub host_bytes_wanted: u64,
+    /// Whether the rest is still coming.
+    pub host_growing: bool,
     /// Blocks in host memory.
     pub host_blocks: u64,
     /// Blocks readable from disk.

@@ -8,6 +8,7 @@
 //!          --- otherwise ------------------------> slot retired, block remembered as evicted
 //!   retired slot --- nobody's hazard names it ---> free
 //! ```
+//! While host memory still grows, nobody leaves: whoever finds no slot waits for the next region.
 
 use std::collections::VecDeque;
 
@@ -25,9 +26,9 @@ const QUOTA_SCAN_MAX: usize = 1024;
 /// Why there is no slot.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(crate) enum NoRoom {
-    /// Slots are on their way back.
+    /// Slots are on their way back, or new ones on their way.
     Soon,
-    /// Slots are on their way back, but too many requests wait for them.
+    /// They are on their way, but too many requests wait for them.
     Queue,
     /// Everything is pinned, leased or being written.
     Full,
@@ -92,6 +93,10 @@ impl Brain {
     fn take_or_evict(&mut self, now: Now, bytes: u32, out: &mut Out) -> Result<Slot, NoRoom> {
         if let Some(slot) = self.host.take(bytes) {
             return Ok(slot);
+        }
+        // Nobody leaves for a slot that is about to come anyway.
+        if self.host.is_growing() {
+            return Err(NoRoom::Soon);
         }
         self.make_room(now, bytes, out);
         if let Some(slot) = self.host.take(bytes) {

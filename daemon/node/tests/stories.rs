@@ -10,7 +10,7 @@ use kv_node::{Event, Filter, Keep, Micros, Op, Reply};
 use kv_tiers::admit::AdmissionKind;
 use kv_tiers::memory::{MemoryConfig, StoreFault};
 use kv_tiers::store::StoreError;
-use rig::{A, B, B_LARGE, GONE, LARGE, Rig, SMALL, Setup, is_fault, key, session, words};
+use rig::{A, B, B_LARGE, DEADLINE_MS, GONE, LARGE, Rig, SMALL, Setup, is_fault, key, session, words};
 
 fn slow() -> StoreFault {
     StoreFault::Fail(StoreError::Slow { limit: Duration::from_secs(1) })
@@ -936,5 +936,88 @@ fn a_catalog_that_is_full_of_blocks_says_which_limit_to_raise() {
     assert!(stored >= 8);
     let keys: Vec<BlockKey> = rig.list(100).iter().map(|block| block.key).collect();
     assert_eq!(keys.len(), stored);
+    end(rig);
+}
+
+/// Memory of 20 regions, of which the first is there: 8 small blocks.
+fn growing() -> Setup {
+    Setup { regions: 20, grows: true, ..Setup::default() }
+}
+
+#[test]
+fn while_memory_grows_whoever_finds_no_slot_waits_for_the_next_region_and_nobody_leaves() {
+    let mut rig = Rig::new(growing());
+    rig.send_down(50);
+    rig.put_all(0..8);
+    let report = rig.report();
+    assert!(report.host_growing);
+    assert_eq!((report.host_bytes_max, report.host_bytes_wanted), (2 << 20, 40 << 20));
+    let put = rig.ask(session(1), Rig::put_op(8, A, false));
+    let large = rig.ask(session(1), Rig::put_op(100, B_LARGE, false));
+    let read = rig.ask(session(2), Rig::acquire_op(50));
+    rig.settle();
+    for id in [put, large, read] {
+        assert!(rig.answer(id).is_none(), "it waits");
+    }
+    assert!(!rig.report().counters.evictions.contains_key("evicted_capacity"), "nobody leaves for it");
+    assert!(rig.grow());
+    assert_eq!(words(&rig.wait(put)), "stored");
+    assert_eq!(words(&rig.wait(large)), "stored");
+    let Reply::Leased(grant) = rig.wait(read) else { panic!("it came up") };
+    rig.release(session(2), grant.lease);
+    for n in 0..9 {
+        assert_eq!(rig.tiers(n), [Tier::Host], "block {n}");
+    }
+    while rig.grow() {}
+    let report = rig.report();
+    assert_eq!((report.host_growing, report.host_bytes_max), (false, 40 << 20));
+    end(rig);
+}
+
+#[test]
+fn a_request_that_waits_for_memory_to_grow_ends_at_its_deadline() {
+    let mut rig = Rig::new(growing());
+    rig.put_all(0..8);
+    let put = rig.ask(session(1), Rig::put_op(8, A, false));
+    let leaves = rig.ask(session(3), Rig::put_op(9, A, false));
+    rig.close(session(3));
+    assert_eq!(words(&rig.answer(leaves).unwrap()), "UnknownSession");
+    rig.advance(DEADLINE_MS);
+    assert_eq!(words(&rig.answer(put).unwrap()), "DeadlinePassed");
+    assert!(rig.grow());
+    assert_eq!(rig.put(8), "stored");
+    end(rig);
+}
+
+#[test]
+fn memory_that_stays_small_is_used_as_it_is() {
+    let mut rig = Rig::new(Setup { disk: None, ..growing() });
+    rig.put_all(0..8);
+    let put = rig.ask(session(1), Rig::put_op(8, A, false));
+    rig.settle();
+    assert!(rig.answer(put).is_none());
+    rig.tell(Event::GrowthEnded);
+    assert_eq!(words(&rig.wait(put)), "stored");
+    assert_eq!(rig.read(0), "evicted_capacity");
+    let report = rig.report();
+    assert_eq!((report.host_growing, report.host_bytes_max), (false, 2 << 20));
+    end(rig);
+}
+
+#[test]
+fn a_crash_while_memory_grows_loses_no_block() {
+    let mut rig = Rig::new(growing());
+    rig.put_all(0..8);
+    assert!(rig.grow());
+    rig.put_all(8..20);
+    rig.crash(1, |_| {});
+    rig.settle();
+    for n in 0..20 {
+        assert_eq!(rig.read(n), "leased", "block {n}");
+    }
+    assert!(rig.report().host_growing);
+    while rig.grow() {}
+    rig.put_all(20..120);
+    assert_eq!(rig.report().host_bytes_max, 40 << 20);
     end(rig);
 }

@@ -13,6 +13,7 @@ use tonic::{Request, Response, Status};
 
 use super::blocks::block_info;
 use super::{Shared, deadline, deadline_asked, status};
+use crate::config::units::Size;
 use crate::node::{Node, unexpected};
 use crate::shard::ShardHandle;
 
@@ -50,10 +51,20 @@ impl AdminService {
             tiers.push(v1::TierInfo {
                 tier: v1::Tier::Host.into(),
                 bytes_max: report.host_bytes_max,
+                bytes_wanted: report.host_bytes_wanted,
                 bytes_used: report.host_bytes,
                 bytes_pinned: report.pinned_bytes,
                 blocks: report.host_blocks,
-                state: "ok".into(),
+                state: host_state(report).into(),
+                reason: match host_state(report) {
+                    "growing" => format!(
+                        "{} of {} are allocated, the rest follows",
+                        Size(report.host_bytes_max).about(),
+                        Size(report.host_bytes_wanted).about()
+                    ),
+                    "degraded" => self.shared.node.shards[index].host_trouble().unwrap_or_default(),
+                    _ => String::new(),
+                },
                 notes: notes.host.clone(),
                 bytes_written: report.counters.put_bytes + report.counters.onboard_bytes,
                 evicted_blocks: report.counters.evictions.values().sum(),
@@ -63,6 +74,7 @@ impl AdminService {
             tiers.push(v1::TierInfo {
                 tier: v1::Tier::Disk.into(),
                 bytes_max: notes.disk_bytes_max,
+                bytes_wanted: notes.disk_bytes_max,
                 bytes_used: report.disk_bytes,
                 blocks: report.disk_blocks,
                 state: serving.map_or("off", |serving| if serving { "ok" } else { "degraded" }).into(),
@@ -158,6 +170,15 @@ fn sum(parts: &[kv_node::Progress], finished: bool) -> v1::Progress {
     }
 }
 
+/// What the host tier of a shard is up to.
+fn host_state(report: &ShardReport) -> &'static str {
+    match (report.host_growing, report.host_bytes_max < report.host_bytes_wanted) {
+        (true, _) => "growing",
+        (false, true) => "degraded",
+        (false, false) => "ok",
+    }
+}
+
 fn rss_bytes() -> u64 {
     let statm = std::fs::read_to_string("/proc/self/statm").unwrap_or_default();
     let pages: u64 = statm.split(' ').nth(1).and_then(|pages| pages.parse().ok()).unwrap_or(0);
@@ -174,6 +195,11 @@ fn warnings(node: &Node, reports: &[ShardReport]) -> Vec<v1::Warning> {
                 Code::TierDegraded,
                 format!("shard {shard}: the disk tier is out of service, its blocks miss: {why}"),
             );
+        }
+        if host_state(report) == "degraded" {
+            let why = node.shards[shard].host_trouble().unwrap_or_default();
+            let (has, wanted) = (Size(report.host_bytes_max).about(), Size(report.host_bytes_wanted).about());
+            warn(Code::HostShort, format!("shard {shard}: host memory has {has} of {wanted}: {why}"));
         }
         if report.quarantined > 0 {
             let text = format!(

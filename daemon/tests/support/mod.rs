@@ -40,6 +40,12 @@ impl Home {
         Self { root, memory, args }
     }
 
+    /// With its host memory in this directory, which somebody else made and removes.
+    pub(crate) fn with_memory(mut self, dir: &Path) -> Self {
+        self.memory = dir.to_owned();
+        self
+    }
+
     /// With one more `--set`.
     pub(crate) fn set(mut self, setting: &str) -> Self {
         self.args.extend(["--set".into(), setting.into()]);
@@ -118,6 +124,11 @@ impl Home {
         let daemon = self.spawn();
         daemon.wait_until_serving();
         daemon
+    }
+
+    /// Starts a life that ends by itself; gives its exit status.
+    pub(crate) fn start_and_fail(&self) -> std::process::ExitStatus {
+        self.spawn().child.wait().expect("wait")
     }
 
     fn spawn(&self) -> Daemon<'_> {

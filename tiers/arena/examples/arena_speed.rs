@@ -68,6 +68,8 @@ fn lookups(entries: u64) -> Result<(), Box<dyn std::error::Error>> {
                 numa_node: None,
                 huge: HugePages::Auto,
                 hugetlbfs_dir: None,
+                ready_bytes: u64::MAX,
+                promised_bytes: 0,
             };
             ShardMemory::open(&spec, Epoch(1))?.0
         }

@@ -35,6 +35,8 @@ pub mod copy;
 #[cfg(not(loom))]
 mod error;
 #[cfg(not(loom))]
+mod grow;
+#[cfg(not(loom))]
 pub mod hazard;
 #[cfg(not(loom))]
 mod map;
@@ -55,6 +57,7 @@ pub use word::{RetireError, SlotState};
 #[cfg(not(loom))]
 pub use {
     error::Error,
+    grow::{Backed, Grower},
     hazard::{HazardFile, HazardSet},
     memory::{Adoption, HugePages, MemorySpec, ShardMemory},
     meta::Geometry,

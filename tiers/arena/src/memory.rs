@@ -10,6 +10,9 @@
 //! Opening decides from what it finds: nothing, or an arena without its meta file (a creation that was
 //! killed): fresh. A sound header of the same version and geometry, with its own data file: adopted, see
 //! `Slab`. Anything else is renamed and never written.
+//!
+//! Only the front of the arena has memory when it is opened; the rest gets it from a [`Grower`] while the node
+//! serves. What can be known before that is an error here: a file system that says it has no room.
 
 use std::fs::{self, File, OpenOptions};
 use std::os::fd::{AsRawFd, OwnedFd};
@@ -18,14 +21,16 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use kv_block::Epoch;
-use rustix::fs::{FallocateFlags, FlockOperation, MemfdFlags, OFlags};
+use rustix::fs::{FlockOperation, MemfdFlags, OFlags};
 use rustix::io::Errno;
 use rustix::mm::Advice;
 
 use crate::Error;
+use crate::grow::{self, Grower, Pages, allocate, space_error};
 use crate::map::Mapping;
 use crate::meta::{
-    EPOCH_OFFSET, Geometry, HEADER_BYTES, HUGE_PAGE, Header, HeaderError, Layout, epoch_of, epoch_word,
+    EPOCH_OFFSET, GROWN_OFFSET, Geometry, HEADER_BYTES, HUGE_PAGE, Header, HeaderError, Layout, epoch_of,
+    epoch_word, grown_of, grown_word,
 };
 use crate::numa::{self, Bound, HugeMount};
 use crate::slab::Slab;
@@ -59,6 +64,10 @@ pub struct MemorySpec {
     pub huge: HugePages,
     /// The hugetlbfs to use; else one is looked for in `/proc/mounts`.
     pub hugetlbfs_dir: Option<PathBuf>,
+    /// About how much of a new arena gets its memory before it is opened; the rest is for the grower.
+    pub ready_bytes: u64,
+    /// Bytes of the file system of `dir` that were promised to others and are not taken yet.
+    pub promised_bytes: u64,
 }
 
 /// What opening found.
@@ -96,6 +105,8 @@ pub struct ShardMemory {
     /// Whether the file system of the meta file may give huge pages.
     table_huge: bool,
     notes: Vec<String>,
+    /// `None` when the arena has all of its memory, or when it was taken.
+    grower: Option<Grower>,
     /// Removed by `wipe`, in this order.
     paths: Vec<PathBuf>,
     lock: Lock,
@@ -166,7 +177,8 @@ impl ShardMemory {
             Mapping::new(file, bytes as usize, true).map_err(Error::io("map", Path::new("memfd")))
         };
         let maps = (map(&meta, layout.meta_bytes)?, map(&data, geometry.data_bytes())?);
-        Ok(Self::assemble(layout, Epoch(1), (meta, data), maps, None, false))
+        // Nobody limits a memfd, so its pages may come when they are touched.
+        Ok(Self::assemble(layout, Epoch(1), (meta, data), maps, None, false, geometry.regions))
     }
 
     fn assemble(
@@ -176,9 +188,12 @@ impl ShardMemory {
         (meta, data): (Mapping, Mapping),
         lock: Lock,
         adopt: bool,
+        grown: u32,
     ) -> Self {
         let (meta, meta_file) = (Arc::new(meta), Arc::new(OwnedFd::from(meta_file)));
-        let slab = Slab::new(layout, Arc::clone(&meta), Arc::clone(&meta_file), data, lock.clone(), adopt);
+        meta.word(GROWN_OFFSET).store(grown_word(grown), Ordering::Release);
+        let files = (Arc::clone(&meta), Arc::clone(&meta_file));
+        let slab = Slab::new(layout, files.0, files.1, data, lock.clone(), adopt, grown);
         Self {
             slab,
             meta,
@@ -190,8 +205,16 @@ impl ShardMemory {
             huge: false,
             table_huge: false,
             notes: Vec::new(),
+            grower: None,
             paths: Vec::new(),
             lock,
+        }
+    }
+
+    /// Gives the rest of the arena, from `done` bytes on, to a grower.
+    fn leave_to_grower(&mut self, data: File, path: &Path, pages: Pages, done: u64) {
+        if done < self.layout.geometry.data_bytes() {
+            self.grower = Some(Grower::new(self.slab.clone(), data, path.to_owned(), pages, done));
         }
     }
 
@@ -208,6 +231,11 @@ impl ShardMemory {
     /// The arena's allocator.
     pub fn slab(&self) -> &Slab {
         &self.slab
+    }
+
+    /// What allocates the rest of the arena; `None` when nothing is missing, and from the second time on.
+    pub fn take_grower(&mut self) -> Option<Grower> {
+        self.grower.take()
     }
 
     /// The catalog table, emptied; `None` from the second time on, because it has one writer.
@@ -308,8 +336,18 @@ struct Arena {
     file: File,
     path: PathBuf,
     map: Mapping,
+    pages: Pages,
     huge: bool,
+    /// Bytes from the front that have memory.
+    done: u64,
     notes: Vec<String>,
+}
+
+impl Arena {
+    /// Bytes that its file system must still have free.
+    fn unclaimed_bytes(&self) -> u64 {
+        if matches!(self.pages, Pages::Hugetlb(_)) { 0 } else { self.map.len() as u64 - self.done }
+    }
 }
 
 impl Place<'_> {
@@ -428,6 +466,7 @@ impl Place<'_> {
             let _ = fs::remove_file(&arena.path);
             let _ = fs::remove_file(&unnamed);
         })?;
+        let another = arena.file.try_clone().map_err(Error::io("duplicate", &arena.path))?;
         let mut memory = ShardMemory::assemble(
             layout,
             epoch,
@@ -435,7 +474,9 @@ impl Place<'_> {
             (meta, arena.map),
             self.lock.clone(),
             false,
+            (arena.done / layout.geometry.region_bytes) as u32,
         );
+        memory.leave_to_grower(another, &arena.path, arena.pages, arena.done);
         memory.paths.push(arena.path);
         memory.huge = arena.huge;
         memory.notes = arena.notes;
@@ -457,7 +498,8 @@ impl Place<'_> {
         }
         self.advise_meta(&map);
         allocate(&file, unnamed, 0, layout.headers)?;
-        check_space(&file, unnamed, layout.buckets * crate::table::BUCKET_BYTES)?;
+        let table_bytes = layout.buckets * crate::table::BUCKET_BYTES;
+        check_space(&file, unnamed, table_bytes + arena.unclaimed_bytes(), self.spec.promised_bytes)?;
         let data_inode = arena.file.metadata().map_err(Error::io("look at", &arena.path))?.ino();
         let header = Header { layout, data_inode, epoch };
         file.write_all_at(&header.encode(), 0).map_err(Error::io("write", unnamed))?;
@@ -487,26 +529,10 @@ impl Place<'_> {
                 }
             }
         }
-        let bytes = layout.geometry.data_bytes();
         let path = self.file("data");
-        let file = create_new(&path, bytes)?;
-        let made = self.fill_arena(&file, &path, bytes).and_then(|(map, huge, why)| {
-            notes.extend(self.bind_note(&map));
-            if huge {
-                notes.push(format!("huge pages by tmpfs at {}", path.display()));
-                return Ok((map, true));
-            }
-            if self.spec.huge == HugePages::Required {
-                notes.push(why);
-                return Err(Error::HugePages { why: notes.join("; ") });
-            }
-            notes.push(format!("ordinary 4 KiB pages: {why}"));
-            Ok((map, false))
-        });
-        let (map, huge) = made.inspect_err(|_| {
+        self.create_small_arena(layout, &path, notes).inspect_err(|_| {
             let _ = fs::remove_file(&path);
-        })?;
-        Ok(Arena { file, path, map, huge, notes })
+        })
     }
 
     /// The arena on a hugetlbfs, or in words why not.
@@ -525,21 +551,22 @@ impl Place<'_> {
                  /sys/kernel/mm/hugepages/hugepages-{page_kib}kB/nr_hugepages"
             ));
         }
-        let path = self.huge_file(&mount.dir);
+        let (path, pages) = (self.huge_file(&mount.dir), Pages::Hugetlb(mount.page_bytes));
         let made = || {
             let file = create_new(&path, bytes)?;
+            // From here on its pages are set apart for this file, though they do not come before they are asked for.
             let map = Mapping::new(&file, bytes as usize, true).map_err(Error::io("map", &path))?;
             let note = self.bind_note(&map);
-            rustix::fs::fallocate(&file, FallocateFlags::empty(), 0, bytes)
-                .map_err(Error::io("make room for", &path))?;
             let _ = map.advise(Advice::LinuxDontDump);
-            Ok::<_, Error>((file, map, note))
+            let place = grow::Place { file: &file, path: &path, map: &map, pages };
+            let done = place.back_front(self.spec.ready_bytes)?;
+            Ok::<_, Error>((file, map, done, note))
         };
         match made() {
-            Ok((file, map, note)) => {
+            Ok((file, map, done, note)) => {
                 let mut notes = Vec::from_iter(note);
                 notes.push(format!("huge pages of {page_kib} KiB at {}", path.display()));
-                Ok(Arena { file, path, map, huge: true, notes })
+                Ok(Arena { file, path, map, pages, huge: true, done, notes })
             }
             Err(error) => {
                 let _ = fs::remove_file(&path);
@@ -549,54 +576,90 @@ impl Place<'_> {
         }
     }
 
-    /// Maps the tmpfs file and puts memory behind all of it; says whether in huge pages, and if not why.
-    fn fill_arena(&self, file: &File, path: &Path, bytes: u64) -> Result<(Mapping, bool, String), Error> {
-        let map = Mapping::new(file, bytes as usize, true).map_err(Error::io("map", path))?;
-        if let Some(node) = self.spec.numa_node {
-            // Before the pages come; `bind_note` reports.
-            let _ = numa::bind(&map, node);
-        }
+    /// The arena on the tmpfs of the directory. `notes` says why it is not on a hugetlbfs.
+    fn create_small_arena(
+        &self,
+        layout: &Layout,
+        path: &Path,
+        mut notes: Vec<String>,
+    ) -> Result<Arena, Error> {
+        let bytes = layout.geometry.data_bytes();
+        let file = create_new(path, bytes)?;
+        let map = Mapping::new(&file, bytes as usize, true).map_err(Error::io("map", path))?;
+        // Before any page comes.
+        notes.extend(self.bind_note(&map));
         let _ = map.advise(Advice::LinuxDontDump);
-        check_space(file, path, bytes)?;
+        check_space(&file, path, bytes, self.spec.promised_bytes)?;
         let option = numa::tmpfs_huge_option(&self.mounts, path);
-        let mut why = match (&self.spec.huge, option.as_deref()) {
-            (HugePages::Off, _) => "huge pages are off".to_owned(),
-            (_, None) => format!("{} is not on a tmpfs", path.display()),
-            (_, Some("never")) => format!(
+        let why = match (&self.spec.huge, option.as_deref()) {
+            (HugePages::Off, _) => Some("huge pages are off".to_owned()),
+            (_, None) => Some(format!("{} is not on a tmpfs", path.display())),
+            (_, Some("never")) => Some(format!(
                 "no hugetlbfs with room (echo {} > /proc/sys/vm/nr_hugepages, and mount one), and the tmpfs \
                  of {} has huge=never (mount -o remount,huge=advise)",
                 bytes.div_ceil(2 << 20),
                 path.display()
-            ),
-            (_, Some(_)) => String::new(),
+            )),
+            (_, Some(_)) => None,
         };
-        let mut huge = false;
-        if why.is_empty() {
-            // With huge=advise only a fault through an advised mapping brings huge pages.
-            let advised = map.advise(Advice::LinuxHugepage);
-            let filled = advised.and_then(|()| map.advise(Advice::LinuxPopulateWrite));
+        let pages = if why.is_none() { Pages::Touched } else { Pages::Ordinary };
+        if pages == Pages::Touched {
+            let _ = map.advise(Advice::LinuxHugepage);
+        }
+        let place = grow::Place { file: &file, path, map: &map, pages };
+        let done = place.back_front(self.spec.ready_bytes)?;
+        let why = why.or_else(|| {
+            // The front stands for the rest, which comes the same way.
             let smaps = fs::read_to_string("/proc/self/smaps").unwrap_or_default();
-            let start = map.range(0, map.len()).as_ptr() as u64;
-            let got = numa::huge_bytes_in_smaps(&smaps, start);
-            huge = filled.is_ok() && got * 2 >= bytes;
-            if !huge {
-                why =
-                    format!("the tmpfs gave {got} of {bytes} bytes in huge pages; memory may be fragmented");
+            let got = numa::huge_bytes_in_smaps(&smaps, map.range(0, map.len()).as_ptr() as u64);
+            let few =
+                || format!("the tmpfs gave {got} of {done} bytes in huge pages; memory may be fragmented");
+            (got * 2 < done).then(few)
+        });
+        match &why {
+            None => notes.push(format!("huge pages by tmpfs at {}", path.display())),
+            Some(why) if self.spec.huge == HugePages::Required => {
+                notes.push(why.clone());
+                return Err(Error::HugePages { why: notes.join("; ") });
+            }
+            Some(why) => notes.push(format!("ordinary 4 KiB pages: {why}")),
+        }
+        Ok(Arena { file, path: path.to_owned(), map, pages, huge: why.is_none(), done, notes })
+    }
+
+    /// How many regions from the front of a kept arena certainly have memory. Every other region with blocks gets
+    /// it now: there are none unless the word of growth was damaged.
+    fn grown(&self, layout: &Layout, meta: &Mapping, data: &grow::Place<'_>) -> Result<u32, Error> {
+        let Geometry { regions, region_bytes, .. } = layout.geometry;
+        let facts = data.file.metadata().map_err(Error::io("look at", data.path))?;
+        let there = facts.blocks() * 512;
+        if there >= layout.geometry.data_bytes() {
+            return Ok(regions);
+        }
+        let said = grown_of(meta.word(GROWN_OFFSET).load(Ordering::Acquire));
+        // Somebody may have punched holes into the file since.
+        let grown = said.filter(|grown| *grown <= regions && u64::from(*grown) * region_bytes <= there);
+        let grown = grown.unwrap_or(0);
+        for region in grown..regions {
+            if meta.word(layout.region(region)).load(Ordering::Acquire) != 0 {
+                data.back(u64::from(region) * region_bytes, region_bytes)?;
             }
         }
-        // What has pages keeps them; the rest gets them now, or an error now instead of a signal later.
-        allocate(file, path, 0, bytes)?;
-        Ok((map, huge, why))
+        Ok(grown)
     }
 
     /// Whether a kept tmpfs file has huge pages, judged by a few places.
-    fn has_huge_pages(&self, map: &Mapping, path: &Path) -> bool {
+    fn has_huge_pages(&self, map: &Mapping, path: &Path, bytes: u64) -> bool {
         let option = numa::tmpfs_huge_option(&self.mounts, path);
         if self.spec.huge == HugePages::Off || option.is_none_or(|option| option == "never") {
             return false;
         }
         let _ = map.advise(Advice::LinuxHugepage);
-        let pages = map.len() / HUGE_PAGE as usize;
+        // Beyond what has grown there may be holes, which must not be touched.
+        let pages = (bytes / HUGE_PAGE) as usize;
+        if pages == 0 {
+            return false;
+        }
         let step = pages.div_ceil(SAMPLES);
         for page in (0..pages).step_by(step) {
             map.word(page * HUGE_PAGE as usize).load(Ordering::Relaxed);
@@ -631,22 +694,30 @@ impl Place<'_> {
         let on_hugetlbfs = data_path != self.file("data");
         let mut notes = Vec::from_iter(self.bind_note(&data));
         let _ = data.advise(Advice::LinuxDontDump);
+        let pages = if on_hugetlbfs {
+            let stat = rustix::fs::fstatvfs(&data_file).map_err(Error::io("look at", &data_path))?;
+            Pages::Hugetlb(stat.f_bsize.max(HUGE_PAGE))
+        } else {
+            let option = numa::tmpfs_huge_option(&self.mounts, &data_path);
+            let touched = self.spec.huge != HugePages::Off && option.is_some_and(|option| option != "never");
+            if touched { Pages::Touched } else { Pages::Ordinary }
+        };
+        let place = grow::Place { file: &data_file, path: &data_path, map: &data, pages };
+        let grown = self.grown(&layout, &meta, &place)?;
+        let done = u64::from(grown) * layout.geometry.region_bytes;
         // Warm memory outweighs the wish for ordinary pages, but not the refusal to go without huge ones.
-        let huge = on_hugetlbfs || self.has_huge_pages(&data, &data_path);
-        if self.spec.huge == HugePages::Required && !huge {
+        let huge = on_hugetlbfs || self.has_huge_pages(&data, &data_path, done);
+        if self.spec.huge == HugePages::Required && !huge && done > 0 {
             let path = data_path.display();
             return Err(Error::HugePages {
                 why: format!("{path} was made without; remove it to start anew"),
             });
         }
         self.advise_meta(&meta);
-        let facts = data_file.metadata().map_err(Error::io("look at", &data_path))?;
-        if facts.blocks() * 512 < bytes {
-            allocate(&data_file, &data_path, 0, bytes)?;
-        }
         allocate(&meta_file, &meta_path, 0, layout.headers)?;
         notes.push(format!("arena kept from before at {}", data_path.display()));
         meta.word(EPOCH_OFFSET).store(epoch_word(epoch), Ordering::SeqCst);
+        let another = data_file.try_clone().map_err(Error::io("duplicate", &data_path))?;
         let mut memory = ShardMemory::assemble(
             layout,
             epoch,
@@ -654,7 +725,9 @@ impl Place<'_> {
             (meta, data),
             self.lock.clone(),
             true,
+            grown,
         );
+        memory.leave_to_grower(another, &data_path, pages, done);
         memory.huge = huge;
         memory.paths.push(data_path);
         memory.notes = notes;
@@ -662,30 +735,17 @@ impl Place<'_> {
     }
 }
 
-fn space_error(file: &File, path: &Path, bytes: u64) -> Error {
-    let free = rustix::fs::fstatvfs(file).map_or(0, |stat| stat.f_bavail * stat.f_frsize);
-    let dir = path.parent().unwrap_or(path).display();
-    let fix = format!(
-        "give the host tier less memory, or enlarge {dir} (mount -o remount,size=...), or remove *.aside-* there"
-    );
-    Error::NoSpace { path: path.to_owned(), bytes, free, fix }
-}
-
-/// Fails before any page is taken when the file system says it has no room.
-fn check_space(file: &File, path: &Path, bytes: u64) -> Result<(), Error> {
+/// Fails before any page is taken when the file system says that it has no room for these bytes, beside what it
+/// owes to others.
+fn check_space(file: &File, path: &Path, bytes: u64, promised: u64) -> Result<(), Error> {
     match rustix::fs::fstatvfs(file) {
-        Ok(stat) if stat.f_blocks > 0 && stat.f_bavail * stat.f_frsize < bytes => {
-            Err(space_error(file, path, bytes))
+        Ok(stat) if stat.f_blocks > 0 && stat.f_bavail * stat.f_frsize < bytes.saturating_add(promised) => {
+            let mut error = space_error(file, path, bytes);
+            if let Error::NoSpace { free, .. } = &mut error {
+                *free = free.saturating_sub(promised);
+            }
+            Err(error)
         }
         _ => Ok(()),
-    }
-}
-
-/// Puts memory behind a range of a file.
-fn allocate(file: &File, path: &Path, offset: u64, bytes: u64) -> Result<(), Error> {
-    match rustix::fs::fallocate(file, FallocateFlags::empty(), offset, bytes) {
-        Ok(()) => Ok(()),
-        Err(Errno::NOSPC | Errno::NOMEM) => Err(space_error(file, path, bytes)),
-        Err(error) => Err(Error::io("make room for", path)(error)),
     }
 }

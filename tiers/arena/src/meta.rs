@@ -5,12 +5,14 @@
 //!            0 magic "kvdmeta1" | 8 version u64 | 16 regions | 24 region bytes | 32 table entries
 //!            40 data inode | 48 data bytes | 56 check of the above
 //!            64 epoch: epoch:48 | check:16
+//!            72 grown: regions:32 | check:32, how many from the front of the arena have memory behind them
 //! 4096     region table: one u64 per region, the slot bytes of its class, 0 when no class owns it
 //! aligned  slot headers: 64 bytes for each 4 KiB of the arena, sparse; see `slab`
 //! 2 MiB    catalog table: buckets of 256 bytes; see `table`
 //! ```
-//! All numbers little-endian. The header is written once, before the file gets its name; only the epoch word
-//! changes later, in one store. So there is no moment at which a kill leaves a half-written header.
+//! All numbers little-endian. The header is written once, before the file gets its name; only the two words of
+//! epoch and growth change later, each in one store. So there is no moment at which a kill leaves a
+//! half-written header. A file without a word of growth is of a life that allocated everything at once.
 
 use kv_block::{BlockKey, Checksum, Epoch};
 
@@ -24,6 +26,7 @@ pub(crate) const SLOT_HEADER: u64 = 64;
 pub(crate) const HUGE_PAGE: u64 = 2 << 20;
 pub(crate) const HEADER_BYTES: usize = 4096;
 pub(crate) const EPOCH_OFFSET: usize = 64;
+pub(crate) const GROWN_OFFSET: usize = 72;
 const REGION_TABLE: u64 = PAGE;
 const MAGIC: u64 = u64::from_le_bytes(*b"kvdmeta1");
 const VERSION: u64 = 1;
@@ -175,6 +178,21 @@ pub(crate) fn epoch_of(word: u64) -> Option<Epoch> {
     (word & 0xffff == epoch_check(value)).then_some(Epoch(value))
 }
 
+/// How many regions have memory, with its check, in one word.
+pub(crate) fn grown_word(regions: u32) -> u64 {
+    u64::from(regions) << 32 | grown_check(regions)
+}
+
+/// The number of regions in `word`, if its check fits.
+pub(crate) fn grown_of(word: u64) -> Option<u32> {
+    let regions = (word >> 32) as u32;
+    (word & 0xffff_ffff == grown_check(regions)).then_some(regions)
+}
+
+fn grown_check(regions: u32) -> u64 {
+    u64::from(regions).wrapping_add(0x6b76).wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 32
+}
+
 fn epoch_check(value: u64) -> u64 {
     value.wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 48 ^ 0x6b76
 }
@@ -243,6 +261,16 @@ mod tests {
             bad[bit / 8] ^= 1 << (bit % 8);
             assert!(Header::decode(&bad).is_err(), "bit {bit} does not count");
         }
+    }
+
+    #[test]
+    fn growth_is_believed_only_with_its_check() {
+        for regions in [0, 1, 7, u32::MAX] {
+            let word = grown_word(regions);
+            assert_eq!(grown_of(word), Some(regions));
+            assert!((0..64).all(|bit| grown_of(word ^ 1 << bit).is_none()), "{regions}");
+        }
+        assert_eq!(grown_of(0), None, "what an earlier version left there");
     }
 
     #[test]

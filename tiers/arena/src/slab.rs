@@ -7,10 +7,10 @@
 //!   0 word (see `word`) | 8 key 16 | 24 checksum | 32 tag | 40 bytes, expires at | 48 priority | 56 check
 //! ```
 //! A slot is an exact multiple of 4 KiB; a region belongs to one such class while any of its slots is used,
-//! then goes back to the pool. Slot ids are `region * (region bytes / 4096) + index`. The header says all
+//! then goes back to the pool. A region without memory behind all of it is in no pool (see `grow`). Slot ids are `region * (region bytes / 4096) + index`. The header says all
 //! that a restart needs; free lists live in private memory and are rebuilt from the headers.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, VecDeque};
 use std::ops::{Deref, DerefMut};
 use std::os::fd::OwnedFd;
 use std::ptr::NonNull;
@@ -20,6 +20,7 @@ use kv_block::{BindingTag, BlockKey, Checksum, Generation, Priority, Record, Slo
 use rustix::fs::FallocateFlags;
 
 use crate::copy::{copy_and_sum, copy_with};
+use crate::grow::Backed;
 use crate::hazard::HazardSet;
 use crate::map::Mapping;
 use crate::memory::Lock;
@@ -79,8 +80,10 @@ pub struct ClassUsage {
 /// How the arena stands.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct SlabUsage {
-    /// All regions.
+    /// Regions with memory behind them.
     pub regions_total: u32,
+    /// Regions that have none, yet or for ever.
+    pub regions_missing: u32,
     /// Regions that no class owns.
     pub regions_free: u32,
     /// Retired slots that wait for a sweep.
@@ -119,11 +122,18 @@ struct Region {
     listed: Option<u32>,
     /// Header bytes that certainly have memory behind them.
     header_bytes: u64,
+    /// All of its pages are there.
+    backed: bool,
 }
 
 impl Region {
     fn free_slots(&self) -> u32 {
         self.slots - self.used
+    }
+
+    /// The region without a class: what is known about its memory stays.
+    fn bare(&self) -> Self {
+        Self { header_bytes: self.header_bytes, backed: self.backed, ..Self::default() }
     }
 }
 
@@ -138,10 +148,12 @@ struct Class {
 #[derive(Debug)]
 struct Books {
     regions: Vec<Region>,
-    /// Free regions; the lowest is last, so that memory is touched from the front.
-    pool: Vec<u32>,
+    /// Free regions with memory, taken from the end. The lowest is there at first: what is warm is used again.
+    pool: VecDeque<u32>,
     classes: BTreeMap<u32, Class>,
     limbo: Vec<SlotId>,
+    /// Regions with memory.
+    backed: u32,
 }
 
 #[derive(Debug)]
@@ -251,9 +263,9 @@ impl Shared {
         if books.classes.get(&region.slot_bytes).is_some_and(|class| class.regions == 0) {
             books.classes.remove(&region.slot_bytes);
         }
-        *region = Region { header_bytes: region.header_bytes, ..Region::default() };
+        *region = region.bare();
         self.meta.word(self.layout.region(number)).store(0, Ordering::Release);
-        books.pool.push(number);
+        books.pool.push_back(number);
     }
 
     fn take(&self, slot_bytes: u32) -> Result<SlotId, NoSlotReason> {
@@ -280,7 +292,7 @@ impl Shared {
     /// Gives a region of the pool to a class.
     fn open_region(&self, books: &mut Books, slot_bytes: u32) -> Result<(), NoSlotReason> {
         let slots = self.layout.class_slots(slot_bytes.into()).ok_or(NoSlotReason::Size)?;
-        let &number = books.pool.last().ok_or(NoSlotReason::Exhausted)?;
+        let &number = books.pool.back().ok_or(NoSlotReason::Exhausted)?;
         let region = &mut books.regions[number as usize];
         let header_bytes = u64::from(slots) * SLOT_HEADER;
         if region.header_bytes < header_bytes {
@@ -290,8 +302,8 @@ impl Shared {
                 .map_err(|_| NoSlotReason::Headers)?;
             region.header_bytes = header_bytes;
         }
-        books.pool.pop();
-        *region = Region { slot_bytes, slots, header_bytes: region.header_bytes, ..Region::default() };
+        books.pool.pop_back();
+        *region = Region { slot_bytes, slots, ..region.bare() };
         let first = number * self.layout.region_slots;
         let is_free = |index: &u32| {
             let seen = word::load(&self.header(SlotId(first + index))[0]);
@@ -337,7 +349,8 @@ impl Shared {
 
 impl Slab {
     /// The slab over two mappings: empty for a new meta file, else with every slot that survived as
-    /// `Unverified`. Nobody else uses the files.
+    /// `Unverified`. Nobody else uses the files. The first `grown` regions have memory, and so has each that
+    /// a class owns.
     pub(crate) fn new(
         layout: Layout,
         meta: Arc<Mapping>,
@@ -345,14 +358,17 @@ impl Slab {
         data: Mapping,
         lock: Lock,
         adopt: bool,
+        grown: u32,
     ) -> Self {
         let regions = vec![Region::default(); layout.geometry.regions as usize];
-        let mut books = Books { regions, pool: Vec::new(), classes: BTreeMap::new(), limbo: Vec::new() };
+        let mut books =
+            Books { regions, pool: VecDeque::new(), classes: BTreeMap::new(), limbo: Vec::new(), backed: 0 };
         for number in (0..layout.geometry.regions).rev() {
             let owner = meta.word(layout.region(number));
             let slot_bytes = owner.load(Ordering::Acquire);
             let slots = if adopt { layout.class_slots(slot_bytes) } else { None };
-            let mut region = Region::default();
+            let mut region = Region { backed: number < grown || slots.is_some(), ..Region::default() };
+            books.backed += u32::from(region.backed);
             if let Some(slots) = slots {
                 region.slots = slots;
                 region.fresh = slots;
@@ -373,7 +389,10 @@ impl Slab {
                 if adopt && slot_bytes != 0 {
                     owner.store(0, Ordering::Release);
                 }
-                books.pool.push(number);
+                if region.backed {
+                    books.pool.push_back(number);
+                }
+                books.regions[number as usize] = region.bare();
                 continue;
             }
             let class = books.classes.entry(region.slot_bytes).or_default();
@@ -387,6 +406,40 @@ impl Slab {
         }
         let books = Mutex::new(books);
         Self { shared: Arc::new(Shared { layout, meta, meta_file, data, books, _lock: lock }) }
+    }
+
+    pub(crate) fn shared(&self) -> &Shared {
+        &self.shared
+    }
+
+    /// Hands out regions that have memory now; gives how many are new. They come from a grower of this arena.
+    pub fn grown(&self, backed: Backed) -> u32 {
+        let mut books = self.shared.books();
+        let books = &mut *books;
+        let mut new = 0;
+        for number in backed.regions {
+            let region = &mut books.regions[number as usize];
+            if !std::mem::replace(&mut region.backed, true) {
+                // In front: regions that were used before are warm.
+                books.pool.push_front(number);
+                new += 1;
+            }
+        }
+        books.backed += new;
+        new
+    }
+
+    /// Whether every region that these bytes of the data file lie in has memory, so that a device may pin them.
+    pub fn is_backed(&self, offset: u64, bytes: u64) -> bool {
+        let region_bytes = self.region_bytes();
+        let numbers = (offset / region_bytes) as usize..(offset + bytes).div_ceil(region_bytes) as usize;
+        let books = self.shared.books();
+        books.regions.get(numbers).is_some_and(|regions| regions.iter().all(|region| region.backed))
+    }
+
+    /// Bytes of a region.
+    pub fn region_bytes(&self) -> u64 {
+        self.shared.layout.geometry.region_bytes
     }
 
     /// The class that takes `bytes`: the next multiple of 4 KiB. `None` when no region is that long.
@@ -425,7 +478,7 @@ impl Slab {
         self.shared.offset(slot)
     }
 
-    /// Bytes of the whole arena.
+    /// Bytes of the whole arena, those without memory included.
     pub fn data_bytes(&self) -> u64 {
         self.shared.layout.geometry.data_bytes()
     }
@@ -564,8 +617,10 @@ impl Slab {
         let free = |class: &Class| {
             class.open.iter().map(|&region| books.regions[region as usize].free_slots()).sum()
         };
+        let backed = books.backed;
         SlabUsage {
-            regions_total: self.shared.layout.geometry.regions,
+            regions_total: backed,
+            regions_missing: books.regions.len() as u32 - backed,
             regions_free: books.pool.len() as u32,
             limbo: books.limbo.len() as u32,
             classes: books
@@ -894,7 +949,8 @@ mod tests {
         let map = |file: &OwnedFd, len| Mapping::new(file, len, true).unwrap();
         let meta = Arc::new(map(&shared.meta_file, shared.meta.len()));
         let data = Mapping::new(memory.data_rw().unwrap(), shared.data.len(), true).unwrap();
-        Slab::new(shared.layout, meta, Arc::clone(&shared.meta_file), data, None, true)
+        let grown = shared.layout.geometry.regions;
+        Slab::new(shared.layout, meta, Arc::clone(&shared.meta_file), data, None, true, grown)
     }
 
     #[test]

@@ -109,6 +109,9 @@ codes! {
     DiskSlow = 3004, Unavailable, "the disk tier is slower than its limit",
         "Operations took longer than `disk.slow_limit`.",
         "Look for other load on the device. The tier is bypassed until it answers in time.";
+    HostShort = 3005, Full, "the host tier is smaller than configured",
+        "While memory was being allocated its file system ran full: others use it as well.",
+        "Make room as the warning in `kvctl status` says, then restart: it goes on where it stopped.";
 
     HostFull = 4001, Full, "no host slot can be freed",
         "Every slot is pinned, leased or being written.",

@@ -66,6 +66,17 @@ pub(crate) struct IoDone {
 /// Ends a wait of the engine from another thread.
 pub(crate) type Waker = Arc<dyn Fn() + Send + Sync>;
 
+/// How far an engine's preparation got.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(crate) enum Prepared {
+    /// There is more to do at once.
+    More,
+    /// There is more, but what it needs is not there yet.
+    Later,
+    /// Nothing is left.
+    All,
+}
+
 /// A device engine, used by one thread.
 pub(crate) trait BlockIo: Send {
     /// Makes `file` known as number `segment`, in place of what had that number.
@@ -81,11 +92,11 @@ pub(crate) trait BlockIo: Send {
     /// Moves what has completed into `done`. When nothing has, waits for at most `wait` (for ever when
     /// that is `Duration::MAX`) or until the waker is called; may return empty-handed.
     fn completions(&mut self, wait: Duration, done: &mut Vec<IoDone>);
-    /// Does one piece of slow preparation that makes what follows cheaper; true when there is more. What
-    /// could not be had is told in `notes`.
-    fn prepare(&mut self, notes: &mut Vec<String>) -> bool {
+    /// Does one piece of slow preparation that makes what follows cheaper. What could not be had is told in
+    /// `notes`.
+    fn prepare(&mut self, notes: &mut Vec<String>) -> Prepared {
         let _ = notes;
-        false
+        Prepared::All
     }
     /// What ends the wait from another thread.
     fn waker(&self) -> Waker;

@@ -21,12 +21,16 @@ use io_uring::{IoUring, opcode, squeue};
 use rustix::event::{EventfdFlags, eventfd};
 
 use crate::files::SegmentFile;
-use crate::io::{BlockIo, IoDone, IoKind, IoOp, Memory, PROBE_FILE, Waker, errno};
+use crate::io::{BlockIo, IoDone, IoKind, IoOp, Memory, PROBE_FILE, Prepared, Waker, errno};
 
 /// Memory is registered in pieces of this length: pinning one takes some 20 ms, during which nothing else is
 /// done, and the kernel takes no more than 1 GiB at once. A multiple of the arena's usual regions; a block
 /// that lies across two pieces goes unregistered.
 const PIECE_BYTES: usize = 64 << 20;
+/// Says whether an address range has pages. Registering takes hold of them, and where there are none it would
+/// have to bring them, from a file system that may be full.
+pub(crate) type HasPages = Box<dyn Fn(usize, usize) -> bool + Send>;
+
 /// Completion token of the armed eventfd read; no operation has it.
 const WAKE: u64 = u64::MAX;
 
@@ -48,6 +52,7 @@ pub(crate) struct Ring {
     buffers: Vec<(usize, usize, u16)>,
     /// Ranges still to be registered, last first, each with its number.
     pieces: Vec<(usize, usize, u16)>,
+    has_pages: HasPages,
     backlog: VecDeque<IoOp>,
     in_flight: usize,
     depth: usize,
@@ -60,12 +65,13 @@ unsafe impl Send for Ring {}
 
 impl Ring {
     /// A ring for `depth` operations at once on files numbered below `file_slots`, with `memory`
-    /// (addresses and lengths) registered where the kernel allows it. Must be used by the calling thread
-    /// alone. What could not be had is told in `notes`.
+    /// (addresses and lengths) registered where the kernel allows it, piece by piece as `has_pages` says so.
+    /// Must be used by the calling thread alone. What could not be had is told in `notes`.
     pub(crate) fn new(
         depth: u32,
         file_slots: u32,
         memory: &[(usize, usize)],
+        has_pages: HasPages,
         notes: &mut Vec<String>,
     ) -> io::Result<Self> {
         let depth = depth.clamp(8, 4096).next_power_of_two();
@@ -80,6 +86,7 @@ impl Ring {
             file_slots: 0,
             buffers: Vec::new(),
             pieces: Vec::new(),
+            has_pages,
             backlog: VecDeque::new(),
             in_flight: 0,
             depth: depth as usize,
@@ -292,10 +299,14 @@ impl BlockIo for Ring {
         }
     }
 
-    fn prepare(&mut self, notes: &mut Vec<String>) -> bool {
-        let Some((start, end, number)) = self.pieces.pop() else { return false };
+    fn prepare(&mut self, notes: &mut Vec<String>) -> Prepared {
+        // In ascending order, as pages come, and as `buffers` must be.
+        let Some((start, end, number)) = self.pieces.pop() else { return Prepared::All };
+        if !(self.has_pages)(start, end - start) {
+            self.pieces.push((start, end, number));
+            return Prepared::Later;
+        }
         match self.register(start, end, number) {
-            // Pieces come in ascending order.
             Ok(()) => self.buffers.push((start, end, number)),
             Err(error) => {
                 let unregistered = self.pieces.iter().map(|(start, end, _)| end - start).sum::<usize>();
@@ -307,7 +318,7 @@ impl BlockIo for Ring {
                 self.pieces.clear();
             }
         }
-        !self.pieces.is_empty()
+        if self.pieces.is_empty() { Prepared::All } else { Prepared::More }
     }
 
     fn waker(&self) -> Waker {
@@ -348,8 +359,8 @@ mod tests {
     /// The ring, unless this machine has none.
     fn ring(memory: &[(usize, usize)]) -> Option<Ring> {
         let mut notes = Vec::new();
-        let made = Ring::new(32, 8, memory, &mut notes).map(|mut ring| {
-            while ring.prepare(&mut notes) {}
+        let made = Ring::new(32, 8, memory, Box::new(|_, _| true), &mut notes).map(|mut ring| {
+            while ring.prepare(&mut notes) == Prepared::More {}
             ring
         });
         eprintln!("{notes:?}");
@@ -399,6 +410,38 @@ mod tests {
                 ring.detach(segment);
             }
         }
+    }
+
+    #[test]
+    fn memory_is_registered_when_it_has_pages_and_not_before() {
+        let mut ours = Pages::new(PIECE_BYTES + PAGE_BYTES);
+        let (start, bytes) = (ours.memory(0).address as usize, ours.len());
+        let there = Arc::new(std::sync::atomic::AtomicUsize::new(0));
+        let end = Arc::clone(&there);
+        let has_pages =
+            move |at: usize, len| at + len <= start + end.load(std::sync::atomic::Ordering::Relaxed);
+        let mut notes = Vec::new();
+        let Ok(mut ring) = Ring::new(32, 8, &[(start, bytes)], Box::new(has_pages), &mut notes) else {
+            eprintln!("skipped: no io_uring");
+            return;
+        };
+        if ring.pieces.is_empty() {
+            eprintln!("skipped: {notes:?}");
+            return;
+        }
+        assert_eq!(ring.prepare(&mut notes), Prepared::Later);
+        assert_eq!((ring.buffers.len(), ring.pieces.len()), (0, 2));
+        there.store(PIECE_BYTES, std::sync::atomic::Ordering::Relaxed);
+        let first = ring.prepare(&mut notes);
+        if ring.pieces.is_empty() {
+            eprintln!("skipped: {notes:?}");
+            return;
+        }
+        assert_eq!((first, ring.prepare(&mut notes)), (Prepared::More, Prepared::Later));
+        assert!(ring.buffer_of(start, 4096).is_some() && ring.buffer_of(start + PIECE_BYTES, 4096).is_none());
+        there.store(bytes, std::sync::atomic::Ordering::Relaxed);
+        assert_eq!((ring.prepare(&mut notes), ring.prepare(&mut notes)), (Prepared::All, Prepared::All));
+        assert!(ring.buffer_of(start + PIECE_BYTES, 4096).is_some());
     }
 
     #[test]

@@ -29,7 +29,7 @@ use kv_tiers::store::{BlockStore, StoreDone, StoreError, StoreOp, StoreUsage};
 use crate::files::{Directory, OsDirectory, SegmentFile};
 use crate::format::{self, Format, PROBE_NAME};
 use crate::health::{CircuitLimits, Health, HealthState};
-use crate::io::{BlockIo, IoDone, PROBE_FILE, Waker, errno};
+use crate::io::{BlockIo, IoDone, PROBE_FILE, Prepared, Waker, errno};
 use crate::log::{Job, Log, LogConfig, SsdStats, SyncMode, refuse};
 use crate::recover::{Batch, RecoveryReport, recover};
 use crate::ring::Ring;
@@ -87,7 +87,7 @@ pub struct SsdConfig {
     pub sync: SyncMode,
     /// When the device is taken out of service and put back.
     pub circuit: CircuitLimits,
-    /// Memory that blocks come from and go to, to be registered with the kernel.
+    /// Memory that blocks come from and go to, to be registered with the kernel as it gets its pages.
     pub arenas: Vec<Slab>,
 }
 
@@ -413,6 +413,13 @@ impl SsdStore {
         lock(&self.shared.published).stats
     }
 
+    /// More of the arenas has pages than before: what waits for that goes on.
+    pub fn arenas_grew(&self) {
+        if let Driver::Thread { wake, .. } = &self.driver {
+            wake();
+        }
+    }
+
     /// What could not be had when it was opened, each with the switch that brings it back.
     pub fn notes(&self) -> Vec<String> {
         lock(&self.shared.published).notes.clone()
@@ -573,7 +580,16 @@ fn make_engine(
         };
         let memory: Vec<_> = config.arenas.iter().map(range).collect();
         let file_slots = (log_config.segments_max + 64).min(FILE_SLOTS_MAX);
-        match Ring::new(depth, file_slots, &memory, notes) {
+        let arenas = config.arenas.clone();
+        let starts: Vec<_> = memory.iter().map(|(start, _)| *start).collect();
+        let has_pages = move |address: usize, bytes: usize| {
+            let arena = arenas
+                .iter()
+                .zip(&starts)
+                .find(|(slab, start)| (**start..**start + slab.data_bytes() as usize).contains(&address));
+            arena.is_some_and(|(slab, start)| slab.is_backed((address - start) as u64, bytes as u64))
+        };
+        match Ring::new(depth, file_slots, &memory, Box::new(has_pages), notes) {
             Ok(ring) => return Ok(Box::new(ring)),
             Err(source) if config.engine == Engine::Ring => return Err(Error::NoRing { source }),
             Err(error) => notes.push(format!(
@@ -697,7 +713,7 @@ impl Machine {
 /// The store thread: takes what came, does what can be done, tells what ended, waits.
 fn serve(mut machine: Machine, shared: &Shared, wake_owner: &dyn Fn()) {
     let mut ops = Vec::new();
-    let mut preparing = true;
+    let mut prepared = Prepared::More;
     loop {
         {
             let mut inbox = lock(&shared.inbox);
@@ -721,11 +737,11 @@ fn serve(mut machine: Machine, shared: &Shared, wake_owner: &dyn Fn()) {
             return;
         }
         let mut wait = machine.quiet_for();
-        if preparing {
+        if prepared != Prepared::All {
             let mut notes = Vec::new();
-            preparing = machine.engine.prepare(&mut notes);
+            prepared = machine.engine.prepare(&mut notes);
             lock(&shared.published).notes.append(&mut notes);
-            wait = if preparing { Duration::ZERO } else { wait };
+            wait = if prepared == Prepared::More { Duration::ZERO } else { wait };
         }
         shared.asleep.store(true, Ordering::SeqCst);
         let came = !lock(&shared.inbox).ops.is_empty() || (!closing && shared.closing.load(Ordering::SeqCst));

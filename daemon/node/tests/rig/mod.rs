@@ -10,7 +10,7 @@ use std::os::unix::fs::FileExt;
 
 use kv_arena::hazard::Owner;
 use kv_arena::{
-    Adoption, Geometry, HazardFile, HazardSet, HugePages, MemorySpec, ShardMemory, ShardView, Slab,
+    Adoption, Geometry, Grower, HazardFile, HazardSet, HugePages, MemorySpec, ShardMemory, ShardView, Slab,
 };
 use kv_block::code::Code;
 use kv_block::{
@@ -64,6 +64,8 @@ pub struct Setup {
     pub events_kept_max: usize,
     /// In files, so that it can crash.
     pub survives: bool,
+    /// In files as well; only the first region has memory until [`Rig::grow`].
+    pub grows: bool,
 }
 
 impl Default for Setup {
@@ -81,6 +83,7 @@ impl Default for Setup {
             pinned_bytes_max: 3 << 20,
             events_kept_max: 1 << 20,
             survives: false,
+            grows: false,
         }
     }
 }
@@ -133,6 +136,7 @@ pub struct Rig {
     /// Blocks that are durable by word of the daemon and were not reported gone since, with their end.
     pub durable: BTreeMap<BlockKey, u32>,
     pub swept: usize,
+    grower: Option<Grower>,
 }
 
 fn bindings() -> [Binding; 3] {
@@ -147,7 +151,7 @@ fn bindings() -> [Binding; 3] {
 
 impl Rig {
     pub fn new(setup: Setup) -> Self {
-        let dir = setup.survives.then(|| {
+        let dir = (setup.survives || setup.grows).then(|| {
             let shm = std::path::Path::new("/dev/shm");
             let parent = if shm.is_dir() { shm.to_owned() } else { std::env::temp_dir() };
             tempfile::Builder::new().prefix("kvd-node-test-").tempdir_in(parent).unwrap()
@@ -177,6 +181,7 @@ impl Rig {
             heard: 0,
             durable: BTreeMap::new(),
             swept: 0,
+            grower: None,
         };
         rig.start(store, &[]);
         rig
@@ -201,9 +206,12 @@ impl Rig {
                     numa_node: None,
                     huge: HugePages::Off,
                     hugetlbfs_dir: None,
+                    ready_bytes: if self.setup.grows { 1 } else { u64::MAX },
+                    promised_bytes: 0,
                 };
-                let (memory, adoption) = ShardMemory::open(&spec, Epoch(1)).unwrap();
+                let (mut memory, adoption) = ShardMemory::open(&spec, Epoch(1)).unwrap();
                 assert!(!matches!(adoption, Adoption::SetAside { .. }), "{adoption:?}");
+                self.grower = memory.take_grower();
                 memory
             }
         };
@@ -245,6 +253,7 @@ impl Rig {
     pub fn crash(&mut self, seed: u64, meanwhile: impl FnOnce(&mut Vec<(Record, DiskLocation)>)) {
         self.brain = None;
         self.slab = None;
+        self.grower = None;
         self.commands.clear();
         self.held_fills.clear();
         self.parked.clear();
@@ -330,6 +339,14 @@ impl Rig {
         let at = self.inspect(key).and_then(|report| report.disk).expect("a block on disk");
         assert!(self.store().damage(at));
         self.durable.remove(&key);
+    }
+
+    /// The next regions get their memory; false when none is missing.
+    pub fn grow(&mut self) -> bool {
+        let regions = self.grower.as_mut().and_then(|grower| grower.step().unwrap());
+        let any = regions.is_some();
+        self.tell(regions.map_or(Event::GrowthEnded, |regions| Event::Grown { regions }));
+        any
     }
 
     /// Gives the brain one event and does what it commands.

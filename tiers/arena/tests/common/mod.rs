@@ -22,6 +22,8 @@ pub(crate) fn spec(dir: &Path) -> MemorySpec {
         // A machine's hugetlbfs is everybody's: only the story about it goes there, and cleans up.
         huge: HugePages::Off,
         hugetlbfs_dir: None,
+        ready_bytes: u64::MAX,
+        promised_bytes: 0,
     }
 }
 

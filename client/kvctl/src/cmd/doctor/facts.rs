@@ -101,7 +101,14 @@ pub(super) async fn gather(
         daemon = Some(match ask(global).await {
             Ok((status, toml)) => {
                 let host = i32::from(v1::Tier::Host);
-                host_bytes = Some(status.tiers.iter().filter(|t| t.tier == host).map(|t| t.bytes_max).sum());
+                host_bytes = Some(
+                    status
+                        .tiers
+                        .iter()
+                        .filter(|t| t.tier == host)
+                        .map(|t| t.bytes_wanted.max(t.bytes_max))
+                        .sum(),
+                );
                 config = toml;
                 let v1::StatusResponse { node, version, health, shards, .. } = status;
                 Ok(DaemonFacts { node, version, health, shards })
