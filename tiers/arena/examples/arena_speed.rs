@@ -92,6 +92,7 @@ fn lookups(entries: u64) -> Result<(), Box<dyn std::error::Error>> {
         "{entries} entries: {:.1} bytes each, table made in {cleared:?}, set {set:.0} ns",
         table.bytes_per_entry()
     );
+    memory.notes().iter().filter(|note| note.contains("table")).for_each(|note| println!("  {note}"));
     let mut hazards = HazardSet::new();
     let view = view(&memory, &mut hazards)?;
     let (mut one, mut batch, mut prefix, mut own) = (vec![], vec![], vec![], vec![]);

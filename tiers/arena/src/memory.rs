@@ -102,8 +102,8 @@ pub struct ShardMemory {
     table_taken: bool,
     epoch: Epoch,
     huge: bool,
-    /// Whether the file system of the meta file may give huge pages.
-    table_huge: bool,
+    /// Why the table cannot have huge pages; `None` when it may.
+    table_small: Option<&'static str>,
     notes: Vec<String>,
     /// `None` when the arena has all of its memory, or when it was taken.
     grower: Option<Grower>,
@@ -153,7 +153,12 @@ impl ShardMemory {
             }
         };
         let option = numa::tmpfs_huge_option(&place.mounts, &meta_path);
-        memory.table_huge = spec.huge != HugePages::Off && option.is_some_and(|option| option != "never");
+        memory.table_small = match option.as_deref() {
+            _ if spec.huge == HugePages::Off => Some("huge pages are off"),
+            None => Some("its file is not on a tmpfs"),
+            Some("never") => Some("its tmpfs has huge=never (mount -o remount,huge=advise)"),
+            Some(_) => None,
+        };
         memory.paths.insert(0, meta_path);
         memory.paths.push(lock_path);
         Ok((memory, adoption))
@@ -203,7 +208,7 @@ impl ShardMemory {
             table_taken: false,
             epoch,
             huge: false,
-            table_huge: false,
+            table_small: Some("its file has no name"),
             notes: Vec::new(),
             grower: None,
             paths: Vec::new(),
@@ -246,8 +251,25 @@ impl ShardMemory {
         self.table_taken = true;
         let (meta, file) = (Arc::clone(&self.meta), Arc::clone(&self.meta_file));
         let path = self.paths.first().map_or(Path::new("meta memfd"), PathBuf::as_path);
-        let table = Table::new(meta, file, self.lock.clone(), self.table_huge, &self.layout, self.epoch);
-        table.map(Some).map_err(Error::io("make room for the catalog table in", path))
+        let huge = self.table_small.is_none();
+        let table = Table::new(meta, file, self.lock.clone(), huge, &self.layout, self.epoch);
+        let table = table.map_err(Error::io("make room for the catalog table in", path))?;
+        self.notes.push(self.table_note());
+        Ok(Some(table))
+    }
+
+    /// What pages the catalog table got: with millions of entries, walking page tables is a good part of a lookup.
+    fn table_note(&self) -> String {
+        let why = self.table_small.map(str::to_owned).or_else(|| {
+            let wanted = self.layout.buckets * crate::table::BUCKET_BYTES;
+            let smaps = fs::read_to_string("/proc/self/smaps").unwrap_or_default();
+            let got = numa::huge_bytes_in_smaps(&smaps, self.meta.range(0, self.meta.len()).as_ptr() as u64);
+            (got * 2 < wanted).then(|| format!("the tmpfs gave {got} of {wanted} bytes in huge ones"))
+        });
+        why.map_or_else(
+            || "catalog table in huge pages by tmpfs".to_owned(),
+            |why| format!("catalog table in ordinary 4 KiB pages: {why}"),
+        )
     }
 
     /// A descriptor of the meta file to pass to a worker, for reading.

@@ -28,6 +28,9 @@ fn what_was_sealed_is_there_in_the_next_life_and_waits_for_verification() {
     assert!(!memory.notes().is_empty(), "it says what pages it got");
     let mut table = memory.take_table().unwrap().unwrap();
     assert!(memory.take_table().unwrap().is_none(), "one writer");
+    let about_table =
+        memory.notes().iter().filter(|note| note.contains("catalog table in ordinary 4 KiB pages"));
+    assert_eq!(about_table.count(), 1, "huge pages are off: {:?}", memory.notes());
     let held = store(memory.slab(), 1, 100_000).unwrap();
     table.set(&entry(&held)).unwrap();
     let (id, generation) = (held.id(), held.generation());
