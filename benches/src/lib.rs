@@ -6,6 +6,7 @@
 
 use std::fs;
 use std::io::{Read as _, Write as _};
+use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
@@ -91,6 +92,30 @@ impl Home {
         let mut answer = String::new();
         let asked = stream.write_all(b"GET /readyz HTTP/1.1\r\nhost: k\r\nconnection: close\r\n\r\n");
         asked.is_ok() && stream.read_to_string(&mut answer).is_ok() && answer.starts_with("HTTP/1.1 200")
+    }
+
+    /// Waits until host memory has got all of its pages.
+    pub fn wait_until_whole(&self) -> Result<()> {
+        let limit = Instant::now() + Duration::from_secs(600);
+        let is_whole = || -> Result<bool> {
+            for entry in fs::read_dir(&self.memory)? {
+                let entry = entry?;
+                if entry.path().extension().is_some_and(|extension| extension == "data") {
+                    let facts = entry.metadata()?;
+                    if facts.blocks() * 512 < facts.len() {
+                        return Ok(false);
+                    }
+                }
+            }
+            Ok(true)
+        };
+        while !is_whole()? {
+            if Instant::now() > limit {
+                bail!("host memory is not whole after 10 minutes");
+            }
+            std::thread::sleep(Duration::from_millis(2));
+        }
+        Ok(())
     }
 
     /// A worker session with the daemon.
