@@ -3,7 +3,7 @@
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use kv_block::{BindingId, BindingTag, BlockKey, Epoch, Scope, ScopeId, SequenceHash, Slice};
+use kv_block::{BindingId, BindingTag, BlockKey, Epoch, Namer, Scope, ScopeId, SequenceHash, Slice};
 
 /// What a worker's blocks mean. Cheap to clone; it stays valid across restarts of the daemon.
 #[derive(Clone, Debug)]
@@ -13,6 +13,7 @@ pub struct Binding(Arc<Bound>);
 pub(crate) struct Bound {
     pub(crate) scope: Scope,
     id: ScopeId,
+    namer: Namer,
     pub(crate) slice: Slice,
     pub(crate) block_bytes: u32,
     /// Epoch and number together, so that a number is never used in another epoch: `epoch << 16 | number`.
@@ -26,7 +27,8 @@ fn pack(epoch: Epoch, number: BindingId) -> u64 {
 impl Binding {
     pub(crate) fn new(scope: Scope, slice: Slice, block_bytes: u32) -> Self {
         let id = scope.id();
-        Self(Arc::new(Bound { scope, id, slice, block_bytes, number: AtomicU64::new(u64::MAX) }))
+        let (namer, number) = (id.namer(&slice), AtomicU64::new(u64::MAX));
+        Self(Arc::new(Bound { scope, id, namer, slice, block_bytes, number }))
     }
 
     pub(crate) fn bound(&self) -> &Arc<Bound> {
@@ -40,12 +42,12 @@ impl Binding {
 
     /// The key of the block of these tokens.
     pub fn key(&self, hash: &SequenceHash) -> BlockKey {
-        self.0.id.block_key(hash, &self.0.slice)
+        self.0.namer.key(hash)
     }
 
-    /// The keys of many, for those who look the same blocks up often.
+    /// The keys of many, several times faster than one by one.
     pub fn keys(&self, hashes: &[SequenceHash]) -> Vec<BlockKey> {
-        hashes.iter().map(|hash| self.key(hash)).collect()
+        self.0.namer.keys(hashes)
     }
 
     /// What the bytes mean.

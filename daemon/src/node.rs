@@ -203,7 +203,7 @@ impl Node {
             Names::Keys(keys) => Ok(keys.clone()),
             Names::Hashes { binding, hashes } => {
                 let bound = self.binding(*binding)?;
-                hashes.iter().map(|hash| bound.key(hash).ok_or_else(|| unknown_binding(*binding))).collect()
+                Ok(bound.namer().ok_or_else(|| unknown_binding(*binding))?.keys(hashes))
             }
         }
     }

@@ -10,7 +10,7 @@ use std::path::PathBuf;
 use std::sync::{Arc, RwLock};
 
 use kv_block::code::Code;
-use kv_block::{BindingId, BindingTag, BlockKey, Fault, Record, Scope, ScopeId, SequenceHash, Slice};
+use kv_block::{BindingId, BindingTag, BlockKey, Fault, Namer, Record, Scope, ScopeId, SequenceHash, Slice};
 use serde::{Deserialize, Serialize};
 
 /// One registered scope, slice and block length.
@@ -20,6 +20,9 @@ pub struct Bound {
     pub id: BindingId,
     /// What is kept of it.
     pub kept: Kept,
+    /// `None` for a binding that only its tag is known of.
+    scope_id: Option<ScopeId>,
+    namer: Option<Namer>,
 }
 
 /// What is kept of a binding over restarts.
@@ -39,6 +42,12 @@ pub struct Kept {
 }
 
 impl Bound {
+    fn new(id: BindingId, kept: Kept) -> Self {
+        let scope_id = kept.scope_id.parse().ok();
+        let namer = scope_id.map(|scope: ScopeId| scope.namer(&kept.slice));
+        Self { id, kept, scope_id, namer }
+    }
+
     /// The binding as the shards know it.
     pub fn binding(&self) -> kv_node::Binding {
         kv_node::Binding {
@@ -51,12 +60,17 @@ impl Bound {
 
     /// Identity of the scope; `None` for a binding that only its tag is known of.
     pub fn scope_id(&self) -> Option<ScopeId> {
-        self.kept.scope_id.parse().ok()
+        self.scope_id
+    }
+
+    /// What gives blocks under this binding their keys; `None` as for [`Bound::scope_id`].
+    pub fn namer(&self) -> Option<&Namer> {
+        self.namer.as_ref()
     }
 
     /// The key of a block under this binding.
     pub fn key(&self, hash: &SequenceHash) -> Option<BlockKey> {
-        Some(self.scope_id()?.block_key(hash, &self.kept.slice))
+        Some(self.namer()?.key(hash))
     }
 }
 
@@ -143,8 +157,7 @@ impl Registry {
                 return Ok((known, false));
             }
             // Known by its tag alone, from a block that was recovered: now it has a meaning.
-            let named =
-                Arc::new(Bound { id: known.id, kept: kept(scope, scope_id, slice, block_bytes, tag) });
+            let named = Arc::new(Bound::new(known.id, kept(scope, scope_id, slice, block_bytes, tag)));
             state.by_number[usize::from(known.id.0)] = Arc::clone(&named);
             self.save(&state);
             return Ok((named, true));
@@ -189,7 +202,7 @@ impl State {
     fn add(&mut self, kept: Kept) -> Arc<Bound> {
         let id = BindingId(self.by_number.len() as u16);
         self.by_tag.insert(kept.tag, id);
-        let bound = Arc::new(Bound { id, kept });
+        let bound = Arc::new(Bound::new(id, kept));
         self.by_number.push(Arc::clone(&bound));
         bound
     }

@@ -225,7 +225,7 @@ mod tests {
         assert_eq!(slice, Some(Slice::whole(2, 4)));
         // The same name as everybody else's, down to the key.
         let named = Named { scope, slice: slice.unwrap(), hash: SequenceHash::from(7) };
-        assert_eq!(named.key().to_string(), "d35dab64ca2ed76daed7173846261eac");
+        assert_eq!(named.key().to_string(), "3bac0924c277bdf44f4843f436950f7d");
         for (text, word) in [("modle = \"m\"", "modle"), ("model = \"m\"", "tenant"), ("slice = 3", "slice")]
         {
             let failure = parse_scope(text).unwrap_err();

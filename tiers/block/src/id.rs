@@ -83,7 +83,7 @@ macro_rules! hex_id {
 
 hex_id! {
     /// Names one block on every tier and every node: 128 bits of BLAKE3, keyed by the scope id, over the
-    /// sequence hash and the slice ([`crate::Scope::block_key`]). Not guessable without the tenant's salt.
+    /// slice and the sequence hash ([`crate::name`]). Not guessable without the tenant's salt.
     BlockKey, 16, "32"
 }
 hex_id! {
@@ -128,6 +128,11 @@ impl SequenceHash {
         let mut own = [0; 64];
         own[..bytes.len()].copy_from_slice(bytes);
         Some(Self { len: bytes.len() as u8, bytes: own })
+    }
+
+    /// The engine's bytes and, behind them, zeros.
+    pub(crate) fn padded(&self) -> &[u8; Self::BYTES_MAX] {
+        &self.bytes
     }
 
     /// The engine's bytes.

@@ -13,6 +13,7 @@ pub mod event;
 pub mod fault;
 pub mod id;
 pub mod miss;
+pub mod name;
 pub mod payload;
 pub mod place;
 pub mod record;
@@ -28,6 +29,7 @@ pub use id::{
     SessionId, ShardId, SlotId,
 };
 pub use miss::{Eviction, MissReason};
+pub use name::Namer;
 pub use record::{DiskLocation, Record};
 pub use scope::{Scope, ScopeError, ScopeKind};
 pub use slice::{Slice, SliceError};

@@ -9,7 +9,7 @@
 
 use serde::{Deserialize, Serialize};
 
-use crate::{BindingTag, BlockKey, ScopeId, SequenceHash, Slice};
+use crate::{BindingTag, BlockKey, Namer, ScopeId, SequenceHash, Slice};
 
 /// What kind of tensor the blocks of a scope are cut from.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug, Default, Serialize, Deserialize)]
@@ -156,13 +156,12 @@ impl Scope {
 impl ScopeId {
     /// The key of the block that holds `slice` of the tokens named by `hash`, in this scope.
     pub fn block_key(&self, hash: &SequenceHash, slice: &Slice) -> BlockKey {
-        let mut hasher = blake3::Hasher::new_keyed(&self.0);
-        hasher.update(&[hash.as_bytes().len() as u8]);
-        hasher.update(hash.as_bytes());
-        hasher.update(&slice.encode());
-        let mut key = [0; 16];
-        key.copy_from_slice(&hasher.finalize().as_bytes()[..16]);
-        BlockKey(key)
+        self.namer(slice).key(hash)
+    }
+
+    /// What gives the blocks that hold `slice` in this scope their keys.
+    pub fn namer(&self, slice: &Slice) -> Namer {
+        Namer::new(*self, slice)
     }
 
     /// What the binding of this scope, `slice` and block length is called across restarts.
@@ -224,7 +223,7 @@ mod tests {
             "25761cc738ea68c3d55b88042618b715197c530a24c901846bf316c5c571a97f"
         );
         let key = scope().id().block_key(&SequenceHash::from(7), &Slice::whole(2, 4));
-        assert_eq!(key.to_string(), "d35dab64ca2ed76daed7173846261eac");
+        assert_eq!(key.to_string(), "3bac0924c277bdf44f4843f436950f7d");
     }
 
     #[test]
