@@ -188,9 +188,11 @@ pub fn cpu_time(pid: u32) -> Duration {
     Duration::from_millis((ticks(11) + ticks(12)) * 10)
 }
 
-/// What blocks of a bench mean; each bench and length has its own.
+/// What blocks of a bench mean; each bench and length has its own, or a block of one length would be found
+/// under the names of another.
 pub fn binding(worker: &Worker, what: &str, block_bytes: u32) -> Result<Binding> {
-    let scope = Scope { model: format!("bench {what}"), tenant: "bench".into(), ..Scope::default() };
+    let scope =
+        Scope { model: format!("bench {what} {block_bytes}"), tenant: "bench".into(), ..Scope::default() };
     Ok(worker.register(scope, Slice::whole(1, 1), block_bytes).wait()?)
 }
 

@@ -3,7 +3,8 @@
 //! ```sh
 //! cargo build --release -p kvd && cargo run --release -p kv-benches --bin lookup -- [blocks stored meanwhile]
 //! ```
-//! The prefixes are drawn at random from 200,000 resident blocks of 4 KiB. Then a second worker, a process of
+//! The prefixes are drawn at random from 200,000 resident blocks of 4 KiB, and looked up by the engine's hashes
+//! (the keys are derived each time) and by keys that were kept, in turn. Then a second worker, a process of
 //! its own, stores blocks of 4 KiB in batches while the lookups go on. On two cores three busy threads (this
 //! one, the storing worker, the shard) share what there is, so p99 there is the scheduler's as well.
 
@@ -32,24 +33,27 @@ fn main() -> Result<()> {
     let keys = resident.keys(&names);
 
     let mut random = 7u64;
-    let mut turn = || -> Result<f64> {
-        let prefix: Vec<_> = (0..PREFIX)
-            .map(|_| {
-                random = random.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
-                keys[(random >> 20) as usize % keys.len()]
-            })
-            .collect();
-        let (took, found) = micros(|| worker.lookup_keys(&prefix));
-        let found = found?.prefix();
-        if found != PREFIX {
-            bail!("{found} of {PREFIX} found: the resident blocks were evicted");
+    // Nanoseconds a block by hashes, and by keys.
+    let mut turn = || -> Result<[f64; 2]> {
+        let mut draw = || {
+            random = random.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
+            (random >> 20) as usize % names.len()
+        };
+        let by_hash: Vec<_> = (0..PREFIX).map(|_| names[draw()]).collect();
+        let by_key: Vec<_> = (0..PREFIX).map(|_| keys[draw()]).collect();
+        let (hashes_took, with_hashes) = micros(|| worker.lookup(&resident, &by_hash));
+        let (keys_took, with_keys) = micros(|| worker.lookup_keys(&by_key));
+        for found in [with_hashes?.prefix(), with_keys?.prefix()] {
+            if found != PREFIX {
+                bail!("{found} of {PREFIX} found: the resident blocks were evicted");
+            }
         }
-        Ok(took * 1e3 / PREFIX as f64)
+        Ok([hashes_took, keys_took].map(|took| took * 1e3 / PREFIX as f64))
     };
     for _ in 0..500 {
         turn()?;
     }
-    let mut alone = (0..5_000).map(|_| turn()).collect::<Result<Vec<_>>>()?;
+    let alone = (0..5_000).map(|_| turn()).collect::<Result<Vec<_>>>()?;
 
     let mut child = Command::new(std::env::current_exe()?)
         .arg(stored.to_string())
@@ -66,9 +70,15 @@ fn main() -> Result<()> {
     if !status.success() {
         bail!("the storing worker ended with {status}");
     }
-    for (what, times) in [("alone", &mut alone), ("while stores run", &mut meanwhile)] {
-        let (p50, p99) = (quantile(times, 0.5), quantile(times, 0.99));
-        println!("{what:>16}: {p50:.1} ns a block, p99 {p99:.1} ({} prefixes of {PREFIX})", times.len());
+    for (what, times) in [("alone", &alone), ("while stores run", &meanwhile)] {
+        for (at, by) in ["hashes", "keys"].into_iter().enumerate() {
+            let mut times: Vec<_> = times.iter().map(|took| took[at]).collect();
+            let (p50, p99) = (quantile(&mut times, 0.5), quantile(&mut times, 0.99));
+            println!(
+                "{what:>16}, by {by:>6}: {p50:.1} ns a block, p99 {p99:.1} ({} prefixes of {PREFIX})",
+                times.len()
+            );
+        }
     }
     Ok(())
 }

@@ -3,15 +3,17 @@
 //! ```sh
 //! cargo build --release -p kvd && cargo run --release -p kv-benches --bin read -- [reads]
 //! ```
-//! `in place` looks the block up, acquires it, reads its first byte and releases it. `ring` stores a block
-//! that is there already: a message to the shard and back with nothing to do (the worker's copy of 4 KiB into
-//! the staging area is in it). `gRPC get` brings a checked copy of all bytes, `gRPC lookup` asks for one name.
+//! `in place` looks the block up, acquires it, reads its first byte and releases it. `ring` announces a block
+//! and takes that back: a message to the shard and back with next to nothing to do. `gRPC lookup` asks for one
+//! name, `gRPC lease` acquires a lease and releases it in two calls, `gRPC get` brings a checked copy of all bytes.
 
 use std::hint::black_box;
 
 use anyhow::{Result, bail};
+use kv_api::v1;
+use kv_api::v1::blocks_client::BlocksClient;
 use kv_benches::{Home, binding, hashes, micros, quantile};
-use kv_client::{Got, WorkerOptions};
+use kv_client::{Got, SequenceHash, WorkerOptions};
 
 fn main() -> Result<()> {
     let reads = kv_benches::argument(20_000)? as usize;
@@ -30,7 +32,9 @@ fn main() -> Result<()> {
         let far = binding(&remote, "read", bytes.len() as u32)?;
         let names = hashes(0..64);
         for name in &names {
-            worker.put(&local, name, &bytes)?;
+            if worker.put(&local, name, &bytes)?.already {
+                bail!("a block of this name is there, and its length may be another");
+            }
         }
         let name = |at: usize| &names[at * 7 % names.len()];
         let time = |count: usize, call: &mut dyn FnMut(usize) -> Result<()>| -> Result<Vec<f64>> {
@@ -44,7 +48,7 @@ fn main() -> Result<()> {
             timed.collect()
         };
         let in_place = time(reads, &mut |at| match worker.acquire(&local, name(at))? {
-            Got::Block(block) if block.is_zero_copy() => {
+            Got::Block(block) if block.is_zero_copy() && block.len() == bytes.len() => {
                 black_box(block[0]);
                 Ok(())
             }
@@ -53,8 +57,11 @@ fn main() -> Result<()> {
         show("in place", kib, in_place);
         if kib == 4 {
             let ring = time(reads / 4, &mut |at| {
-                worker.put(&local, name(at), &bytes)?;
-                Ok(())
+                let fresh = SequenceHash::from(1 << 40 | at as u64);
+                match worker.reserve(&local, &fresh)? {
+                    Some(_announced) => Ok(()),
+                    None => bail!("somebody else announces the blocks of this bench"),
+                }
             })?;
             show("ring", kib, ring);
             let lookup = time(reads / 10, &mut |at| {
@@ -62,10 +69,28 @@ fn main() -> Result<()> {
                 Ok(())
             })?;
             show("gRPC lookup", kib, lookup);
+            let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+            let address = format!("unix:{}", home.socket().display());
+            let mut blocks = runtime.block_on(BlocksClient::connect(address))?;
+            let session = remote.session().0;
+            let lease = time(reads / 10, &mut |at| {
+                let keys = vec![far.key(name(at)).as_bytes().to_vec().into()];
+                let names = Some(v1::Names { keys, ..v1::Names::default() });
+                let ask = v1::AcquireRequest { session, names, ..v1::AcquireRequest::default() };
+                let acquired = runtime.block_on(blocks.acquire(ask))?.into_inner().acquired;
+                let Some(v1::acquired::What::Lease(lease)) = acquired[0].what else {
+                    bail!("a resident block was not leased")
+                };
+                let ask = v1::ReleaseRequest { session, leases: vec![lease.lease] };
+                runtime.block_on(blocks.release(ask))?;
+                Ok(())
+            })?;
+            show("gRPC lease", kib, lease);
         }
         let get = time((reads / 10).min(20_000 / kib), &mut |at| {
             match remote.get(&far, name(at))? {
-                Some(copy) => black_box(copy[0]),
+                Some(copy) if copy.len() == bytes.len() => black_box(copy[0]),
+                Some(copy) => bail!("{} bytes of {} came", copy.len(), bytes.len()),
                 None => bail!("a resident block was not found"),
             };
             Ok(())
