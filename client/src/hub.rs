@@ -79,6 +79,8 @@ impl Ticket<'_> {
             if state.entries.get(&self.id).is_some_and(|entry| entry.outcome.is_some()) {
                 let entry = state.entries.remove(&self.id);
                 drop(state);
+                // Nothing is left that its drop would look for.
+                std::mem::forget(self);
                 return entry.and_then(|entry| entry.outcome).ok_or_else(|| timed_out("the request"));
             }
             if let Some(fault) = &state.dead {
@@ -132,8 +134,8 @@ impl Hub {
         self.progress.notify_all();
     }
 
-    /// Puts a request into the ring, waiting for a free entry if need be. The shard sees it at the next
-    /// [`Hub::kick`], if it sleeps.
+    /// Puts a request into the ring, waiting for a free entry if need be, and wakes the shard if it sleeps,
+    /// which costs a look.
     pub(crate) fn submit(&self, request: Request, hold: Hold, until: Instant) -> Result<Ticket<'_>, Error> {
         let mut state = self.lock();
         while state.dead.is_none() && state.is_full() {
@@ -147,6 +149,7 @@ impl Hub {
             return Err(fault.clone().into());
         }
         let id = state.push(request, hold, false, until)?;
+        state.submitter.kick();
         Ok(Ticket { hub: self, id })
     }
 
@@ -163,11 +166,6 @@ impl Hub {
                 state.submitter.kick();
             }
         }
-    }
-
-    /// Wakes the shard if it sleeps: once after any number of submissions.
-    pub(crate) fn kick(&self) {
-        self.lock().submitter.kick();
     }
 
     /// Collects what has arrived, without waiting.
@@ -352,7 +350,6 @@ mod tests {
                         let (asked, until) = (Instant::now(), in_ms(20_000));
                         let lease = LeaseId(thread << 32 | turn);
                         let ticket = hub.submit(Request::Release { lease }, Hold::Nothing, until).unwrap();
-                        hub.kick();
                         let outcome = ticket.wait(asked, until).unwrap();
                         assert!(matches!(outcome, Outcome::Leased { lease: mine, .. } if mine == lease));
                     }
@@ -434,7 +431,6 @@ mod tests {
                     scope.spawn(|| {
                         let (asked, until) = (Instant::now(), in_ms(60_000));
                         let ticket = hub.submit(Request::Ping, Hold::Nothing, until)?;
-                        hub.kick();
                         ticket.wait(asked, until)
                     })
                 })

@@ -239,7 +239,6 @@ impl Worker {
                     life.check()?;
                     let request = Request::Acquire { key: *key, wait: !wait.is_zero() };
                     let ticket = link.hub.submit(request, Hold::Nothing, until)?;
-                    link.hub.kick();
                     tickets.push((index, link, ticket));
                     None
                 }

@@ -120,6 +120,19 @@ impl Shm {
         best
     }
 
+    /// [`Shm::locate`] for many, with the memory latencies overlapped where there is one shard.
+    pub(crate) fn locate_each(&self, keys: &[BlockKey], unix: u32) -> Vec<(usize, Known)> {
+        let [link] = &self.links[..] else {
+            return keys.iter().map(|key| self.locate(key, unix)).collect();
+        };
+        let mut places = Vec::with_capacity(keys.len());
+        link.view.find_each(keys, |_, found| {
+            places.push((0, found.map_or(Known::Unclear, |entry| Known::of(entry.as_ref(), unix))));
+            true
+        });
+        places
+    }
+
     /// Where a block goes that nobody has: to the worker's own NUMA node, else where gRPC would put it.
     fn home(&self, key: &BlockKey) -> usize {
         self.near.unwrap_or((key.halves()[1] % self.links.len() as u64) as usize)

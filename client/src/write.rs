@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 use bytes::Bytes;
 use kv_api::{convert, v1};
 use kv_arena::FillGuard;
+use kv_arena::copy::copy_and_sum;
 use kv_block::code::Code;
 use kv_block::{BindingId, BlockKey, Checksum, Fault, FaultKind, SequenceHash};
 use kv_shm::{Outcome, Place, Request, StagingSlot};
@@ -67,13 +68,14 @@ impl Worker {
             };
             return Ok(blocks.iter().map(put).collect());
         };
-        let unix = unix_now();
+        let hashes: Vec<SequenceHash> = blocks.iter().map(|(hash, _)| *hash).collect();
+        let keys = binding.keys(&hashes);
+        let places = shm.locate_each(&keys, unix_now());
         // Everything is submitted before anything is waited for; the shard copies meanwhile.
         let mut answers: Vec<Option<Result<Stored, Error>>> = Vec::with_capacity(blocks.len());
-        let mut tickets: Vec<(usize, Ticket<'_>)> = Vec::new();
+        let mut tickets: Vec<(usize, Ticket<'_>)> = Vec::with_capacity(blocks.len());
         for (index, (hash, bytes)) in blocks.iter().enumerate() {
-            let key = binding.key(hash);
-            let (at, known) = shm.locate(&key, unix);
+            let (key, (at, known)) = (keys[index], places[index]);
             let link = &shm.links[at];
             let answer = match check(bytes) {
                 Err(error) => Some(Err(error)),
@@ -152,7 +154,6 @@ impl Worker {
             in_place: shm.may_write,
         };
         let ticket = link.hub.submit(request, Hold::Nothing, until)?;
-        link.hub.kick();
         let place = match ticket.wait(asked, until)? {
             Outcome::AlreadyThere => return Ok(None),
             Outcome::Reserved { place } => place,
@@ -162,7 +163,7 @@ impl Worker {
         let room = match (staged, place) {
             (Some(slot), _) => Room::Staging(link_at, slot),
             (None, Some(Place { slot, generation, .. })) => match link.view.fill(slot, generation, bytes) {
-                Ok(guard) => Room::InPlace(link_at, guard),
+                Ok(guard) => Room::InPlace(link_at, guard, None),
                 Err(absent) => {
                     link.hub.post(Request::Abort { key });
                     let text = format!("the reserved slot cannot be opened: {absent:?}");
@@ -299,10 +300,7 @@ fn submit_put<'a>(
         ttl_s: options.ttl_s(),
         durable: options.durable,
     };
-    let ticket = link.hub.submit(request, Hold::Staging(slot), until)?;
-    // Costs a look unless the shard sleeps, and it sleeps once.
-    link.hub.kick();
-    Ok(ticket)
+    link.hub.submit(request, Hold::Staging(slot), until)
 }
 
 fn stored(outcome: Outcome) -> Result<Stored, Error> {
@@ -331,7 +329,8 @@ pub struct Reservation {
 #[derive(Debug)]
 enum Room {
     Staging(usize, StagingSlot),
-    InPlace(usize, FillGuard),
+    /// With the checksum of its bytes, if they were summed on their way.
+    InPlace(usize, FillGuard, Option<Checksum>),
     Heap(Vec<u8>),
 }
 
@@ -346,10 +345,14 @@ impl Reservation {
         matches!(self.room, Some(Room::InPlace(..)))
     }
 
-    /// Copies `bytes` to the front, faster than through the slice. Panics when they are longer than the block.
+    /// Copies `bytes` to the front, faster than through the slice; in place, a whole block is summed on its way.
+    /// Panics when they are longer than the block.
     pub fn write(&mut self, bytes: &[u8]) {
         match &mut self.room {
             Some(Room::Staging(_, slot)) => slot.write(bytes),
+            Some(Room::InPlace(_, guard, sum)) if guard.len() == bytes.len() => {
+                *sum = Some(copy_and_sum(&self.key, guard, bytes));
+            }
             _ => self[..bytes.len()].copy_from_slice(bytes),
         }
     }
@@ -366,8 +369,8 @@ impl Reservation {
                 let (offset, bytes) = (slot.offset(), slot.len() as u32);
                 (at, Request::Commit { key, offset, bytes, durable }, Hold::Staging(slot))
             }
-            Room::InPlace(at, guard) => {
-                let checksum = Checksum::of(&key, &guard);
+            Room::InPlace(at, guard, sum) => {
+                let checksum = sum.unwrap_or_else(|| Checksum::of(&key, &guard));
                 let (slot, generation) = guard.slot();
                 let request = Request::CommitInPlace { key, slot, generation, checksum, durable };
                 (at, request, Hold::InPlace(guard))
@@ -376,7 +379,6 @@ impl Reservation {
         let link = &shm_of(&self.life)?.links[at];
         self.life.check()?;
         let ticket = link.hub.submit(request, hold, until)?;
-        link.hub.kick();
         stored(ticket.wait(asked, until)?)
     }
 
@@ -407,7 +409,7 @@ impl Deref for Reservation {
     fn deref(&self) -> &[u8] {
         match &self.room {
             Some(Room::Staging(_, slot)) => slot,
-            Some(Room::InPlace(_, guard)) => guard,
+            Some(Room::InPlace(_, guard, _)) => guard,
             Some(Room::Heap(bytes)) => bytes,
             None => &[],
         }
@@ -418,7 +420,10 @@ impl DerefMut for Reservation {
     fn deref_mut(&mut self) -> &mut [u8] {
         match &mut self.room {
             Some(Room::Staging(_, slot)) => slot,
-            Some(Room::InPlace(_, guard)) => guard,
+            Some(Room::InPlace(_, guard, sum)) => {
+                *sum = None;
+                guard
+            }
             Some(Room::Heap(bytes)) => bytes,
             None => &mut [],
         }
@@ -435,7 +440,7 @@ impl Drop for Reservation {
                 drop(slot);
                 self.abort(at);
             }
-            Some(Room::InPlace(at, guard)) => {
+            Some(Room::InPlace(at, guard, _)) => {
                 drop(guard);
                 self.abort(at);
             }

@@ -36,6 +36,9 @@ const TICK: Duration = Duration::from_millis(20);
 /// A deadline of zero still lets the shard do what takes no waiting.
 const DEADLINE_US_MIN: u32 = 1_000;
 const MAILBOX: u64 = 0;
+/// Bytes copied for a worker after which its answers are worth a wake-up of their own: it stages the next
+/// blocks meanwhile. Answers to shorter work wait for the rest of the batch.
+const NOTIFY_BYTES: u64 = 1 << 20;
 
 /// A way to wake a sleeping shard. Cheap to clone; any thread may ring it.
 #[derive(Clone)]
@@ -217,6 +220,20 @@ pub trait DiskTier: BlockStore {
 struct Worker {
     end: ShardEnd,
     may_write: bool,
+    /// It was answered since it was last woken.
+    answered: bool,
+    /// Bytes copied for it since then.
+    copied: u64,
+}
+
+impl Worker {
+    /// Wakes it, if it sleeps and was answered.
+    fn notify(&mut self) {
+        self.copied = 0;
+        if std::mem::take(&mut self.answered) {
+            self.end.ring.notify();
+        }
+    }
 }
 
 enum Asked {
@@ -351,6 +368,7 @@ impl Shard {
         if let Some(store) = &mut self.store {
             store.kick();
         }
+        self.workers.values_mut().for_each(Worker::notify);
         busy
     }
 
@@ -402,7 +420,7 @@ impl Shard {
             return;
         }
         self.hazards.add(hazards);
-        self.workers.insert(session, Worker { end, may_write });
+        self.workers.insert(session, Worker { end, may_write, answered: false, copied: 0 });
         self.turns.push(session);
     }
 
@@ -434,10 +452,18 @@ impl Shard {
             }
             // What was told before a submission was made counts for it: a binding, most of all.
             self.take_letters(now);
+            for submission in submissions.iter().flatten() {
+                if let Request::Put { key, .. } | Request::Acquire { key, .. } = &submission.request {
+                    self.brain.prefetch_entry(key);
+                }
+            }
             for submission in submissions.drain(..) {
                 self.submitted(now, session, submission);
             }
             self.obey(now);
+            if let Some(worker) = self.workers.get_mut(&session) {
+                worker.notify();
+            }
         }
         self.submissions = submissions;
         for session in broken {
@@ -577,7 +603,9 @@ impl Shard {
         match self.asked.get(&from.request)? {
             Asked::Rpc { body, .. } => (body.len() == bytes as usize).then(|| slot.copy_from(key, body)),
             Asked::Ring { .. } => {
-                let range = self.workers.get(&from.session)?.end.staging.range(source, bytes).ok()?;
+                let worker = self.workers.get_mut(&from.session)?;
+                worker.copied += u64::from(bytes);
+                let range = worker.end.staging.range(source, bytes).ok()?;
                 Some(slot.copy_with(key, bytes, |at, piece| range.copy_to(at, piece)))
             }
         }
@@ -618,7 +646,10 @@ impl Shard {
         if let Err(error) = worker.end.ring.push(&Completion { id, outcome }) {
             tracing::error!(%session, %error, "a completion found no room");
         }
-        worker.end.ring.notify();
+        worker.answered = true;
+        if worker.copied >= NOTIFY_BYTES {
+            worker.notify();
+        }
     }
 
     /// Sleeps until something happens or the brain's clock is due. False when there was no time to.

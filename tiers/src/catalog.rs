@@ -151,6 +151,11 @@ impl Catalog {
         self.table.find(key)
     }
 
+    /// Asks the processor for the entry of `key`; a later [`Self::find`] is then quick.
+    pub fn prefetch(&self, key: &BlockKey) {
+        self.table.prefetch(key);
+    }
+
     /// The entries of many keys, in order, with the memory latencies overlapped.
     pub fn find_each(&self, keys: &[BlockKey], each: impl FnMut(usize, Option<Entry>)) {
         self.table.find_each(keys, each);

@@ -273,6 +273,11 @@ impl Brain {
         }
     }
 
+    /// Asks the processor for the entry of a block that an event is about to name.
+    pub fn prefetch_entry(&self, key: &BlockKey) {
+        self.catalog.prefetch(key);
+    }
+
     /// When something must happen without an event: a timer, or work that is done in parts.
     pub fn next_tick(&self, now: Micros) -> Option<Micros> {
         if !self.unverified.is_empty() || self.jobs.iter().any(|job| !job.waits) {
