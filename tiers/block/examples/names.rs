@@ -6,6 +6,8 @@
 //! Nanoseconds a name, the median of 1,000 prefixes, for the lengths of hashes that engines use and for one
 //! that needs two blocks of BLAKE3.
 
+#![expect(clippy::disallowed_methods, reason = "this program measures")]
+
 use std::hint::black_box;
 use std::time::Instant;
 
