@@ -179,7 +179,7 @@ fn a_principal_finds_nothing_of_another_and_its_fill_evicts_nothing_of_it() {
     let tiers = door.runtime.block_on(door.admin().list_tiers(v1::ListTiersRequest {})).unwrap().into_inner();
     let names: Vec<_> = tiers.tiers.iter().map(|tier| (tier.shard, tier.principal.as_str())).collect();
     assert_eq!(names, [(0, "default"), (0, "default"), (1, "b"), (1, "b")]);
-    let room: Vec<u64> = tiers.tiers.iter().map(|tier| tier.bytes_max).collect();
+    let room: Vec<u64> = tiers.tiers.iter().map(|tier| tier.bytes_wanted).collect();
     assert_eq!(room, [48 << 20, 192 << 20, 16 << 20, 64 << 20]);
     let tenants = door.runtime.block_on(door.admin().list_tenants(v1::ListTenantsRequest {})).unwrap();
     let tenants = tenants.into_inner().tenants;
