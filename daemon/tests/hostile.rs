@@ -181,8 +181,9 @@ fn garbage_on_the_sockets_is_closed_and_others_are_served() {
         let garbage: Vec<u8> = (0..4096u32).map(|at| (at * u32::from(round)) as u8).collect();
         let _ = stream.write_all(&garbage);
     }
-    // Connections that never say hello do not keep others out.
-    let silent: Vec<_> = (0..100).map(|_| Connection::connect(&path).unwrap()).collect();
+    // Connections that never say hello do not keep others out. With those above, which a busy daemon may not
+    // have closed yet, they are fewer than the strangers it lets in at one moment.
+    let silent: Vec<_> = (0..50).map(|_| Connection::connect(&path).unwrap()).collect();
     let mut worker = RawWorker::connect(&home);
     assert_eq!(worker.ask(Request::Ping), Outcome::Done);
     drop(silent);
