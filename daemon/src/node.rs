@@ -373,10 +373,7 @@ impl<'a> View<'a> {
         let shard = &self.node.shards[usize::from(shard.0)];
         let held = shard.slab().hold(grant.slot, grant.generation);
         // The hold keeps the block where it is; the lease has done its work.
-        let op = Op::Release { leases: vec![grant.lease] };
-        // It must come back however late it is.
-        let soon = deadline.max(Instant::now() + Duration::from_secs(1));
-        self.ask(shard, session, soon, op, Bytes::new()).await?;
+        shard.give_back(session, grant.lease);
         let held =
             held.ok_or_else(|| Fault::new(Code::Bug, format!("leased block {key} is not in its slot")))?;
         Ok(Ok((held, grant.tier)))
@@ -469,14 +466,7 @@ impl Drop for Answer<'_> {
         // From here on the shard sees that nobody waits, and takes a lease back by itself.
         self.receiver.close();
         if let Ok(Reply::Leased(grant)) = self.receiver.try_recv() {
-            let op = Op::Release { leases: vec![grant.lease] };
-            let (sender, _) = tokio::sync::oneshot::channel();
-            let deadline = Instant::now() + Duration::from_secs(1);
-            let reply = ReplyTo::Once(sender);
-            let letter = Letter::Ask { session: self.session, deadline, op, body: Bytes::new(), reply };
-            if self.shard.post(letter).is_err() {
-                tracing::error!(shard = %self.shard.id, "a lease of a caller who gave up could not be given back");
-            }
+            self.shard.give_back(self.session, grant.lease);
         }
     }
 }

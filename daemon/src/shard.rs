@@ -148,6 +148,26 @@ impl ShardHandle {
         }
     }
 
+    /// Gives back a lease that its session does not hear of. It must arrive, and waits for room behind the
+    /// caller's back; nobody waits for the answer. To be called where a runtime runs.
+    pub fn give_back(&self, session: SessionId, lease: LeaseId) {
+        let from = Origin { session, request: RequestId(0) };
+        let op = Op::Release { leases: vec![lease] };
+        let letter = Letter::Tell(Event::Request { from, deadline: Micros::NEVER, op });
+        let (Err(mut letter), Ok(runtime)) = (self.post(letter), tokio::runtime::Handle::try_current())
+        else {
+            return;
+        };
+        let shard = self.clone();
+        // Ends with the runtime, and then the shard and its leases end as well.
+        runtime.spawn(async move {
+            while let Err(back) = shard.post(letter) {
+                letter = back;
+                tokio::time::sleep(Duration::from_millis(1)).await;
+            }
+        });
+    }
+
     /// A waker for devices.
     pub fn waker(&self) -> Waker {
         self.waker.clone()
@@ -718,4 +738,40 @@ fn outcome(reply: Reply) -> Outcome {
 fn fault_outcome(fault: &Fault) -> Outcome {
     let retry_after_ms = fault.retry_after.map_or(0, |wait| wait.as_millis().clamp(1, 60_000) as u32);
     Outcome::Fault { code: fault.code, retry_after_ms }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn a_lease_is_given_back_though_the_mailbox_is_full() {
+        let geometry = kv_arena::Geometry { regions: 1, region_bytes: 2 << 20, table_entries_max: 64 };
+        let memory = ShardMemory::anonymous(geometry).unwrap();
+        let mailbox = Arc::new(ArrayQueue::new(1));
+        let handle = ShardHandle {
+            id: ShardId(0),
+            mailbox: Arc::clone(&mailbox),
+            waker: Waker::new().unwrap(),
+            heartbeat: Arc::default(),
+            slab: memory.slab().clone(),
+            disk_trouble: Arc::default(),
+            host_trouble: Arc::default(),
+        };
+        assert!(handle.post(Letter::Stop).is_ok());
+        handle.give_back(SessionId(7), LeaseId(9));
+        assert!(matches!(mailbox.pop(), Some(Letter::Stop)));
+        let limit = Instant::now() + Duration::from_secs(20);
+        let letter = loop {
+            if let Some(letter) = mailbox.pop() {
+                break letter;
+            }
+            assert!(Instant::now() < limit, "the lease never came back");
+            tokio::time::sleep(Duration::from_millis(1)).await;
+        };
+        let Letter::Tell(Event::Request { from, op: Op::Release { leases }, .. }) = letter else {
+            panic!("another letter than the one that waited")
+        };
+        assert_eq!((from.session, &leases[..]), (SessionId(7), &[LeaseId(9)][..]));
+    }
 }

@@ -180,6 +180,15 @@ impl v1::blocks_server::Blocks for BlocksService {
         // All at once, so that waits overlap.
         let asked = keys.iter().map(|key| view.acquire(session, key, wait, until));
         let answers = futures_join(asked).await;
+        if let Some(fault) = answers.iter().find_map(|answer| answer.as_ref().err()) {
+            // The caller hears of no lease, so none may stay.
+            for (shard, grant) in answers.iter().flatten() {
+                if let (Some(shard), Ok(grant)) = (self.node().shard(*shard), grant) {
+                    shard.give_back(session, grant.lease);
+                }
+            }
+            return Err(status(fault.clone()));
+        }
         let mut acquired = Vec::with_capacity(keys.len());
         for (at, answer) in answers.into_iter().enumerate() {
             let (shard, grant) = answer.map_err(status)?;
