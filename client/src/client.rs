@@ -222,7 +222,6 @@ async fn channel(endpoint: &Endpoint, deadline: Duration) -> Result<Channel, Err
         .map_err(|error| wrong(format!("`{uri}`: {error}")))?
         .connect_timeout(deadline)
         .tcp_nodelay(true)
-        .max_frame_size(1 << 20)
         .initial_stream_window_size(8 << 20)
         .initial_connection_window_size(16 << 20);
     if let Endpoint::Uri { tls, .. } = endpoint {
