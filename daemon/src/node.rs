@@ -274,7 +274,13 @@ impl<'a> View<'a> {
     /// Where each of these blocks is, over all shards that are seen.
     pub async fn lookup(&self, keys: &[BlockKey], all: bool, deadline: Instant) -> Result<Vec<Found>, Fault> {
         if let [shard] = self.shards {
-            return self.lookup_on(shard, keys, all, deadline).await;
+            // What is resident needs no question; the shard says what becomes of the rest.
+            let resident = shard.resident_prefix(keys);
+            let mut found = vec![Found::In(Tier::Host); resident];
+            if resident < keys.len() {
+                found.extend(self.lookup_on(shard, &keys[resident..], all, deadline).await?);
+            }
+            return Ok(found);
         }
         let mut best = vec![Found::Miss(MissReason::NeverStored); keys.len()];
         for shard in self.shards {
@@ -357,7 +363,8 @@ impl<'a> View<'a> {
         }
     }
 
-    /// A hold on the bytes of one block, for as long as the caller copies them out.
+    /// A hold on the bytes of one block, for as long as the caller copies them out. Wakes nobody up when the
+    /// block is in host memory.
     pub async fn read(
         &self,
         session: SessionId,
@@ -365,6 +372,9 @@ impl<'a> View<'a> {
         wait: bool,
         deadline: Instant,
     ) -> Result<Result<(Held, Tier), MissReason>, Fault> {
+        if let Some(held) = self.shards.iter().find_map(|shard| shard.hold_now(session, key)) {
+            return Ok(Ok((held, Tier::Host)));
+        }
         let (shard, grant) = self.acquire(session, key, wait, deadline).await?;
         let grant = match grant {
             Ok(grant) => grant,

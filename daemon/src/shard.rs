@@ -18,9 +18,9 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use bytes::Bytes;
 use crossbeam_queue::ArrayQueue;
-use kv_arena::{HazardFile, HazardSet, ShardMemory, Slab, Slot};
+use kv_arena::{Entry, EntryState, HazardFile, HazardSet, Held, ShardMemory, Slab, Slot, TableReader};
 use kv_block::code::Code;
-use kv_block::{Checksum, Fault, LeaseId, SessionId, ShardId};
+use kv_block::{BindingId, BlockKey, Checksum, Fault, LeaseId, SessionId, ShardId, SlotId};
 use kv_node::{Brain, Command, Event, Keep, Micros, Now, Op, Origin, Reply, RequestId};
 use kv_shm::{Completion, Outcome, Place, Request, ShardEnd, Submission};
 use kv_tiers::store::{BlockStore, StoreDone, StoreOp};
@@ -39,6 +39,8 @@ const MAILBOX: u64 = 0;
 /// Bytes copied for a worker after which its answers are worth a wake-up of their own: it stages the next
 /// blocks meanwhile. Answers to shorter work wait for the rest of the batch.
 const NOTIFY_BYTES: u64 = 1 << 20;
+/// What gRPC threads read by themselves and the shard has not heard of; more is forgotten.
+const UNHEARD_MAX: usize = 4096;
 
 /// A way to wake a sleeping shard. Cheap to clone; any thread may ring it.
 #[derive(Clone)]
@@ -118,6 +120,13 @@ pub struct WorkerLink {
     pub may_write: bool,
 }
 
+/// What a gRPC thread saw of a shard without asking it.
+#[derive(Clone, Copy)]
+enum Seen {
+    Read { session: SessionId, slot: SlotId },
+    Looked { binding: BindingId, count: u32 },
+}
+
 /// How other threads reach a shard.
 #[derive(Clone)]
 pub struct ShardHandle {
@@ -127,11 +136,27 @@ pub struct ShardHandle {
     waker: Waker,
     heartbeat: Arc<AtomicU64>,
     slab: Slab,
+    table: TableReader,
+    seen: Arc<ArrayQueue<Seen>>,
     disk_trouble: Arc<Mutex<Option<String>>>,
     host_trouble: Arc<Mutex<Option<String>>>,
 }
 
 impl ShardHandle {
+    fn new(id: ShardId, memory: &ShardMemory, mailbox_max: usize) -> std::io::Result<Self> {
+        Ok(Self {
+            id,
+            mailbox: Arc::new(ArrayQueue::new(mailbox_max)),
+            waker: Waker::new()?,
+            heartbeat: Arc::default(),
+            slab: memory.slab().clone(),
+            table: memory.table_reader(),
+            seen: Arc::new(ArrayQueue::new(UNHEARD_MAX)),
+            disk_trouble: Arc::default(),
+            host_trouble: Arc::default(),
+        })
+    }
+
     /// Leaves a letter; gives it back when the mailbox is full.
     #[allow(clippy::result_large_err, reason = "the letter comes back whole")]
     pub fn post(&self, letter: Letter) -> Result<(), Letter> {
@@ -197,6 +222,50 @@ impl ShardHandle {
     pub fn slab(&self) -> &Slab {
         &self.slab
     }
+
+    /// Holds a block that is in host memory, verified and not over, without waking the shard, which hears of
+    /// it later. `None`: ask the shard, which knows more.
+    pub fn hold_now(&self, session: SessionId, key: &BlockKey) -> Option<Held> {
+        let entry = self.table.find(key).filter(|entry| is_in_host(entry, unix_now()))?;
+        let (slot, generation) = entry.host?;
+        let held = self.slab.hold(slot, generation)?;
+        // The entry was a hint; under the hold the header cannot change any more.
+        if !held.is_verified() || held.record().key != *key {
+            return None;
+        }
+        self.saw(Seen::Read { session, slot });
+        Some(held)
+    }
+
+    /// How many of the first `keys` are in host memory without a gap, as far as a look at the table tells.
+    pub fn resident_prefix(&self, keys: &[BlockKey]) -> usize {
+        let unix = unix_now();
+        let mut resident = 0;
+        let mut run = (BindingId(0), 0);
+        self.table.find_each(keys, |found| {
+            let Some(entry) = found.filter(|entry| is_in_host(entry, unix)) else { return false };
+            if entry.binding != run.0 {
+                self.looked(run);
+                run = (entry.binding, 0);
+            }
+            run.1 += 1;
+            resident += 1;
+            true
+        });
+        self.looked(run);
+        resident
+    }
+
+    fn looked(&self, (binding, count): (BindingId, u32)) {
+        if count > 0 {
+            self.saw(Seen::Looked { binding, count });
+        }
+    }
+
+    fn saw(&self, seen: Seen) {
+        // Statistics and the order of eviction may miss some; nothing else depends on it.
+        let _ = self.seen.push(seen);
+    }
 }
 
 /// Everything that a shard's thread owns.
@@ -210,6 +279,7 @@ pub struct Shard {
     disk_trouble: Arc<Mutex<Option<String>>>,
     serving: bool,
     mailbox: Arc<ArrayQueue<Letter>>,
+    seen: Arc<ArrayQueue<Seen>>,
     waker: Waker,
     heartbeat: Arc<AtomicU64>,
     epoll: std::os::fd::OwnedFd,
@@ -270,34 +340,23 @@ impl Shard {
         hazards: HazardSet,
         mailbox_max: usize,
     ) -> std::io::Result<(Self, ShardHandle)> {
-        let waker = Waker::new()?;
-        let mailbox = Arc::new(ArrayQueue::new(mailbox_max));
-        let heartbeat = Arc::new(AtomicU64::new(0));
-        let slab = memory.slab().clone();
+        let handle = ShardHandle::new(id, &memory, mailbox_max)?;
         let epoll = epoll::create(epoll::CreateFlags::CLOEXEC)?;
-        epoll::add(&epoll, &*waker.0, EventData::new_u64(MAILBOX), EventFlags::IN)?;
-        let handle = ShardHandle {
-            id,
-            mailbox: Arc::clone(&mailbox),
-            waker: waker.clone(),
-            heartbeat: Arc::clone(&heartbeat),
-            slab: slab.clone(),
-            disk_trouble: Arc::new(Mutex::new(None)),
-            host_trouble: Arc::new(Mutex::new(None)),
-        };
+        epoll::add(&epoll, &*handle.waker.0, EventData::new_u64(MAILBOX), EventFlags::IN)?;
         let now = Instant::now();
         let shard = Self {
             id,
             brain,
             memory,
-            slab,
+            slab: handle.slab.clone(),
             hazards,
             store: None,
             disk_trouble: Arc::clone(&handle.disk_trouble),
             serving: true,
-            mailbox,
-            waker,
-            heartbeat,
+            mailbox: Arc::clone(&handle.mailbox),
+            seen: Arc::clone(&handle.seen),
+            waker: handle.waker.clone(),
+            heartbeat: Arc::clone(&handle.heartbeat),
             epoll,
             workers: HashMap::new(),
             turns: Vec::new(),
@@ -357,8 +416,7 @@ impl Shard {
     }
 
     fn now(&self) -> Now {
-        let unix = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs());
-        Now { micros: self.micros(Instant::now()), unix: u32::try_from(unix).unwrap_or(u32::MAX) }
+        Now { micros: self.micros(Instant::now()), unix: unix_now() }
     }
 
     fn micros(&self, at: Instant) -> Micros {
@@ -393,6 +451,8 @@ impl Shard {
     }
 
     fn take_letters(&mut self, now: Now) -> bool {
+        // Whoever asks now learns of what others read before.
+        self.hear_seen(now);
         let mut taken = 0;
         while taken < TAKE_MAX {
             let Some(letter) = self.mailbox.pop() else { break };
@@ -578,6 +638,17 @@ impl Shard {
         }
     }
 
+    fn hear_seen(&mut self, now: Now) {
+        for _ in 0..UNHEARD_MAX {
+            let event = match self.seen.pop() {
+                None => break,
+                Some(Seen::Read { session, slot }) => Event::Read { session, slot },
+                Some(Seen::Looked { binding, count }) => Event::Looked { binding, count },
+            };
+            self.brain.handle(now, event, &mut self.commands);
+        }
+    }
+
     fn hear_touches(&mut self, now: Now) {
         let mut slots = Vec::new();
         self.hazards.drain_touches(&mut slots);
@@ -712,6 +783,17 @@ impl Shard {
     }
 }
 
+/// Unix time in seconds, for expiry.
+fn unix_now() -> u32 {
+    let since = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs());
+    u32::try_from(since).unwrap_or(u32::MAX)
+}
+
+fn is_in_host(entry: &Entry, unix: u32) -> bool {
+    let over = entry.expires_at != 0 && entry.expires_at <= unix;
+    entry.state == EntryState::Present && entry.host.is_some() && !over
+}
+
 /// An answer of the brain in the words of the ring.
 fn outcome(reply: Reply) -> Outcome {
     match reply {
@@ -748,22 +830,13 @@ mod tests {
     async fn a_lease_is_given_back_though_the_mailbox_is_full() {
         let geometry = kv_arena::Geometry { regions: 1, region_bytes: 2 << 20, table_entries_max: 64 };
         let memory = ShardMemory::anonymous(geometry).unwrap();
-        let mailbox = Arc::new(ArrayQueue::new(1));
-        let handle = ShardHandle {
-            id: ShardId(0),
-            mailbox: Arc::clone(&mailbox),
-            waker: Waker::new().unwrap(),
-            heartbeat: Arc::default(),
-            slab: memory.slab().clone(),
-            disk_trouble: Arc::default(),
-            host_trouble: Arc::default(),
-        };
+        let handle = ShardHandle::new(ShardId(0), &memory, 1).unwrap();
         assert!(handle.post(Letter::Stop).is_ok());
         handle.give_back(SessionId(7), LeaseId(9));
-        assert!(matches!(mailbox.pop(), Some(Letter::Stop)));
+        assert!(matches!(handle.mailbox.pop(), Some(Letter::Stop)));
         let limit = Instant::now() + Duration::from_secs(20);
         let letter = loop {
-            if let Some(letter) = mailbox.pop() {
+            if let Some(letter) = handle.mailbox.pop() {
                 break letter;
             }
             assert!(Instant::now() < limit, "the lease never came back");

@@ -329,10 +329,21 @@ fn a_worker_without_shared_memory_gets_the_same_answers_over_grpc() {
     let remote = connect(&home, WorkerOptions { grpc_only: true, ..WorkerOptions::default() });
     assert!(matches!(remote.doors(), Doors::GrpcOnly { .. }));
     let binding = remote.register(scope("a"), slice(), BYTES).wait().unwrap();
+    let gone = MissReason::EvictedRequest;
     put(&remote, &binding, 0..20, &PutOptions::default());
     assert_eq!(remote.lookup(&binding, &hashes(0..21)).unwrap().prefix(), 20);
     let block = check(remote.acquire(&binding, &SequenceHash::from(3)).unwrap());
     assert!(!block.is_zero_copy());
+    // What is not resident any more is the shard's to tell, also behind blocks that are.
+    assert_eq!(remote.evict(&binding, &hashes(5..6), None).wait().unwrap().evicted, 1);
+    let found = remote.lookup(&binding, &hashes(0..20)).unwrap();
+    assert_eq!(found.first_miss.map(|(at, miss)| (at, miss.reason)), Some((5, gone)));
+    assert_eq!(remote.acquire(&binding, &SequenceHash::from(5)).unwrap().miss().unwrap().reason, gone);
+    let brief = PutOptions { ttl: Some(Duration::from_secs(1)), ..PutOptions::default() };
+    put(&remote, &binding, 30..31, &brief);
+    std::thread::sleep(Duration::from_millis(2_100));
+    let expired = remote.acquire(&binding, &SequenceHash::from(30)).unwrap();
+    assert_eq!(expired.miss().unwrap().reason, MissReason::Expired);
     let mut reservation = remote.reserve(&binding, &SequenceHash::from(50)).unwrap().unwrap();
     kv_block::payload::fill(&binding.key(&SequenceHash::from(50)), &mut reservation);
     reservation.commit().unwrap();

@@ -262,6 +262,13 @@ impl Brain {
                 self.retry_stalled(now, out);
             }
             Event::Touched(slots) => self.touched(&slots),
+            Event::Read { session, slot } => {
+                if let Some(session) = self.sessions.get_mut(&session) {
+                    session.gets += 1;
+                }
+                self.touched(&[slot]);
+            }
+            Event::Looked { binding, count } => self.looked(binding, count.into()),
             Event::Quota { tenant, bytes_max } => {
                 let tenant = self.tenants.index(&tenant);
                 self.tenants[tenant].quota_bytes = bytes_max;

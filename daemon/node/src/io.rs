@@ -106,6 +106,20 @@ pub enum Event {
     GrowthEnded,
     /// Workers read these slots by themselves since the last report.
     Touched(Vec<SlotId>),
+    /// A client read this block by itself, over gRPC.
+    Read {
+        /// Whose session.
+        session: SessionId,
+        /// Where the block lies.
+        slot: SlotId,
+    },
+    /// A client found blocks in host memory by itself, over gRPC.
+    Looked {
+        /// Under this binding.
+        binding: BindingId,
+        /// So many.
+        count: u32,
+    },
     /// A tenant's quota changed.
     Quota {
         /// Which tenant.

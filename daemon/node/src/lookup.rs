@@ -2,7 +2,7 @@
 
 use kv_arena::{Entry, EntryState, Held};
 use kv_block::code::Code;
-use kv_block::{BlockKey, Checksum, Fault, LeaseId, MissReason, SlotId, Tier};
+use kv_block::{BindingId, BlockKey, Checksum, Fault, LeaseId, MissReason, SlotId, Tier};
 
 use crate::brain::{Brain, Fill, Out, Source, Timer, Waiter};
 use crate::io::{BlockReport, BlockState, Found, Grant, Micros, Now, Origin, Reply};
@@ -260,6 +260,15 @@ impl Brain {
             self.touch_slot(*slot);
             self.admission.seen(&key, true);
             self.count_hit(&key, Tier::Host);
+        }
+    }
+
+    /// Blocks of one binding that clients found in host memory without asking.
+    pub(crate) fn looked(&mut self, binding: BindingId, count: u64) {
+        self.counters.hit(Tier::Host, count);
+        let tenant = self.tenant_of(binding);
+        if let Some(tenant) = self.tenants.get_mut(tenant) {
+            tenant.hits += count;
         }
     }
 

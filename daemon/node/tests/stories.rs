@@ -770,6 +770,29 @@ fn reads_that_nobody_reported_count_when_the_worker_says_so() {
 }
 
 #[test]
+fn reads_over_grpc_that_asked_nobody_count_like_all_others() {
+    let mut rig = Rig::new(Setup::without_disk());
+    rig.put_all(0..16);
+    let (slot, _) = rig.list(100).iter().find(|block| block.key == key(0)).and_then(|b| b.host).unwrap();
+    let before = rig.report();
+    rig.tell(Event::Read { session: session(1), slot });
+    rig.tell(Event::Looked { binding: A, count: 5 });
+    let after = rig.report();
+    let hits = |report: &kv_node::ShardReport| report.counters.hits.values().sum::<u64>();
+    let paid = |report: &kv_node::ShardReport| report.tenants.iter().map(|tenant| tenant.hits).sum::<u64>();
+    let gets = |report: &kv_node::ShardReport| report.sessions.iter().map(|one| one.gets).sum::<u64>();
+    assert_eq!(hits(&after), hits(&before) + 6);
+    assert_eq!(paid(&after), paid(&before) + 6);
+    assert_eq!(gets(&after), gets(&before) + 1);
+    rig.put_all(20..30);
+    assert_eq!((rig.read(0).as_str(), rig.read(1).as_str()), ("leased", "evicted_capacity"));
+    // Both may come late, when the session or the block is gone.
+    rig.tell(Event::Read { session: session(99), slot: kv_block::SlotId(u32::MAX) });
+    rig.tell(Event::Looked { binding: kv_block::BindingId(999), count: 1 });
+    end(rig);
+}
+
+#[test]
 fn puts_wait_for_room_in_order_and_one_size_does_not_hold_up_another() {
     let mut rig = Rig::new(Setup { regions: 2, ..Setup::default() });
     // One region of small, one of large blocks, all of them on their way to disk or read.

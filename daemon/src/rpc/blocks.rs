@@ -236,14 +236,21 @@ impl v1::blocks_server::Blocks for BlocksService {
             Ok((held, tier)) => {
                 let chunk_bytes = self.0.config.limits.message_bytes_max.0 as usize - MESSAGE_BYTES_OTHER;
                 let chunk_bytes = chunk_bytes.min(CHUNK_BYTES_MAX);
-                tokio::spawn(async move {
-                    // Kept for the last word: a reader that does not read leaves no room for it later.
-                    let Ok(word) = sender.clone().try_reserve_owned() else { return };
-                    let sent = send_block(sender, key, held, tier, chunk_bytes);
+                // Kept for the last word: a reader that does not read leaves no room for it later.
+                let word = sender.clone().try_reserve_owned().map_err(|_| too_late("reading the block"))?;
+                let in_one_piece = held.len() <= chunk_bytes;
+                let sent = send_block(sender, key, held, tier, chunk_bytes);
+                let sent = async move {
                     if tokio::time::timeout_at(until.into(), sent).await.is_err() {
                         word.send(Err(too_late("reading the block")));
                     }
-                });
+                };
+                if in_one_piece {
+                    // There is room for its two messages: this waits for nobody, and lets go of the slot at once.
+                    sent.await;
+                } else {
+                    tokio::spawn(sent);
+                }
             }
             Err(reason) => {
                 let miss = self.miss(view, &names, 0, reason, until).await;

@@ -62,6 +62,6 @@ pub use {
     memory::{Adoption, HugePages, MemorySpec, ShardMemory},
     meta::Geometry,
     slab::{ClassUsage, Held, LentSlot, NoSlot, NoSlotReason, RegionInfo, Slab, SlabUsage, Slot, SlotHeader},
-    table::{Entry, EntryState, Full, Table},
+    table::{Entry, EntryState, Full, Table, TableReader},
     view::{Absent, FillGuard, ReadGuard, ShardView},
 };

@@ -35,7 +35,7 @@ use crate::meta::{
 use crate::numa::{self, Bound, HugeMount};
 use crate::slab::Slab;
 use crate::sync::Ordering;
-use crate::table::Table;
+use crate::table::{Table, TableReader};
 
 /// Whether to look for huge pages.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
@@ -270,6 +270,11 @@ impl ShardMemory {
             || "catalog table in huge pages by tmpfs".to_owned(),
             |why| format!("catalog table in ordinary 4 KiB pages: {why}"),
         )
+    }
+
+    /// The catalog table for other threads of this process to look at.
+    pub fn table_reader(&self) -> TableReader {
+        TableReader::new(Arc::clone(&self.meta), &self.layout)
     }
 
     /// A descriptor of the meta file to pass to a worker, for reading.

@@ -352,6 +352,28 @@ pub struct Table {
     one_thread: PhantomData<Cell<()>>,
 }
 
+/// The table as other threads of the daemon read it: under the sequence locks, like a worker.
+#[derive(Clone, Debug)]
+pub struct TableReader(Buckets);
+
+impl TableReader {
+    pub(crate) fn new(map: Arc<Mapping>, layout: &Layout) -> Self {
+        Self(Buckets::new(map, layout))
+    }
+
+    /// The entry of `key`; `None` also when the writer was in the way at every look. Only a hint by the time
+    /// it is used: the slot's header decides.
+    pub fn find(&self, key: &BlockKey) -> Option<Entry> {
+        self.0.find(key).unwrap_or(None)
+    }
+
+    /// [`Self::find`] for many keys, in order, with the memory latencies overlapped; `each` says whether to
+    /// go on.
+    pub fn find_each(&self, keys: &[BlockKey], mut each: impl FnMut(Option<Entry>) -> bool) {
+        self.0.find_each(keys, |_, found| each(found.unwrap_or(None)));
+    }
+}
+
 impl Table {
     /// The table in `map`, emptied.
     pub(crate) fn new(
