@@ -51,7 +51,9 @@ const ROOM_BYTES: u64 = 1024;
 const WAITING_MAX: usize = 32;
 /// Bytes that a stream may have sent and nobody read.
 pub const STREAM_WINDOW_BYTES: u32 = 256 << 10;
-/// The same of a connection: twice of what may wait.
+/// Longest frame that a caller may send: a block of 64 KiB fits one, and no allocator maps it by itself.
+pub const FRAME_BYTES: u32 = 96 << 10;
+/// Bytes that a connection may have sent and nobody read: twice of what may wait.
 pub const CONNECTION_WINDOW_BYTES: u32 = STREAM_WINDOW_BYTES * WAITING_MAX as u32 * 2;
 
 impl Shared {

@@ -20,8 +20,8 @@ use crate::node::Node;
 use crate::plan::Plan;
 use crate::requests::Timed;
 use crate::rpc::{
-    AdminService, BlocksService, CONNECTION_WINDOW_BYTES, EventsService, Guard, STREAM_WINDOW_BYTES, Shared,
-    WorkerService,
+    AdminService, BlocksService, CONNECTION_WINDOW_BYTES, EventsService, FRAME_BYTES, Guard,
+    STREAM_WINDOW_BYTES, Shared, WorkerService,
 };
 use crate::{gauges, http, metrics, systemd, tls};
 
@@ -182,6 +182,7 @@ fn server(builder: Server, guard: Guard, routes: Routes) -> Router<Stack<Guard, 
         .max_concurrent_streams(1024)
         .initial_stream_window_size(STREAM_WINDOW_BYTES)
         .initial_connection_window_size(CONNECTION_WINDOW_BYTES)
+        .max_frame_size(FRAME_BYTES)
         .layer(Timed)
         .layer(guard)
         .add_routes(routes)

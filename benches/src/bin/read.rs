@@ -6,8 +6,11 @@
 //! `in place` looks the block up, acquires it, reads its first byte and releases it. `ring` announces a block
 //! and takes that back: a message to the shard and back with next to nothing to do. `gRPC lookup` asks for one
 //! name, `gRPC lease` acquires a lease and releases it in two calls, `gRPC get` brings a checked copy of all bytes.
+//! `socket` is what gRPC cannot be faster than: one byte to another thread and back, both asleep until it comes.
 
 use std::hint::black_box;
+use std::io::{Read, Write};
+use std::os::unix::net::UnixStream;
 
 use anyhow::{Result, bail};
 use kv_api::v1;
@@ -69,6 +72,15 @@ fn main() -> Result<()> {
                 Ok(())
             })?;
             show("gRPC lookup", kib, lookup);
+            let (mut near, mut echo) = UnixStream::pair()?;
+            let echoing = std::thread::spawn(move || std::io::copy(&mut echo.try_clone()?, &mut echo));
+            let socket = time(reads / 10, &mut |_| {
+                near.write_all(&[1])?;
+                Ok(near.read_exact(&mut [0])?)
+            })?;
+            drop(near);
+            echoing.join().map_err(|_| anyhow::anyhow!("the echo panicked"))??;
+            show("socket", kib, socket);
             let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
             let address = format!("unix:{}", home.socket().display());
             let mut blocks = runtime.block_on(BlocksClient::connect(address))?;

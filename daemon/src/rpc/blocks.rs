@@ -16,7 +16,7 @@ use crate::node::{Node, View, unexpected};
 use crate::peercred::Who;
 
 /// Longest piece of a block in one message, however much a message may hold.
-const CHUNK_BYTES_MAX: usize = 1 << 20;
+const CHUNK_BYTES_MAX: usize = 64 << 10;
 /// Of a message, what is not bytes of a block.
 const MESSAGE_BYTES_OTHER: usize = 1024;
 
