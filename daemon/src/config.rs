@@ -203,7 +203,7 @@ section! {
         /// An operation slower than this counts against the device; several open its circuit.
         slow_limit: Span = Span::millis(500),
         /// Which blocks are written when they leave host memory: frequency, budget, all or never.
-        admission: Admission = Admission::Frequency,
+        admission: Admission = Admission::Budget,
         /// When the device's own cache is made durable: always, after each batch of writes, or never.
         sync: Sync = Sync::Always,
     }

@@ -47,9 +47,9 @@ pub enum AdmissionKind {
     /// Nothing is written.
     Never,
     /// What was seen at least twice.
-    #[default]
     Frequency,
     /// Three tenths of what leaves: what was seen most often, as far as that goes.
+    #[default]
     Budget,
 }
 

@@ -70,8 +70,8 @@ pub struct Options {
     /// Disk tier [default: 2GiB, less where there is less]
     #[arg(long, value_name = "SIZE", value_parser = text::<Size>)]
     pub disk_bytes: Option<Size>,
-    /// Which blocks are written to disk when they leave host memory: frequency, budget, all or never
-    #[arg(long, value_name = "WHICH", default_value = "frequency", value_parser = text::<Admission>)]
+    /// Which blocks are written to disk when they leave host memory: budget, frequency, all or never
+    #[arg(long, value_name = "WHICH", default_value = "budget", value_parser = text::<Admission>)]
     pub admission: Admission,
     /// Which block goes when room is needed: sieve, s3fifo or lru
     #[arg(long, value_name = "POLICY", default_value = "sieve", value_parser = text::<Policy>)]
