@@ -1,0 +1,453 @@
+"""What is written in Rust. This file is its reference."""
+
+from collections.abc import Sequence
+from os import PathLike
+from types import TracebackType
+from typing import Literal, Self, TypeAlias, final
+
+from typing_extensions import Buffer
+
+__all__ = [
+    "Binding",
+    "Block",
+    "Client",
+    "Description",
+    "Event",
+    "EventBatch",
+    "Events",
+    "Evicted",
+    "Lookup",
+    "Miss",
+    "Pinned",
+    "Prefetched",
+    "Reservation",
+    "Scope",
+    "Session",
+    "Slice",
+    "__version__",
+    "connect",
+]
+
+__version__: str
+
+_Hash: TypeAlias = bytes | str | int
+"""The engine's name of a token prefix: 8 to 64 bytes, their hex form, or an integer of 64 bits, signed or not."""
+
+_Tier: TypeAlias = Literal["device", "host", "disk", "object"]
+_Priority: TypeAlias = Literal["low", "normal", "high"]
+
+def connect(
+    endpoint: str | PathLike[str] | None = None,
+    *,
+    deadline: float = 2.0,
+    tls_ca: str | PathLike[str] | None = None,
+    tls_identity: tuple[str | PathLike[str], str | PathLike[str]] | None = None,
+    tls_name: str | None = None,
+) -> Client:
+    """Connect to the daemon of this machine, or to another.
+
+    ``endpoint`` is the daemon's run directory, its ``kvd.sock``, or ``http://host:port`` / ``https://host:port``;
+    ``None`` is what ``KVD_SOCKET`` says, else ``/run/kvd``, else this user's own. ``deadline`` is how many seconds a
+    call may take when nobody says otherwise, 600 at most. For ``https``, ``tls_ca`` is a PEM file, ``tls_identity``
+    our certificate and its key, ``tls_name`` the name in the daemon's certificate when it is not the host.
+
+    Raises :class:`kvd.Unavailable` when nobody listens there.
+    """
+
+@final
+class Client:
+    """A connection."""
+
+    def session(
+        self,
+        name: str = "",
+        *,
+        staging_bytes: int | None = None,
+        hazards: int | None = None,
+        ring_entries: int | None = None,
+        numa_node: int | None = None,
+        trusted: bool = False,
+        grpc_only: bool = False,
+    ) -> Session:
+        """Open a session: through shared memory where it can be had, else over gRPC.
+
+        ``name`` is what operators see (``kvctl get clients``). ``staging_bytes`` (default 64 MiB) is what may be on
+        its way into the store at once, per shard; ``hazards`` (4096) how many blocks of a shard can be open for
+        reading at once; ``ring_entries`` (1024) how many requests can be under way. ``numa_node``: blocks go to that
+        node's shard. ``trusted`` asks to fill arena slots in place. ``grpc_only``: no shared memory.
+        """
+
+    def describe(self) -> Description:
+        """What the daemon says of itself."""
+
+    def watch(
+        self,
+        *,
+        tenants: Sequence[str] | None = None,
+        cursors: Sequence[tuple[int, int, int]] | None = None,
+    ) -> Events:
+        """Follow what happens to blocks, without gaps, across restarts of the daemon.
+
+        ``tenants``: only blocks of these; none means all that the caller may see. ``cursors``: where to go on, of
+        earlier batches (:attr:`EventBatch.cursor`), the last one of each shard; a shard without one begins with its
+        inventory.
+        """
+
+@final
+class Description:
+    """What the daemon says of itself."""
+
+    @property
+    def node(self) -> str: ...
+    @property
+    def version(self) -> str: ...
+    @property
+    def epoch(self) -> int:
+        """Life of the daemon: one more after each start."""
+
+    @property
+    def shards(self) -> int: ...
+    @property
+    def keys_per_request_max(self) -> int: ...
+    @property
+    def block_bytes_max(self) -> int: ...
+    @property
+    def principal(self) -> str:
+        """Whose blocks the caller sees: the name of its group of users, empty without one."""
+
+
+@final
+class Scope:
+    """What the bytes of a block mean. Two scopes that differ in any field never share a byte."""
+
+    def __new__(
+        cls,
+        model: str,
+        *,
+        block_tokens: int,
+        tenant: str = "default",
+        weights: str = "",
+        tokenizer: str = "",
+        dtype: str = "",
+        attention: str = "full",
+        layout: str = "",
+        lora: str = "",
+        salt: str = "",
+        kind: Literal["kv", "embedding", "weights"] = "kv",
+    ) -> Self:
+        """``block_tokens`` is the tokens in one block; ``weights`` and ``tokenizer`` a revision or digest; ``dtype``
+        the element type, such as ``bf16``; ``attention`` the group: ``full``, ``sliding:4096``, ``mla``, ``state:...``;
+        ``layout`` the order of memory, such as ``layer,kv,head,token,dim``; ``lora`` adapter and revision; ``tenant``
+        who pays, of the form ``[a-z0-9-]{1,63}``; ``salt`` the tenant's secret, which is never logged.
+
+        Raises ``ValueError`` that names the field.
+        """
+
+    @property
+    def model(self) -> str: ...
+    @property
+    def block_tokens(self) -> int: ...
+    @property
+    def tenant(self) -> str: ...
+
+@final
+class Slice:
+    """Which part of a block's tensor a piece is: layers (pipeline parallel) and KV heads (tensor parallel)."""
+
+    def __new__(
+        cls,
+        layers: int,
+        heads: int,
+        *,
+        layer_range: tuple[int, int] | None = None,
+        head_range: tuple[int, int] | None = None,
+    ) -> Self:
+        """A tensor of ``layers`` x ``heads``, and the half-open ranges of this piece; ``None`` is all of them."""
+
+@final
+class Binding:
+    """A scope, a slice and a block length, registered. Stays good across restarts of the daemon."""
+
+    @property
+    def block_bytes(self) -> int: ...
+    @property
+    def scope(self) -> Scope: ...
+    @property
+    def scope_id(self) -> str:
+        """Digest of the scope, 64 hex digits."""
+
+    def key(self, hash: _Hash) -> bytes:
+        """Name of a block on every tier and node: 16 bytes, what ``kvctl why`` takes in hex."""
+
+@final
+class Miss:
+    """Why a block is not there. False in a condition, as a :class:`Block` is true."""
+
+    @property
+    def reason(self) -> str:
+        """``never_stored``, ``evicted_capacity``, ``evicted_quota``, ``evicted_request``, ``evicted_reclaim``,
+        ``expired``, ``scope_differs``, ``corrupt``, ``tier_degraded``, ``not_complete``, ``quota``, ``tier_timeout``,
+        ``admission_rejected`` or ``overloaded``."""
+
+    @property
+    def fields(self) -> list[str]:
+        """For ``scope_differs``: the fields in which the nearest stored scope differs."""
+
+    def __bool__(self) -> Literal[False]: ...
+
+@final
+class Lookup:
+    """What is here of a sequence of blocks."""
+
+    @property
+    def prefix(self) -> int:
+        """Blocks here from the first on, without a gap."""
+
+    @property
+    def tiers(self) -> list[_Tier]:
+        """The fastest tier of each of them."""
+
+    @property
+    def miss(self) -> Miss | None:
+        """Why the next one is absent; ``None`` when all are here."""
+
+
+@final
+class Block(Buffer):
+    """A block open for reading: a read-only buffer of ``Binding.block_bytes`` bytes, which stay as they are until it is
+    released. ``memoryview(block)``, ``numpy.frombuffer(block, dtype)`` and ``torch.frombuffer`` do not copy.
+
+    Released by :meth:`release`, at the end of ``with``, or when nobody refers to it or to a view of it.
+    """
+
+    @property
+    def key(self) -> bytes: ...
+    @property
+    def is_zero_copy(self) -> bool:
+        """Whether the bytes are read where they lie; else they are a checked copy."""
+
+    @property
+    def is_valid(self) -> bool:
+        """Whether the daemon would still give these bytes. False once the block was evicted; they stay readable."""
+
+    def verify(self) -> bool:
+        """Read all bytes and compare them with the checksum."""
+
+    def tobytes(self) -> bytes:
+        """A copy."""
+
+    def copy_into(self, target: Buffer) -> None:
+        """Copy over a contiguous writable buffer of the same length, while other threads run."""
+
+    def release(self) -> None:
+        """Let go of the block. Raises ``BufferError`` while views of it exist."""
+
+    def __len__(self) -> int: ...
+    def __bool__(self) -> Literal[True]: ...
+    def __enter__(self) -> Self: ...
+    def __exit__(
+        self, c: type[BaseException] | None, e: BaseException | None, t: TracebackType | None, /
+    ) -> None: ...
+
+@final
+class Reservation(Buffer):
+    """Room for one announced block: a writable buffer of ``Binding.block_bytes`` bytes. Fill it and :meth:`commit`; at
+    the end of ``with``, or when nobody refers to it, what was not committed is taken back.
+
+    From the announcement on, others can wait for the block. The bytes are undefined until they are written.
+    """
+
+    @property
+    def key(self) -> bytes: ...
+    def write(self, data: Buffer) -> None:
+        """Copy a whole block, faster than through a view, while other threads run."""
+
+    def commit(self) -> bool:
+        """Store the bytes; whoever waits for the block gets it. False when it was stored by somebody else meanwhile.
+
+        Raises ``BufferError`` while views of the memory exist: nobody may write to what is stored.
+        """
+
+    def abort(self) -> None:
+        """Take the announcement back. Raises ``BufferError`` while views of the memory exist."""
+
+    def __len__(self) -> int: ...
+    def __enter__(self) -> Self: ...
+    def __exit__(
+        self, c: type[BaseException] | None, e: BaseException | None, t: TracebackType | None, /
+    ) -> None: ...
+
+@final
+class Pinned:
+    """What a pin did, in blocks."""
+
+    @property
+    def pinned(self) -> int: ...
+    @property
+    def absent(self) -> int: ...
+
+@final
+class Prefetched:
+    """What a prefetch did, in blocks."""
+
+    @property
+    def started(self) -> int: ...
+    @property
+    def resident(self) -> int: ...
+
+@final
+class Evicted:
+    """What an eviction did, in blocks."""
+
+    @property
+    def evicted(self) -> int: ...
+    @property
+    def in_use(self) -> int: ...
+    @property
+    def absent(self) -> int: ...
+
+@final
+class Session:
+    """A worker's session. When the daemon goes away, calls raise :class:`kvd.Unavailable` at once, and the session
+    reconnects by itself; open blocks stay readable."""
+
+    @property
+    def uses_shared_memory(self) -> bool: ...
+    @property
+    def doors(self) -> str:
+        """How the session talks to the daemon, and why not through shared memory."""
+
+    @property
+    def is_connected(self) -> bool: ...
+    @property
+    def epoch(self) -> int:
+        """Life of the daemon that the session belongs to."""
+
+    @property
+    def deadline(self) -> float:
+        """How many seconds a call may take."""
+
+    def with_deadline(self, deadline: float) -> Session:
+        """The same session with another deadline, 600 s at most."""
+
+    def wait_until_connected(self, timeout: float) -> bool:
+        """Wait until the session is up; whether it is."""
+
+    def register(self, scope: Scope, block_bytes: int, *, slice: Slice | None = None) -> Binding:
+        """Say what this worker's blocks mean. The same again gives a binding of the same blocks."""
+
+    def lookup(self, binding: Binding, hashes: Sequence[_Hash]) -> Lookup:
+        """What is here, from the first block on. Holds nothing; wakes nobody up where there is shared memory."""
+
+    def acquire(
+        self, binding: Binding, hashes: Sequence[_Hash], *, wait: float = 0.0
+    ) -> list[Block | Miss]:
+        """Open blocks for reading, one answer for each, in order. Brings them up from slower tiers; waits up to ``wait``
+        seconds for those that others announced and have not stored yet."""
+
+    def wait(self, binding: Binding, hashes: Sequence[_Hash], timeout: float) -> int:
+        """Wait for announced blocks; how many are readable from the first on. Holds nothing afterwards."""
+
+    def get(self, binding: Binding, hash: _Hash) -> bytes | None:
+        """A checked copy of one block; ``None`` when it is not there."""
+
+    def put(
+        self,
+        binding: Binding,
+        hash: _Hash,
+        data: Buffer,
+        *,
+        priority: _Priority = "normal",
+        ttl: float | None = None,
+        durable: bool = False,
+    ) -> bool:
+        """Store one block: any contiguous buffer of ``binding.block_bytes`` bytes. False when it was there before.
+
+        ``ttl``: seconds until it expires. ``durable``: return only when it is on disk.
+        """
+
+    def put_many(
+        self,
+        binding: Binding,
+        blocks: Sequence[tuple[_Hash, Buffer]],
+        *,
+        priority: _Priority = "normal",
+        ttl: float | None = None,
+        durable: bool = False,
+    ) -> list[bool | Exception]:
+        """Store many blocks, all under way at once; for each what :meth:`put` would return, or raise."""
+
+    def reserve(
+        self,
+        binding: Binding,
+        hash: _Hash,
+        *,
+        priority: _Priority = "normal",
+        ttl: float | None = None,
+        durable: bool = False,
+    ) -> Reservation | None:
+        """Announce a block and get room to fill. ``None`` when it is there, or announced by somebody else."""
+
+    def pin(self, binding: Binding, hashes: Sequence[_Hash], ttl: float) -> Pinned:
+        """Keep blocks from being evicted for ``ttl`` seconds, one at least."""
+
+    def unpin(self, binding: Binding, hashes: Sequence[_Hash]) -> int:
+        """End pins; how many there were."""
+
+    def prefetch(self, binding: Binding, hashes: Sequence[_Hash]) -> Prefetched:
+        """Start to bring blocks up to host memory, and return at once."""
+
+    def evict(
+        self, binding: Binding, hashes: Sequence[_Hash], *, tier: _Tier | None = None
+    ) -> Evicted:
+        """Remove blocks from one tier, or from all."""
+
+    def explain(self, binding: Binding, hash: _Hash) -> Miss | None:
+        """Why a block is not here, down to the fields of the scope that differ; ``None`` when it is here."""
+
+@final
+class Event:
+    """What happened to a block."""
+
+    @property
+    def kind(self) -> Literal["stored", "removed", "cleared"]: ...
+    @property
+    def key(self) -> bytes | None:
+        """Which block, 16 bytes; ``None`` when a whole tier was cleared."""
+
+    @property
+    def tier(self) -> _Tier: ...
+    @property
+    def binding_tag(self) -> int | None:
+        """What it was stored under; only with ``stored``."""
+
+    @property
+    def number(self) -> int:
+        """Position in this life of the shard's log, without gaps."""
+
+
+@final
+class EventBatch:
+    """Some events of one shard, in order."""
+
+    @property
+    def cursor(self) -> tuple[int, int, int]:
+        """Position after it: shard, epoch, number."""
+
+    @property
+    def snapshot(self) -> bool:
+        """The events are the shard's inventory. What was known of the shard before is void when one begins."""
+
+    @property
+    def snapshot_end(self) -> bool:
+        """The inventory is complete with this batch."""
+
+    @property
+    def events(self) -> list[Event]: ...
+
+@final
+class Events:
+    """A subscription."""
+
+    def next(self, timeout: float) -> EventBatch | None:
+        """The next batch; ``None`` when none came within ``timeout`` seconds."""

@@ -1,0 +1,106 @@
+"""A daemon of its own for each test that asks for one: real processes, real memory, directories that go away."""
+
+import os
+import signal
+import subprocess
+import tempfile
+import time
+from pathlib import Path
+
+import pytest
+
+import kvd
+
+ROOT = Path(__file__).resolve().parents[3]
+BLOCK_BYTES = 64 << 10
+
+
+def binary() -> Path:
+    named = [Path(os.environ["KVD"])] if "KVD" in os.environ else []
+    built = [ROOT / "target" / profile / "kvd" for profile in ("release", "debug")]
+    for path in named or built:
+        if path.is_file():
+            return path
+    pytest.fail("there is no kvd binary; `cargo build -p kvd`, or name one in the variable KVD")
+
+
+class Daemon:
+    def __init__(self, root: Path, memory: Path, *settings: str):
+        self.root, self.memory, self.settings = root, memory, settings
+        self.process: subprocess.Popen[bytes] | None = None
+
+    @property
+    def run(self) -> Path:
+        return self.root / "run"
+
+    def start(self) -> None:
+        arguments = [str(binary()), "--run-dir", str(self.run), "--memory-dir", str(self.memory / "m")]
+        arguments += ["--data-dir", str(self.root / "data"), "--host-bytes", "64MiB", "--disk-bytes", "256MiB"]
+        arguments += ["--http", "off"]
+        for setting in self.settings:
+            arguments += ["--set", setting]
+        with (self.root / "log").open("ab") as log:
+            self.process = subprocess.Popen(arguments, stderr=log)
+        until = time.monotonic() + 60
+        while time.monotonic() < until:
+            assert self.process.poll() is None, (self.root / "log").read_text()
+            try:
+                kvd.connect(self.run).describe()
+                return
+            except kvd.Unavailable:
+                time.sleep(0.02)
+        pytest.fail("the daemon did not come up")
+
+    def kill(self, how: signal.Signals = signal.SIGKILL) -> None:
+        if self.process is not None:
+            self.process.send_signal(how)
+            self.process.wait(60)
+            self.process = None
+
+    def client(self) -> kvd.Client:
+        return kvd.connect(self.run, deadline=20)
+
+
+@pytest.fixture
+def daemon(request: pytest.FixtureRequest):
+    settings = getattr(request, "param", ())
+    # Not pytest's own directory: the path of a Unix socket is short.
+    shm = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
+    with tempfile.TemporaryDirectory() as root, tempfile.TemporaryDirectory(dir=shm) as memory:
+        daemon = Daemon(Path(root), Path(memory), *settings)
+        daemon.start()
+        yield daemon
+        daemon.kill()
+
+
+@pytest.fixture(params=["shared memory", "gRPC"])
+def session(request: pytest.FixtureRequest, daemon: Daemon) -> kvd.Session:
+    session = daemon.client().session("test", grpc_only=request.param == "gRPC")
+    assert session.uses_shared_memory == (request.param != "gRPC"), session.doors
+    return session
+
+
+@pytest.fixture
+def binding(session: kvd.Session) -> kvd.Binding:
+    return session.register(scope(), BLOCK_BYTES)
+
+
+def soon(what) -> None:
+    """Waits until ``what()`` holds, for things that happen behind the caller's back."""
+    until = time.monotonic() + 30
+    while not what():
+        assert time.monotonic() < until, "it never came to be"
+        time.sleep(0.01)
+
+
+def scope(**fields: str) -> kvd.Scope:
+    return kvd.Scope(**{"model": "m", "block_tokens": 16, "dtype": "bf16", **fields})
+
+
+def hashes(numbers) -> list[bytes]:
+    return [b"tokens" + n.to_bytes(8, "big") for n in numbers]
+
+
+def body(number: int) -> bytes:
+    """A block that no other block begins, goes on or ends like."""
+    return b"".join((number * 10_000 + n).to_bytes(8, "big") for n in range(BLOCK_BYTES // 8))
