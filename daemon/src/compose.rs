@@ -310,10 +310,6 @@ fn brain_config(config: &Config, bounds: &Bounds, shard: &ShardPlan, epoch: Epoc
         shard: ShardId(shard.index),
         epoch,
         disk: shard.disk.as_ref().map(|_| admission),
-        disk_bytes_max: shard
-            .disk
-            .as_ref()
-            .map_or(0, |disk| disk.segment_bytes * u64::from(disk.segments_max)),
         leases_per_session_max: config.limits.leases_per_session_max as usize,
         sessions_max: config.limits.sessions_max as usize,
         pinned_bytes_max: shard.pinned_bytes_max,

@@ -128,7 +128,7 @@ impl<'a, S: Subject> Driver<'a, S> {
         self.store.poll(&mut done);
         for done in done {
             match done {
-                StoreDone::Reclaim { segment, entries } => self.reclaims.push((segment, entries)),
+                StoreDone::Reclaim { segment, entries, .. } => self.reclaims.push((segment, entries)),
                 done => {
                     let token = done.token().expect("only a reclaim has none");
                     assert!(self.under_way.remove(&token), "{token:?} ended twice, or was never begun");

@@ -320,7 +320,9 @@ impl Durable {
         let full = self.segments.iter_mut().enumerate().filter(|(_, segment)| segment.state == State::Full);
         let (number, segment) = full.min_by_key(|(_, segment)| segment.order)?;
         segment.state = State::Offered;
-        Some(StoreDone::Reclaim { segment: number as u32, entries: segment.entries.clone() })
+        let entries = segment.entries.clone();
+        let room_bytes = self.segments.len() as u64 * u64::from(self.segment_pages * PAGE_BYTES);
+        Some(StoreDone::Reclaim { segment: number as u32, entries, room_bytes })
     }
 }
 

@@ -207,6 +207,9 @@ pub enum StoreDone {
         segment: u32,
         /// Everything its index names, dead or alive, in log order.
         entries: Vec<(Record, DiskLocation)>,
+        /// How much the store can hold now, in bytes of segments: less than it may where the file system has
+        /// no room for more.
+        room_bytes: u64,
     },
 }
 

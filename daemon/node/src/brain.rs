@@ -17,6 +17,7 @@ use crate::events::EventLog;
 use crate::io::{Binding, Command, Event, FillToken, Keep, LeaseReport, Micros, Now, Op, Origin, Reply};
 use crate::jobs::Job;
 use crate::pins::Pins;
+use crate::removal::Removals;
 use crate::report::{Counters, SessionReport, ShardReport, TenantReport};
 use crate::session::Session;
 use crate::tenant::Tenants;
@@ -30,8 +31,6 @@ pub struct BrainConfig {
     pub epoch: Epoch,
     /// How admission to disk is decided; `None` without a disk tier.
     pub disk: Option<AdmissionKind>,
-    /// Bytes the disk tier may use.
-    pub disk_bytes_max: u64,
     /// Leases that one session may hold.
     pub leases_per_session_max: usize,
     /// Sessions served at once.
@@ -66,6 +65,7 @@ pub struct Brain {
     pub(crate) fills: HashMap<FillToken, Fill>,
     pub(crate) ops: HashMap<OpToken, DiskOp>,
     pub(crate) reclaims: HashMap<u32, usize>,
+    pub(crate) removals: Removals,
     /// By block length, oldest first: one length that finds no slot holds up no other.
     pub(crate) stalled: BTreeMap<u32, VecDeque<Stalled>>,
     pub(crate) jobs: VecDeque<Job>,
@@ -160,8 +160,8 @@ pub(crate) enum DiskOp {
     Read { key: BlockKey, at: DiskLocation, binding: BindingId },
     /// A block is moved out of a segment.
     Move { key: BlockKey, segment: u32, bytes: u32, from: DiskLocation },
-    /// A tombstone.
-    Remove,
+    /// A tombstone, and the number of the eviction or job that waits for it.
+    Remove { wanted_by: Option<u64> },
     /// A segment goes back.
     Release { segment: u32 },
     /// A block is read to be checked, for a job.
@@ -193,6 +193,8 @@ pub(crate) enum Timer {
     Durable { token: OpToken, from: Origin },
     /// A purge or a verification.
     Job { number: u64 },
+    /// An eviction waits for its removals to be durable.
+    Eviction { number: u64 },
     /// A segment could not be released: it is tried again.
     Release { segment: u32 },
 }
@@ -221,6 +223,7 @@ impl Brain {
             fills: HashMap::new(),
             ops: HashMap::new(),
             reclaims: HashMap::new(),
+            removals: Removals::default(),
             stalled: BTreeMap::new(),
             jobs: VecDeque::new(),
             unverified: VecDeque::new(),
@@ -337,7 +340,7 @@ impl Brain {
             Op::Prefetch { keys } => self.prefetch(now, from, &keys, out),
             Op::Pin { keys, until } => self.pin(now, from, &keys, until, out),
             Op::Unpin { keys } => self.unpin(from, &keys, out),
-            Op::Evict { keys, tier, dry_run } => self.evict(from, &keys, tier, dry_run, out),
+            Op::Evict { keys, tier, dry_run } => self.evict((from, deadline), &keys, tier, dry_run, out),
             Op::Inspect { key } => {
                 let report = self.inspect(now, &key, out).map(Box::new);
                 self.reply(from, Reply::Inspected(report), out);
@@ -432,6 +435,7 @@ impl Brain {
                     self.fault(job.from, Fault::new(Code::DeadlinePassed, text), out);
                 }
             }
+            Timer::Eviction { number } => self.eviction_late(number, out),
             Timer::Release { segment } => self.release_segment(segment, out),
         }
     }
@@ -523,6 +527,7 @@ impl Brain {
             }
             !ended(job.from)
         });
+        unanswered.extend(self.removals.forget(ended));
         unanswered.extend(stalled.iter().map(|fill| (fill.from, fill.timer)));
         unanswered.sort_unstable_by_key(|(from, _)| from.request.0);
         for (from, timer) in unanswered {

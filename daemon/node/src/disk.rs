@@ -13,6 +13,7 @@ use kv_tiers::store::{OpToken, StoreDone, StoreError, StoreOp};
 
 use crate::brain::{Brain, DiskOp, Out, Pending, Source, Stalled, Timer};
 use crate::io::{Now, Reply};
+use crate::removal::DiskCopy;
 use crate::room::NoRoom;
 
 /// Segments that a store may keep free or open, beside those that are full.
@@ -119,13 +120,18 @@ impl Brain {
             },
             StoreDone::Moved { token, result } => self.moved(token, result, out),
             StoreDone::Removed { token, result } => {
-                self.ops.remove(&token);
-                if let Err(error) = result {
+                let removed = self.ops.remove(&token);
+                if let Err(error) = &result {
                     tracing::warn!(%error, "a removal did not reach the disk; the block may come back after a restart");
+                }
+                if let Some(DiskOp::Remove { wanted_by: Some(number) }) = removed {
+                    self.removal_ended(number, result, out);
                 }
             }
             StoreDone::Released { token, result } => self.released(now, token, result),
-            StoreDone::Reclaim { segment, entries } => self.reclaim(now, segment, &entries, out),
+            StoreDone::Reclaim { segment, entries, room_bytes } => {
+                self.reclaim(now, segment, &entries, room_bytes, out);
+            }
         }
     }
 
@@ -184,7 +190,7 @@ impl Brain {
             // Gone meanwhile: it must not come back after a restart. A write that is under way came before
             // the tombstone and would be ended by it, too; then rather a block that comes back.
             None if self.ops.values().any(|op| matches!(op, DiskOp::Write { key: of, .. } if of == key)) => {}
-            None => self.tombstone(key, at, out),
+            None => self.tombstone(key, at, None, out),
         }
     }
 
@@ -199,9 +205,15 @@ impl Brain {
         }
     }
 
-    fn tombstone(&mut self, key: &BlockKey, at: DiskLocation, out: &mut Out) {
+    pub(crate) fn tombstone(
+        &mut self,
+        key: &BlockKey,
+        at: DiskLocation,
+        wanted_by: Option<u64>,
+        out: &mut Out,
+    ) {
         let token = OpToken(self.number());
-        self.ops.insert(token, DiskOp::Remove);
+        self.ops.insert(token, DiskOp::Remove { wanted_by });
         self.store(StoreOp::Remove { token, at, key: *key }, out);
     }
 
@@ -218,7 +230,7 @@ impl Brain {
         match stale {
             Some(at) => {
                 self.removed_event(before.key, Tier::Disk);
-                self.tombstone(&before.key, at, out);
+                self.tombstone(&before.key, at, None, out);
             }
             None => self.charge_disk(binding),
         }
@@ -289,11 +301,11 @@ impl Brain {
             StoreError::Corrupt { .. } => {
                 *self.counters.checksum_failures.entry(Tier::Disk.name()).or_default() += 1;
                 tracing::warn!(%key, code = %Code::CorruptDisk, %error, "a block on disk failed its checksum and is quarantined");
-                self.leave_disk(key, MissReason::Corrupt, true, out);
+                self.leave_disk(key, MissReason::Corrupt, DiskCopy::Buried(None), out);
                 MissReason::Corrupt
             }
             StoreError::Stale { .. } => {
-                self.leave_disk(key, MissReason::EvictedReclaim, false, out);
+                self.leave_disk(key, MissReason::EvictedReclaim, DiskCopy::WithSegment, out);
                 MissReason::EvictedReclaim
             }
             StoreError::Slow { .. } => MissReason::TierTimeout,
@@ -323,14 +335,20 @@ impl Brain {
     }
 
     /// The store wants a segment back: what is worth it moves, the rest is forgotten.
-    fn reclaim(&mut self, now: Now, segment: u32, entries: &[(Record, DiskLocation)], out: &mut Out) {
+    fn reclaim(
+        &mut self,
+        now: Now,
+        segment: u32,
+        entries: &[(Record, DiskLocation)],
+        room_bytes: u64,
+        out: &mut Out,
+    ) {
         let alive: u64 = self.tenants.iter().map(|tenant| tenant.disk_bytes).sum();
         let listed: u64 = entries.iter().map(|(record, _)| u64::from(record.bytes)).sum();
         // On a disk of few segments, what is alive can fill all that are not kept free: moving it around would
         // never end.
-        let few =
-            alive.saturating_add(listed.saturating_mul(SEGMENTS_KEPT_FREE)) > self.config.disk_bytes_max;
-        let roomy = !few && alive.saturating_mul(2) <= self.config.disk_bytes_max;
+        let few = alive.saturating_add(listed.saturating_mul(SEGMENTS_KEPT_FREE)) > room_bytes;
+        let roomy = !few && alive.saturating_mul(2) <= room_bytes;
         let limit = if roomy { MoveLimit::All } else { MoveLimit::Bytes(listed / 2) };
         let plan = plan_reclaim(entries, limit, |record, at| {
             let entry = self.catalog.find(&record.key).filter(|entry| entry.disk == Some(at))?;
@@ -343,7 +361,7 @@ impl Brain {
             })
         });
         for (record, _) in &plan.drops {
-            self.leave_disk(&record.key, MissReason::EvictedReclaim, false, out);
+            self.leave_disk(&record.key, MissReason::EvictedReclaim, DiskCopy::WithSegment, out);
         }
         self.reclaims.insert(segment, plan.moves.len());
         for (record, at) in plan.moves {
@@ -374,7 +392,8 @@ impl Brain {
                     *self.counters.checksum_failures.entry(Tier::Disk.name()).or_default() += 1;
                 }
                 let why = if corrupt { MissReason::Corrupt } else { MissReason::EvictedReclaim };
-                self.leave_disk(&key, why, corrupt, out);
+                let copy = if corrupt { DiskCopy::Buried(None) } else { DiskCopy::WithSegment };
+                self.leave_disk(&key, why, copy, out);
             }
             Err(_) => {}
         }

@@ -4,11 +4,12 @@
 use kv_arena::{Entry, EntryState};
 use kv_block::code::Code;
 use kv_block::{BlockKey, Fault, MissReason, Tier};
-use kv_tiers::store::{OpToken, StoreOp};
+use kv_tiers::store::{OpToken, StoreError, StoreOp};
 
 use crate::brain::{Brain, DiskOp, Out, Timer, TimerId};
 use crate::io::{BlockReport, Filter, Micros, Now, Origin, Progress, Reply};
-use crate::room::{NoRoom, Removed};
+use crate::removal::Unburied;
+use crate::room::{NoRoom, Removed, Removing};
 
 /// Catalog buckets that one part looks at.
 const BUCKETS_PER_STEP: u64 = 1024;
@@ -34,6 +35,9 @@ pub(crate) struct Job {
     cursor: Option<u64>,
     progress: Progress,
     reading: usize,
+    /// Removals that are not on disk yet, and those that will not be.
+    burying: usize,
+    unburied: Unburied,
 }
 
 enum Kind {
@@ -44,7 +48,18 @@ enum Kind {
 impl Job {
     fn new(from: Origin, kind: Kind) -> Self {
         let (cursor, progress) = (Some(0), Progress::default());
-        Self { from, number: 0, timer: None, waits: false, kind, cursor, progress, reading: 0 }
+        Self {
+            from,
+            number: 0,
+            timer: None,
+            waits: false,
+            kind,
+            cursor,
+            progress,
+            reading: 0,
+            burying: 0,
+            unburied: Unburied::default(),
+        }
     }
 
     pub(crate) fn purge(from: Origin, filter: Filter, tier: Option<Tier>, dry_run: bool) -> Self {
@@ -75,7 +90,7 @@ impl Brain {
         let done = match &job.kind {
             Kind::Purge { filter, tier, dry_run } => {
                 let (filter, tier, dry_run) = (filter.clone(), *tier, *dry_run);
-                Ok(self.step_purge(&mut job, &filter, tier, dry_run, out))
+                self.step_purge(&mut job, &filter, tier, dry_run, out)
             }
             Kind::Verify { .. } => self.step_verify(now, &mut job, out),
         };
@@ -114,14 +129,16 @@ impl Brain {
         tier: Option<Tier>,
         dry_run: bool,
         out: &mut Out,
-    ) -> bool {
+    ) -> Result<bool, Fault> {
+        let how = if dry_run { Removing::Never } else { Removing::For(job.number) };
         for entry in self.scan(&mut job.cursor) {
             if entry.state != EntryState::Present || !self.passes(&entry, filter) {
                 continue;
             }
             let bytes = u64::from(self.bytes_of(entry.binding));
-            match self.remove_block(&entry.key, tier, MissReason::EvictedRequest, dry_run, out) {
-                Removed::Gone => {
+            match self.remove_block(&entry.key, tier, MissReason::EvictedRequest, how, out) {
+                Removed::Gone { to_bury } => {
+                    job.burying += usize::from(to_bury);
                     job.progress.done += 1;
                     job.progress.bytes += bytes;
                 }
@@ -129,7 +146,18 @@ impl Brain {
                 Removed::Absent => {}
             }
         }
-        job.cursor.is_none()
+        if job.cursor.is_some() || job.burying > 0 {
+            return Ok(false);
+        }
+        job.unburied.fault().map_or(Ok(true), Err)
+    }
+
+    /// A removal of a purge is on disk, or will not be.
+    pub(crate) fn job_removed(&mut self, number: u64, result: Result<(), StoreError>) {
+        let Some(job) = self.jobs.iter_mut().find(|one| one.number == number) else { return };
+        job.waits = false;
+        job.burying -= 1;
+        job.unburied.count(result);
     }
 
     fn step_verify(&mut self, now: Now, job: &mut Job, out: &mut Out) -> Result<bool, Fault> {

@@ -25,6 +25,7 @@ mod lookup;
 mod pins;
 mod put;
 mod recover;
+mod removal;
 mod report;
 mod room;
 mod session;

@@ -15,10 +15,10 @@ use std::collections::VecDeque;
 use kv_arena::{Entry, EntryState, Held, Slot};
 use kv_block::code::Code;
 use kv_block::{BindingId, BlockKey, Fault, Generation, MissReason, Priority, SlotId, Tier};
-use kv_tiers::store::{OpToken, StoreOp};
 
-use crate::brain::{Brain, DiskOp, Out, Stalled};
-use crate::io::{Now, Origin, Reply};
+use crate::brain::{Brain, Out, Stalled};
+use crate::io::{Micros, Now, Origin, Reply};
+use crate::removal::DiskCopy;
 
 /// Blocks of a tenant that one eviction for its quota looks at.
 const QUOTA_SCAN_MAX: usize = 1024;
@@ -294,17 +294,15 @@ impl Brain {
     }
 
     /// Forgets the disk copy of a block; a tombstone keeps it from coming back, unless its segment goes anyway.
-    pub(crate) fn leave_disk(&mut self, key: &BlockKey, why: MissReason, tombstone: bool, out: &mut Out) {
+    pub(crate) fn leave_disk(&mut self, key: &BlockKey, why: MissReason, copy: DiskCopy, out: &mut Out) {
         let Some(entry) = self.catalog.find(key) else { return };
         let Some(at) = entry.disk else { return };
         self.left_disk(entry.binding);
         self.catalog.drop_disk(key, why);
         self.removed_event(*key, Tier::Disk);
         *self.counters.evictions.entry(why.name()).or_default() += 1;
-        if tombstone {
-            let token = OpToken(self.number());
-            self.ops.insert(token, DiskOp::Remove);
-            self.store(StoreOp::Remove { token, at, key: *key }, out);
+        if let DiskCopy::Buried(wanted_by) = copy {
+            self.tombstone(key, at, wanted_by, out);
         }
     }
 
@@ -336,28 +334,33 @@ impl Brain {
             entry.expires_at != 0 && entry.expires_at <= now.unix && entry.state == EntryState::Present
         });
         if due {
-            self.remove_block(key, None, MissReason::Expired, false, out);
+            self.remove_block(key, None, MissReason::Expired, Removing::Now, out);
         }
         due
     }
 
     pub(crate) fn evict(
         &mut self,
-        from: Origin,
+        asked: (Origin, Micros),
         keys: &[BlockKey],
         tier: Option<Tier>,
         dry_run: bool,
         out: &mut Out,
     ) {
-        let (mut done, mut kept, mut absent) = (0, 0, 0);
+        let (mut done, mut kept, mut absent, mut left) = (0, 0, 0, 0);
+        let number = self.number();
+        let how = if dry_run { Removing::Never } else { Removing::For(number) };
         for key in keys {
-            match self.remove_block(key, tier, MissReason::EvictedRequest, dry_run, out) {
-                Removed::Gone => done += 1,
+            match self.remove_block(key, tier, MissReason::EvictedRequest, how, out) {
+                Removed::Gone { to_bury } => {
+                    done += 1;
+                    left += usize::from(to_bury);
+                }
                 Removed::InUse => kept += 1,
                 Removed::Absent => absent += 1,
             }
         }
-        self.reply(from, Reply::Counted { done, kept, absent }, out);
+        self.eviction_asked(number, asked, left, Reply::Counted { done, kept, absent }, out);
     }
 
     /// Removes a block from a tier or from all, unless it is pinned or in use.
@@ -366,7 +369,7 @@ impl Brain {
         key: &BlockKey,
         tier: Option<Tier>,
         why: MissReason,
-        dry_run: bool,
+        how: Removing,
         out: &mut Out,
     ) -> Removed {
         let Some(entry) = self.catalog.find(key) else { return Removed::Absent };
@@ -379,8 +382,8 @@ impl Brain {
         if self.pins.holds(key) || in_use || self.is_onboarding(key) {
             return Removed::InUse;
         }
-        if dry_run {
-            return Removed::Gone;
+        if how == Removing::Never {
+            return Removed::Gone { to_bury: false };
         }
         if let Some((slot, generation)) = from_host {
             self.host.forget(slot);
@@ -388,10 +391,11 @@ impl Brain {
                 return Removed::InUse;
             }
         }
+        let wanted_by = if let Removing::For(number) = how { Some(number) } else { None };
         if from_disk.is_some() {
-            self.leave_disk(key, why, true, out);
+            self.leave_disk(key, why, DiskCopy::Buried(wanted_by), out);
         }
-        Removed::Gone
+        Removed::Gone { to_bury: from_disk.is_some() }
     }
 
     /// Tries again what waited for room: of each block length in order, until one must wait on.
@@ -429,10 +433,24 @@ impl Brain {
     }
 }
 
+/// Why a block should go.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(crate) enum Removing {
+    /// It should not, somebody only asks.
+    Never,
+    /// Nobody waits for it.
+    Now,
+    /// The eviction or job of this number waits until no crash brings it back.
+    For(u64),
+}
+
 /// What became of a block that should go.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(crate) enum Removed {
-    Gone,
+    /// `to_bury`: its disk copy has yet to be.
+    Gone {
+        to_bury: bool,
+    },
     InUse,
     Absent,
 }

@@ -485,6 +485,43 @@ fn reclaim_keeps_what_is_read_and_drops_what_is_not() {
 }
 
 #[test]
+fn an_eviction_is_done_when_no_crash_brings_the_block_back() {
+    for (fault, answer) in
+        [(None, "1/0/0"), (Some(broken()), "DiskError"), (Some(StoreFault::Never), "DeadlinePassed")]
+    {
+        let well = fault.is_none();
+        let mut rig = Rig::new(Setup::default());
+        rig.send_down(1);
+        if let Some(fault) = fault {
+            rig.store().inject(1, fault);
+        }
+        let asked = rig.ask(session(1), Op::Evict { keys: vec![key(1)], tier: None, dry_run: false });
+        assert!(rig.answer(asked).is_none(), "the removal has not been written");
+        assert_eq!(rig.read(1), "evicted_request", "it is gone at once all the same");
+        assert_eq!(words(&rig.wait(asked)), answer);
+        if well {
+            rig.crash(1, |_| {});
+            assert_eq!(rig.read(1), "never_stored");
+        }
+        end(rig);
+    }
+}
+
+#[test]
+fn a_purge_is_done_when_no_crash_brings_its_blocks_back() {
+    let mut rig = Rig::new(Setup::default());
+    for n in 0..8 {
+        rig.send_down(n);
+    }
+    rig.store().inject(3, broken());
+    let purge = Op::Purge { filter: Filter::default(), tier: None, dry_run: false };
+    let asked = rig.ask(SessionId(0), purge);
+    assert_eq!(words(&rig.wait(asked)), "DiskError", "one of them may come back, and it says so");
+    assert_eq!(rig.report().blocks, 0);
+    end(rig);
+}
+
+#[test]
 fn a_segment_whose_release_fails_is_not_lost() {
     let mut rig = Rig::new(small_disk());
     // Of everything that the store is asked, one in three fails for a while: releases among it.

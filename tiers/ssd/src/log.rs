@@ -141,6 +141,8 @@ pub(crate) struct Segment {
     /// Blocks stored in this life, and those not known to be dead.
     pub(crate) blocks: u32,
     pub(crate) live: u32,
+    /// Pages of it that were written again elsewhere.
+    pages_moved: u32,
     /// The file is shorter than it should be.
     pub(crate) cut: bool,
     /// Appends placed and not settled; reads under way.
@@ -167,6 +169,7 @@ impl Segment {
             page_next: header.geometry.data_page_first(),
             blocks: 0,
             live: 0,
+            pages_moved: 0,
             cut: false,
             pending: 0,
             reads: 0,
@@ -341,6 +344,9 @@ pub(crate) struct Log {
     generation_newest: u64,
     creating: Option<Header>,
     create_again_at: Duration,
+    offer_again_at: Duration,
+    /// Releases in a row that won no room.
+    released_in_vain: usize,
     ios: Table<Io>,
     appends: Table<Append>,
     numbers: u64,
@@ -398,6 +404,8 @@ impl Log {
             segments,
             creating: None,
             create_again_at: Duration::ZERO,
+            offer_again_at: Duration::ZERO,
+            released_in_vain: 0,
             ios: Table::new(),
             appends: Table::new(),
             numbers: 0,
@@ -757,7 +765,7 @@ impl Log {
 
     pub(crate) fn usage(&self) -> StoreUsage {
         StoreUsage {
-            bytes_max: u64::from(self.config.segments_max) * self.config.geometry.segment_bytes(),
+            bytes_max: self.room_bytes(),
             bytes_used: self.census.bytes_in_use,
             bytes_written: self.bytes_written,
             bytes_read: self.bytes_read,

@@ -289,3 +289,41 @@ fn what_cannot_be_is_refused_and_the_memory_comes_back() {
     let StoreDone::Read { into, result, .. } = node.end(token) else { panic!("not a read") };
     assert!(matches!(result, Err(StoreError::Corrupt { .. })) && into.len() == 4096);
 }
+
+#[test]
+fn what_is_kept_on_a_full_file_system_is_not_written_again_without_end() {
+    let disk = SimDisk::new(1);
+    let (mut node, _, _) = Node::simulated(&small(), &disk);
+    let mut alive = Found::new();
+    let mut n = 0;
+    while disk.names().iter().filter(|name| name.starts_with("segment")).count() < 4 {
+        let (record, at) = node.write(n, 60_000).unwrap();
+        alive.insert(record.key, (record, at));
+        n += 1;
+    }
+    disk.refuse_files(Some(ENOSPC));
+    while let Ok((record, at)) = node.write(n, 60_000) {
+        alive.insert(record.key, (record, at));
+        n += 1;
+    }
+    let room = node.store.usage().bytes_max;
+    assert_eq!(room, 4 * small().segment_bytes, "it can hold what there is, whatever was configured");
+    let before = node.store.stats();
+    for _ in 0..2_000 {
+        node.poll();
+        // A node that keeps everything: pins, or a mistaken view of the room.
+        node.reclaim(&mut alive, |_| true);
+    }
+    let written = node.store.stats().device_bytes_written - before.device_bytes_written;
+    assert!(written < 3 * room, "{written} bytes written to keep {room}");
+    for (record, at) in alive.values() {
+        assert_eq!(node.read(record, *at), Ok(()));
+    }
+    // Room on the file system is found again all the same.
+    disk.refuse_files(None);
+    disk.advance(Duration::from_secs(61));
+    for n in n..n + 40 {
+        let _ = node.write(n, 60_000);
+    }
+    assert!(node.store.stats().segments > 4);
+}

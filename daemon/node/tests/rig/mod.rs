@@ -222,7 +222,6 @@ impl Rig {
             shard: ShardId(0),
             epoch: memory.epoch(),
             disk: self.setup.disk,
-            disk_bytes_max: u64::from(self.setup.store.segments * self.setup.store.segment_pages) * 4096,
             leases_per_session_max: self.setup.leases_max,
             sessions_max: 64,
             pinned_bytes_max: self.setup.pinned_bytes_max,

@@ -7,7 +7,7 @@ use super::{
     Append, AppendKind, Commit, Image, Log, Room, Segment, State, Step, SyncMode, What, header_page,
 };
 use crate::io::{IoKind, IoOp, Memory};
-use crate::segment::{ENTRIES_PER_PAGE, ENTRY_BYTES, Entry, PAGE_BYTES};
+use crate::segment::{ENTRIES_PER_PAGE, ENTRY_BYTES, Entry, PAGE_BYTES, pages_of};
 
 /// Entries taken into one commit at most.
 const COMMIT_MAX: usize = 1024;
@@ -70,6 +70,16 @@ impl Log {
             return 0;
         }
         (self.config.segments_max as usize).saturating_sub(self.segments.len())
+    }
+
+    /// Segments that there are or can be: fewer than configured while the file system refuses more.
+    pub(super) fn segments_now(&self) -> usize {
+        (self.segments.len() + self.makeable()).min(self.config.segments_max as usize)
+    }
+
+    /// The same in bytes.
+    pub(super) fn room_bytes(&self) -> u64 {
+        self.segments_now() as u64 * self.config.geometry.segment_bytes()
     }
 
     /// Segments that are free, or can be.
@@ -324,6 +334,10 @@ impl Log {
                 }
                 if stored {
                     self.died(from);
+                    let pages = one.record.map_or(0, |record| pages_of(record.bytes));
+                    if let Some(left) = self.segments.get_mut(&from.segment()).filter(|one| one.is_at(from)) {
+                        left.pages_moved += pages;
+                    }
                 }
                 if !one.answered {
                     self.done.push(StoreDone::Moved { token, result: end(result) });

@@ -14,6 +14,8 @@ const OFFERED_MAX: usize = 4;
 const OFFER_TRIES: u32 = 3;
 /// After the file system refused a segment, how long until it is asked again.
 const CREATE_RETRY: Duration = Duration::from_secs(30);
+/// After a whole round of releases that won nothing, because all of it is kept, how long until the next.
+const OFFER_RETRY: Duration = Duration::from_secs(60);
 
 impl Log {
     pub(super) fn want_segment(&mut self) {
@@ -68,12 +70,12 @@ impl Log {
     }
 
     pub(super) fn offer(&mut self) {
-        let low = (self.config.segments_max as usize / 16).clamp(1, 8);
+        let low = (self.segments_now() / 16).clamp(1, 8);
         loop {
             let offered = self.census.with_node;
             let excess = self.segments.len() > self.config.segments_max as usize;
             let wanted = self.spare() + offered <= low || (excess && offered == 0);
-            if !wanted || offered >= OFFERED_MAX.min(self.spare().max(1)) {
+            if !wanted || offered >= OFFERED_MAX.min(self.spare().max(1)) || self.now < self.offer_again_at {
                 return;
             }
             if excess && self.free.len() > 1 {
@@ -123,7 +125,8 @@ impl Log {
             }
         }
         self.set_state(number, State::Offered);
-        self.done.push(StoreDone::Reclaim { segment: number, entries });
+        let room_bytes = self.room_bytes();
+        self.done.push(StoreDone::Reclaim { segment: number, entries, room_bytes });
     }
 
     pub(super) fn release(&mut self, token: OpToken, number: u32) {
@@ -158,6 +161,16 @@ impl Log {
         }
         self.segment(number).removals = removals;
         self.try_release(number);
+    }
+
+    /// A segment was released, and what was in it was written again whole, or not. When that happened to as many
+    /// in a row as there are, going on would only wear out the device.
+    fn count_won(&mut self, nothing: bool) {
+        self.released_in_vain = if nothing { self.released_in_vain + 1 } else { 0 };
+        if self.released_in_vain > self.segments.len() {
+            self.released_in_vain = 0;
+            self.offer_again_at = self.now + OFFER_RETRY;
+        }
     }
 
     pub(super) fn carried(&mut self, number: u32, result: Result<(), StoreError>) {
@@ -205,6 +218,10 @@ impl Log {
                 let segment = self.segment(number);
                 let header = Header { generation: segment.header.generation + 1, order: 0, ..segment.header };
                 let cut = segment.cut;
+                let (moved, used) =
+                    (segment.pages_moved, segment.page_next - segment.header.geometry.data_page_first());
+                self.count_won(used > 0 && moved >= used - used / 16);
+                let segment = self.segment(number);
                 *segment = Segment { cut, ..Segment::new(header, State::Free) };
                 self.generation_newest = self.generation_newest.max(header.generation);
                 self.stats.segments_released += 1;

@@ -123,7 +123,7 @@ impl Node {
         self.store.poll(&mut done);
         for one in done {
             match one {
-                StoreDone::Reclaim { segment, entries } => self.offers.push((segment, entries)),
+                StoreDone::Reclaim { segment, entries, .. } => self.offers.push((segment, entries)),
                 one => {
                     let token = one.token().expect("only an offer has none");
                     assert!(self.done.insert(token, one).is_none(), "{token:?} ended twice");
