@@ -1,9 +1,11 @@
 //! Health and metrics over HTTP: `/livez`, `/readyz`, `/startupz` (all with `?verbose`) and `/metrics`.
 //!
 //! Liveness asks the event loops alone: a daemon whose disk is slow is not to be killed. Readiness turns false
-//! while it drains, start-up stays false until recovery is over. Connections are few and short: at most
-//! [`CONNECTIONS_MAX`] at a time, a header within [`HEADER_LIMIT`], 16 KiB of it.
+//! while it drains, start-up stays false until recovery is over. Connections are few and short: one request
+//! each, a header within [`HEADER_LIMIT`], 16 KiB of it, and at most [`CONNECTIONS_MAX`] at a time, of which the
+//! oldest goes when another comes. So a probe gets through however many callers sit there and say nothing.
 
+use std::collections::VecDeque;
 use std::fmt::Write;
 use std::future::Future;
 use std::net::SocketAddr;
@@ -19,13 +21,13 @@ use hyper_util::rt::{TokioIo, TokioTimer};
 use hyper_util::service::TowerToHyperService;
 use metrics_exporter_prometheus::PrometheusHandle;
 use tokio::net::TcpListener;
-use tokio::sync::Semaphore;
+use tokio::task::AbortHandle;
 
 /// Connections at one moment.
 pub const CONNECTIONS_MAX: usize = 64;
 /// Time within which a caller must have sent its header.
 pub const HEADER_LIMIT: Duration = Duration::from_secs(5);
-const CONNECTION_LIMIT: Duration = Duration::from_secs(60);
+const CONNECTION_LIMIT: Duration = Duration::from_secs(10);
 
 /// One thing that must be well.
 #[derive(Clone, PartialEq, Eq, Debug)]
@@ -97,10 +99,9 @@ pub async fn listen(address: SocketAddr) -> std::io::Result<TcpListener> {
 
 /// Answers until `end` is done. Safe to drop at any point.
 pub async fn serve(listener: TcpListener, router: Router, end: impl Future<Output = ()>) {
-    let slots = Arc::new(Semaphore::new(CONNECTIONS_MAX));
+    let mut open: VecDeque<AbortHandle> = VecDeque::new();
     tokio::pin!(end);
     loop {
-        let slot = Arc::clone(&slots).acquire_owned().await.expect("the semaphore is never closed");
         let accepted = tokio::select! {
             accepted = listener.accept() => accepted,
             () = &mut end => return,
@@ -110,14 +111,21 @@ pub async fn serve(listener: TcpListener, router: Router, end: impl Future<Outpu
             tokio::time::sleep(Duration::from_millis(20)).await;
             continue;
         };
+        open.retain(|one| !one.is_finished());
+        if open.len() == CONNECTIONS_MAX
+            && let Some(oldest) = open.pop_front()
+        {
+            oldest.abort();
+        }
         let service = TowerToHyperService::new(router.clone());
-        tokio::spawn(async move {
-            let _slot = slot;
+        let answering = tokio::spawn(async move {
             let mut http = hyper::server::conn::http1::Builder::new();
             http.timer(TokioTimer::new()).header_read_timeout(HEADER_LIMIT).max_buf_size(16 << 10);
+            http.keep_alive(false);
             let connection = http.serve_connection(TokioIo::new(stream), service);
             let _ = tokio::time::timeout(CONNECTION_LIMIT, connection).await;
         });
+        open.push_back(answering.abort_handle());
     }
 }
 
@@ -173,9 +181,19 @@ mod tests {
         let (status, text) = ask(address, "/metrics").await;
         assert!(status == 200 && text.contains("kvd_ready 0\n"), "{text}");
 
-        // More connections than there are slots, all silent, do not stop those that speak: they are dropped.
-        let quiet = TcpStream::connect(address).await.unwrap();
+        // More connections than there are slots, all silent, do not stop those that speak: the oldest go.
+        let mut quiet = Vec::new();
+        for _ in 0..3 * CONNECTIONS_MAX {
+            quiet.push(TcpStream::connect(address).await.unwrap());
+        }
         assert_eq!(ask(address, "/livez").await.0, 200);
+        assert_eq!(quiet[0].read(&mut [0; 8]).await.unwrap_or(0), 0, "dropped");
+        // Nor do those that ask again and again: each connection is for one answer.
+        let mut again = TcpStream::connect(address).await.unwrap();
+        again.write_all(b"GET /livez HTTP/1.1\r\nhost: k\r\n\r\n").await.unwrap();
+        let mut text = String::new();
+        again.read_to_string(&mut text).await.unwrap();
+        assert!(text.starts_with("HTTP/1.1 200"), "{text}");
         drop(quiet);
         stop.send(()).unwrap();
         server.await.unwrap();

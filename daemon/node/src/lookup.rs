@@ -102,9 +102,8 @@ impl Brain {
         let Some(session) = self.sessions.get_mut(&from.session) else {
             return self.no_session(from, out);
         };
-        if session.leases.len() >= leases_max {
-            let text = format!("the session holds {leases_max} leases, as many as it may");
-            return self.fault(from, Fault::new(Code::TooManyLeases, text), out);
+        if let Err(fault) = session.may_hold_more(leases_max) {
+            return self.fault(from, fault, out);
         }
         let grant = Grant {
             lease,

@@ -324,6 +324,11 @@ impl Brain {
             self.renew(now, &key, keep, out);
             return self.reply(from, Reply::AlreadyThere, out);
         }
+        let holds = self.sessions.get(&from.session);
+        let more = holds.map_or(Ok(()), |session| session.may_hold_more(self.config.leases_per_session_max));
+        if let Err(fault) = more {
+            return self.fault(from, fault, out);
+        }
         let mut slot = None;
         if in_place {
             let tenant = self.tenant_of(binding);

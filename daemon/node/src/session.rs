@@ -3,7 +3,8 @@
 use std::collections::{HashMap, HashSet};
 
 use kv_arena::Held;
-use kv_block::{BlockKey, LeaseId};
+use kv_block::code::Code;
+use kv_block::{BlockKey, Fault, LeaseId};
 
 use crate::io::Micros;
 
@@ -25,6 +26,19 @@ pub(crate) struct Lease {
 }
 
 impl Session {
+    /// Refuses a lease or an announcement when it has as many of both together as it may.
+    pub(crate) fn may_hold_more(&self, max: usize) -> Result<(), Fault> {
+        if self.leases.len() + self.announced.len() < max {
+            return Ok(());
+        }
+        let text = format!(
+            "the session holds {} leases and {} announcements, as many as it may",
+            self.leases.len(),
+            self.announced.len()
+        );
+        Err(Fault::new(Code::TooManyLeases, text))
+    }
+
     pub(crate) fn grant(&mut self, lease: LeaseId, held: Held, now: Micros) {
         self.leased_bytes += held.len() as u64;
         self.gets += 1;

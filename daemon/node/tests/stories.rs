@@ -764,6 +764,26 @@ fn nonsense_is_refused_and_changes_nothing() {
 }
 
 #[test]
+fn announcements_count_among_what_a_session_may_hold() {
+    let mut rig = Rig::new(Setup { leases_max: 3, ..Setup::default() });
+    rig.put_all(0..1);
+    assert_eq!(words(&rig.get(session(1), Rig::acquire_op(0))), "leased");
+    for n in 1..3 {
+        assert_eq!(words(&rig.get(session(1), Rig::reserve_op(n, false))), "reserved");
+    }
+    assert_eq!(words(&rig.get(session(1), Rig::reserve_op(3, false))), "TooManyLeases");
+    assert_eq!(words(&rig.get(session(1), Rig::acquire_op(0))), "TooManyLeases");
+    assert_eq!(
+        words(&rig.get(session(2), Rig::reserve_op(3, false))),
+        "reserved",
+        "that is another session's"
+    );
+    assert_eq!(words(&rig.get(session(1), Op::Abort { key: key(1) })), "1/0/0");
+    assert_eq!(words(&rig.get(session(1), Rig::reserve_op(4, false))), "reserved");
+    end(rig);
+}
+
+#[test]
 fn a_session_holds_as_many_leases_as_it_may() {
     let mut rig = Rig::new(Setup { leases_max: 2, ..Setup::default() });
     rig.put_all(0..3);
