@@ -10,6 +10,7 @@
 pub mod check;
 pub mod compose;
 pub mod config;
+pub mod connections;
 pub mod disk;
 pub mod gauges;
 pub mod growth;

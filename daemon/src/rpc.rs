@@ -5,6 +5,7 @@ mod admin;
 mod blocks;
 mod events;
 mod guard;
+mod intake;
 mod worker;
 
 use std::sync::Arc;
@@ -20,6 +21,7 @@ pub use admin::AdminService;
 pub use blocks::BlocksService;
 pub use events::EventsService;
 pub use guard::{Guard, METHODS, Needs};
+pub use intake::Intake;
 pub use worker::WorkerService;
 
 use crate::config::Config;
@@ -106,9 +108,12 @@ fn deadline<T>(request: &Request<T>) -> Instant {
 
 /// The same for a call that may go on for ever when the caller sets no deadline.
 fn deadline_asked<T>(request: &Request<T>) -> Option<Instant> {
-    let header = request.metadata().get("grpc-timeout").and_then(|value| value.to_str().ok());
-    let timeout = header.and_then(parse_timeout)?;
-    Some(Instant::now() + own_part(timeout).min(DEADLINE_MAX))
+    until(request.metadata().get("grpc-timeout")?.to_str().ok()?)
+}
+
+/// By when a call with this `grpc-timeout` must end.
+fn until(timeout: &str) -> Option<Instant> {
+    Some(Instant::now() + own_part(parse_timeout(timeout)?).min(DEADLINE_MAX))
 }
 
 /// What we take of the caller's time. At the end of it the server drops the call whole, and our own word, a

@@ -15,12 +15,13 @@ use tower::layer::util::{Identity, Stack};
 
 use crate::compose::{self, DRAIN_LIMIT};
 use crate::config::Loaded;
+use crate::connections::{Connections, raise_descriptor_limit};
 use crate::http::{Check, HealthSource};
 use crate::node::Node;
 use crate::plan::Plan;
 use crate::requests::Timed;
 use crate::rpc::{
-    AdminService, BlocksService, CONNECTION_WINDOW_BYTES, EventsService, FRAME_BYTES, Guard,
+    AdminService, BlocksService, CONNECTION_WINDOW_BYTES, EventsService, FRAME_BYTES, Guard, Intake,
     STREAM_WINDOW_BYTES, Shared, WorkerService,
 };
 use crate::{gauges, http, metrics, systemd, tls};
@@ -118,9 +119,15 @@ async fn serve(
     let mut servers = tokio::task::JoinSet::new();
     listener.set_nonblocking(true)?;
     let unix = UnixListenerStream::new(tokio::net::UnixListener::from_std(listener)?);
-    let guard = Guard { config: Arc::clone(&config), own_uid: rustix::process::geteuid().as_raw() };
+    let limits = &config.limits;
+    let guard = Guard {
+        config: Arc::clone(&config),
+        own_uid: rustix::process::geteuid().as_raw(),
+        intake: Intake::new(u64::from(limits.sessions_max).saturating_mul(limits.message_bytes_max.0)),
+    };
+    let connections = Connections::new(raise_descriptor_limit());
     let router = server(Server::builder(), guard.clone(), routes()?);
-    servers.spawn(router.serve_with_incoming_shutdown(unix, end(stopped.clone())));
+    servers.spawn(router.serve_with_incoming_shutdown(connections.admit(unix), end(stopped.clone())));
     if let Some(address) = config.listen.tcp.get() {
         let tcp = tokio::net::TcpListener::bind(address.0)
             .await
@@ -133,7 +140,8 @@ async fn serve(
         }
         tracing::info!(address = %tcp.local_addr()?, "gRPC over TCP");
         let router = server(builder, guard, routes()?);
-        servers.spawn(router.serve_with_incoming_shutdown(TcpListenerStream::new(tcp), end(stopped.clone())));
+        let tcp = connections.admit(TcpListenerStream::new(tcp));
+        servers.spawn(router.serve_with_incoming_shutdown(tcp, end(stopped.clone())));
     }
     let source = Arc::new(Health { node: Arc::clone(&node), beats: std::sync::Mutex::new(Vec::new()) });
     if let Some(address) = config.listen.http.get() {

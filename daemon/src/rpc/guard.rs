@@ -6,6 +6,7 @@
 use std::pin::Pin;
 use std::sync::Arc;
 use std::task::{Context, Poll};
+use std::time::Instant;
 
 use axum::http::{Request, Response};
 use kv_api::fault::to_status;
@@ -15,6 +16,7 @@ use tonic::Status;
 use tonic::body::Body;
 use tower::{Layer, Service};
 
+use super::{DEADLINE_DEFAULT, Intake, until};
 use crate::config::Config;
 use crate::peercred::{Caller, Rights, Who};
 
@@ -95,6 +97,8 @@ pub struct Guard {
     pub config: Arc<Config>,
     /// User of this process.
     pub own_uid: u32,
+    /// What requests may hold before they are whole.
+    pub intake: Arc<Intake>,
 }
 
 /// A service whose callers are looked at first.
@@ -111,9 +115,9 @@ impl<S> Layer<S> for Guard {
     }
 }
 
-impl<S, A> Service<Request<A>> for Guarded<S>
+impl<S> Service<Request<Body>> for Guarded<S>
 where
-    S: Service<Request<A>, Response = Response<Body>>,
+    S: Service<Request<Body>, Response = Response<Body>>,
     S::Future: Send + 'static,
     S::Error: Send + 'static,
 {
@@ -125,11 +129,14 @@ where
         self.inner.poll_ready(context)
     }
 
-    fn call(&mut self, mut request: Request<A>) -> Self::Future {
+    fn call(&mut self, request: Request<Body>) -> Self::Future {
         let caller = Caller::of(request.extensions());
         let who = Who::new(caller, &self.guard.config, self.guard.own_uid);
         match allow(request.uri().path(), who.rights) {
             Ok(()) => {
+                let asked = request.headers().get("grpc-timeout").and_then(|value| value.to_str().ok());
+                let until = asked.and_then(until).unwrap_or_else(|| Instant::now() + DEADLINE_DEFAULT);
+                let mut request = request.map(|body| self.guard.intake.watch(body, until));
                 request.extensions_mut().insert(who);
                 Box::pin(self.inner.call(request))
             }
