@@ -2,6 +2,7 @@
 
 use kv_arena::Slab;
 use kv_ssd::{Engine, HealthState, Recovered, SsdConfig, SsdStore, SyncMode};
+use kv_tiers::store::BlockStore as _;
 
 use crate::config::Config;
 use crate::config::units;
@@ -55,6 +56,10 @@ impl DiskTier for SsdStore {
             HealthState::Healthy => None,
             HealthState::Degraded { reason, .. } => Some(reason.to_string()),
         }
+    }
+
+    fn room_bytes(&self) -> u64 {
+        self.usage().bytes_max
     }
 
     fn host_grew(&self) {

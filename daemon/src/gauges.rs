@@ -43,7 +43,7 @@ fn publish(node: &Node, reports: &[ShardReport]) {
         set(&m::PINNED_BYTES, &[shard, "host"], report.pinned_bytes);
         set(&m::LEASED_BYTES, &[shard, "host"], report.leased_bytes);
         if let Some(serving) = report.disk_serving {
-            set(&m::TIER_CAPACITY, &[shard, "disk"], node.tier_notes[index].disk_bytes_max);
+            set(&m::TIER_CAPACITY, &[shard, "disk"], node.shards[index].disk_room());
             set(&m::TIER_CONFIGURED, &[shard, "disk"], node.tier_notes[index].disk_bytes_max);
             set(&m::TIER_USED, &[shard, "disk"], report.disk_bytes);
             set(&m::TIER_BLOCKS, &[shard, "disk"], report.disk_blocks);

@@ -139,6 +139,7 @@ pub struct ShardHandle {
     table: TableReader,
     seen: Arc<ArrayQueue<Seen>>,
     disk_trouble: Arc<Mutex<Option<String>>>,
+    disk_room: Arc<AtomicU64>,
     host_trouble: Arc<Mutex<Option<String>>>,
 }
 
@@ -153,6 +154,7 @@ impl ShardHandle {
             table: memory.table_reader(),
             seen: Arc::new(ArrayQueue::new(UNHEARD_MAX)),
             disk_trouble: Arc::default(),
+            disk_room: Arc::default(),
             host_trouble: Arc::default(),
         })
     }
@@ -206,6 +208,11 @@ impl ShardHandle {
     /// Why the disk tier is out of service; `None` while it serves or there is none.
     pub fn disk_trouble(&self) -> Option<String> {
         self.disk_trouble.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// How much the disk tier can hold, in bytes; 0 without one.
+    pub fn disk_room(&self) -> u64 {
+        self.disk_room.load(Ordering::Relaxed)
     }
 
     /// Why host memory is smaller than configured; `None` while it is not, or still grows.
@@ -277,6 +284,7 @@ pub struct Shard {
     hazards: HazardSet,
     store: Option<Box<dyn DiskTier>>,
     disk_trouble: Arc<Mutex<Option<String>>>,
+    disk_room: Arc<AtomicU64>,
     serving: bool,
     mailbox: Arc<ArrayQueue<Letter>>,
     seen: Arc<ArrayQueue<Seen>>,
@@ -303,6 +311,8 @@ pub struct Shard {
 pub trait DiskTier: BlockStore {
     /// Why it is out of service; `None` while it serves.
     fn trouble(&self) -> Option<String>;
+    /// How much it can hold, in bytes: what it may, or less where the file system has no room for more.
+    fn room_bytes(&self) -> u64;
     /// Host memory has more regions than before: they may be made known to the device.
     fn host_grew(&self);
 }
@@ -352,6 +362,7 @@ impl Shard {
             hazards,
             store: None,
             disk_trouble: Arc::clone(&handle.disk_trouble),
+            disk_room: Arc::clone(&handle.disk_room),
             serving: true,
             mailbox: Arc::clone(&handle.mailbox),
             seen: Arc::clone(&handle.seen),
@@ -377,6 +388,7 @@ impl Shard {
 
     /// Joins the disk tier.
     pub fn set_store(&mut self, store: Box<dyn DiskTier>) {
+        self.disk_room.store(store.room_bytes(), Ordering::Relaxed);
         self.store = Some(store);
     }
 
@@ -610,6 +622,14 @@ impl Shard {
             }
             *self.disk_trouble.lock().unwrap_or_else(PoisonError::into_inner) = trouble;
             self.brain.handle(now, Event::StoreHealth { serving }, &mut self.commands);
+        }
+        let (room, before) = (store.room_bytes(), self.disk_room.load(Ordering::Relaxed));
+        if room != before {
+            self.disk_room.store(room, Ordering::Relaxed);
+            if room < before {
+                let (room, wanted) = (room >> 20, before >> 20);
+                tracing::warn!(code = %Code::DiskFull, "the file system has no room for more of the disk tier: it goes on with {room} of {wanted} MiB");
+            }
         }
         let busy = !self.completions.is_empty();
         let mut completions = std::mem::take(&mut self.completions);

@@ -230,7 +230,7 @@ impl StoreDone {
 /// How full a store is.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
 pub struct StoreUsage {
-    /// Bytes it may use in all.
+    /// Bytes it can hold in all: what it may, or less where the file system has no room for more.
     pub bytes_max: u64,
     /// Bytes of segments in use, dead blocks included.
     pub bytes_used: u64,

@@ -71,15 +71,22 @@ impl AdminService {
                 ..common.clone()
             });
             let serving = report.disk_serving;
+            let room = self.shared.node.shards[index].disk_room();
             tiers.push(v1::TierInfo {
                 tier: v1::Tier::Disk.into(),
-                bytes_max: notes.disk_bytes_max,
+                bytes_max: room,
                 bytes_wanted: notes.disk_bytes_max,
                 bytes_used: report.disk_bytes,
                 blocks: report.disk_blocks,
-                state: serving.map_or("off", |serving| if serving { "ok" } else { "degraded" }).into(),
+                state: match serving {
+                    None => "off",
+                    Some(true) if room >= notes.disk_bytes_max => "ok",
+                    Some(_) => "degraded",
+                }
+                .into(),
                 reason: match serving {
                     None => "disk.dir is not set".into(),
+                    Some(true) if room < notes.disk_bytes_max => NO_ROOM.into(),
                     Some(_) => self.shared.node.shards[index].disk_trouble().unwrap_or_default(),
                 },
                 notes: notes.disk.clone(),
@@ -185,6 +192,9 @@ fn rss_bytes() -> u64 {
     pages * rustix::param::page_size() as u64
 }
 
+/// Why a disk tier is smaller than configured.
+const NO_ROOM: &str = "the file system has no room for more";
+
 fn warnings(node: &Node, reports: &[ShardReport]) -> Vec<v1::Warning> {
     let mut warnings = Vec::new();
     let mut warn = |code: Code, text: String| warnings.push(v1::Warning { code: code.to_string(), text });
@@ -195,6 +205,11 @@ fn warnings(node: &Node, reports: &[ShardReport]) -> Vec<v1::Warning> {
                 Code::TierDegraded,
                 format!("shard {shard}: the disk tier is out of service, its blocks miss: {why}"),
             );
+        }
+        let (room, wanted) = (node.shards[shard].disk_room(), node.tier_notes[shard].disk_bytes_max);
+        if report.disk_serving == Some(true) && room < wanted {
+            let (room, wanted) = (Size(room).about(), Size(wanted).about());
+            warn(Code::DiskFull, format!("shard {shard}: the disk tier has {room} of {wanted}: {NO_ROOM}"));
         }
         if host_state(report) == "degraded" {
             let why = node.shards[shard].host_trouble().unwrap_or_default();

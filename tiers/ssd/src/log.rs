@@ -344,6 +344,8 @@ pub(crate) struct Log {
     generation_newest: u64,
     creating: Option<Header>,
     create_again_at: Duration,
+    /// The file system had no room for the last segment that was wanted.
+    refused: bool,
     offer_again_at: Duration,
     /// Releases in a row that won no room.
     released_in_vain: usize,
@@ -404,6 +406,7 @@ impl Log {
             segments,
             creating: None,
             create_again_at: Duration::ZERO,
+            refused: false,
             offer_again_at: Duration::ZERO,
             released_in_vain: 0,
             ios: Table::new(),

@@ -74,7 +74,8 @@ impl Log {
 
     /// Segments that there are or can be: fewer than configured while the file system refuses more.
     pub(super) fn segments_now(&self) -> usize {
-        (self.segments.len() + self.makeable()).min(self.config.segments_max as usize)
+        let more = if self.refused { 0 } else { self.makeable() };
+        (self.segments.len() + more).min(self.config.segments_max as usize)
     }
 
     /// The same in bytes.

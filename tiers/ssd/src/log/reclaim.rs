@@ -41,6 +41,7 @@ impl Log {
         self.creating = None;
         match result {
             Ok(()) => {
+                self.refused = false;
                 self.segments.insert(header.segment, Segment::new(*header, State::Free));
                 self.free.push_back(header.segment);
             }
@@ -48,7 +49,8 @@ impl Log {
                 self.stats.segments_refused += 1;
                 self.create_again_at = now + CREATE_RETRY;
                 let error = StoreError::Io { operation: "allocate", segment: header.segment, errno };
-                if errno == libc::ENOSPC || errno == libc::EDQUOT {
+                self.refused = errno == libc::ENOSPC || errno == libc::EDQUOT;
+                if self.refused {
                     // Not the device's fault: go on with what there is.
                     self.circuit.health.last_error = Some(error);
                 } else {
