@@ -175,11 +175,20 @@ impl ShardHandle {
         }
     }
 
-    /// Gives back a lease that its session does not hear of. It must arrive, and waits for room behind the
-    /// caller's back; nobody waits for the answer. To be called where a runtime runs.
+    /// Gives back a lease that its session does not hear of.
     pub fn give_back(&self, session: SessionId, lease: LeaseId) {
+        self.undo(session, Op::Release { leases: vec![lease] });
+    }
+
+    /// Takes back an announcement that its session does not hear of.
+    pub fn withdraw(&self, session: SessionId, key: BlockKey) {
+        self.undo(session, Op::Abort { key });
+    }
+
+    /// It must arrive, and waits for room behind the caller's back; nobody waits for the answer. To be called
+    /// where a runtime runs.
+    fn undo(&self, session: SessionId, op: Op) {
         let from = Origin { session, request: RequestId(0) };
-        let op = Op::Release { leases: vec![lease] };
         let letter = Letter::Tell(Event::Request { from, deadline: Micros::NEVER, op });
         let (Err(mut letter), Ok(runtime)) = (self.post(letter), tokio::runtime::Handle::try_current())
         else {

@@ -239,3 +239,26 @@ fn streams_end_at_their_deadline_and_a_session_with_its_stream() {
     });
     eventually("the session outlives its stream", || door.status().clients == 0);
 }
+
+#[test]
+fn announcements_of_one_request_are_all_made_or_none() {
+    let home = Home::new("reserve").set("limits.leases_per_session_max=10");
+    let _daemon = home.start();
+    let door = Door::of(&home);
+    let binding = door.register(&scope("a"), BYTES);
+    let (mine, _one) = door.runtime.block_on(open(&door));
+    let (other, _two) = door.runtime.block_on(open(&door));
+    let reserve = |session, numbers: std::ops::Range<u64>| {
+        let sequence_hashes = numbers.flat_map(|number| named(binding, number).sequence_hashes).collect();
+        let names = Some(v1::Names { binding, sequence_hashes, keys: Vec::new() });
+        let request = within(LONG, v1::ReserveRequest { session, names, ..Default::default() });
+        door.runtime.block_on(door.blocks().reserve(request)).map(|answer| answer.into_inner().reserved)
+    };
+    let refused = reserve(mine, 0..11).unwrap_err();
+    assert_eq!(code(&refused), Code::TooManyLeases);
+    assert_eq!(
+        reserve(other, 0..10).unwrap(),
+        [true; 10],
+        "those that were made are taken back before the answer"
+    );
+}

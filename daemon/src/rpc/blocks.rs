@@ -332,14 +332,29 @@ impl v1::blocks_server::Blocks for BlocksService {
         };
         let binding = self.node().binding(*binding).map_err(status)?.id;
         let keep = keep(request.priority, request.ttl_s).map_err(status)?;
-        let mut reserved = Vec::new();
+        let (mut reserved, mut announced) = (Vec::new(), Vec::new());
         for key in self.node().keys(&names).map_err(status)? {
-            let op = Op::Reserve { key, binding, keep, in_place: false };
-            let shard = view.owner(&key, until).await.map_err(status)?;
-            match self.node().ask(shard, session, until, op, Bytes::new()).await.map_err(status)? {
-                Reply::Reserved { .. } => reserved.push(true),
-                Reply::AlreadyThere => reserved.push(false),
-                other => return Err(status(unexpected(&other))),
+            let asked = async {
+                let op = Op::Reserve { key, binding, keep, in_place: false };
+                let shard = view.owner(&key, until).await?;
+                match self.node().ask(shard, session, until, op, Bytes::new()).await? {
+                    Reply::Reserved { .. } => Ok(Some(shard)),
+                    Reply::AlreadyThere => Ok(None),
+                    other => Err(unexpected(&other)),
+                }
+            };
+            match asked.await {
+                Ok(shard) => {
+                    reserved.push(shard.is_some());
+                    announced.extend(shard.map(|shard| (shard, key)));
+                }
+                Err(fault) => {
+                    // The caller hears of no announcement, so none may stay.
+                    for (shard, key) in announced {
+                        shard.withdraw(session, key);
+                    }
+                    return Err(status(fault));
+                }
             }
         }
         Ok(Response::new(v1::ReserveResponse { reserved }))
