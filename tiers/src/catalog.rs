@@ -195,11 +195,31 @@ impl Catalog {
     }
 
     /// The entries of `buckets` buckets from bucket `from` on, and where to go on; `None` at the end. For work
-    /// in parts: expiry, listings, purges.
+    /// in parts: expiry, purges.
     pub fn scan(&self, from: u64, buckets: u64) -> (Vec<Entry>, Option<u64>) {
         let mut entries = Vec::new();
         let next = self.table.scan(from, buckets, |entry| entries.push(entry));
         (entries, next)
+    }
+
+    /// The first `count` entries that `wanted` takes, of those at `places` places from place `from` on, and
+    /// where to go on; `None` at the end. For listings: no page is longer than asked for.
+    pub fn page(
+        &self,
+        from: u64,
+        places: u64,
+        count: usize,
+        mut wanted: impl FnMut(&Entry) -> bool,
+    ) -> (Vec<Entry>, Option<u64>) {
+        let end = from.saturating_add(places).min(self.table.places());
+        let mut entries = Vec::new();
+        for at in from..end {
+            if entries.len() >= count {
+                return (entries, Some(at));
+            }
+            entries.extend(self.table.at_place(at).filter(&mut wanted));
+        }
+        (entries, (end < self.table.places()).then_some(end))
     }
 
     /// Says that a block will be stored.
@@ -751,6 +771,27 @@ mod tests {
         let mut wanted: Vec<_> = (0..800).map(key).collect();
         wanted.sort_unstable();
         assert_eq!(seen, wanted);
+    }
+
+    #[test]
+    fn pages_are_never_longer_than_asked_for_and_show_everything_once() {
+        let (_memory, mut catalog) = catalog(1000, 10);
+        for n in 0..800 {
+            catalog.recover_disk(&record(n, 0), A, at(n as u32)).unwrap();
+        }
+        for count in [1, 2, 7, 1000] {
+            let (mut seen, mut from) = (Vec::new(), Some(0));
+            while let Some(place) = from {
+                let (entries, next) = catalog.page(place, 100, count, |entry| entry.key != key(3));
+                assert!(entries.len() <= count);
+                seen.extend(entries.iter().map(|entry| entry.key));
+                from = next;
+            }
+            seen.sort_unstable();
+            let mut wanted: Vec<_> = (0..800).filter(|n| *n != 3).map(key).collect();
+            wanted.sort_unstable();
+            assert_eq!(seen, wanted);
+        }
     }
 
     /// What the model knows of a key.

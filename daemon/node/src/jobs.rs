@@ -15,10 +15,8 @@ use crate::room::{NoRoom, Removed, Removing};
 const BUCKETS_PER_STEP: u64 = 1024;
 /// Bytes of host memory that one part sums.
 const VERIFY_BYTES_PER_STEP: u64 = 16 << 20;
-/// Catalog buckets that one page of a listing looks at.
-const LIST_BUCKETS_MAX: u64 = 1 << 16;
-/// Entries that a catalog bucket may have.
-const BUCKET_ENTRIES: u64 = 5;
+/// Places of the catalog that one page of a listing looks at.
+const LIST_PLACES_MAX: u64 = 5 << 16;
 /// Purges and verifications under way.
 const JOBS_MAX: usize = 16;
 /// Disk blocks that a verification has under way at once.
@@ -262,18 +260,11 @@ impl Brain {
         filter: &Filter,
         out: &mut Out,
     ) {
-        let (mut blocks, mut cursor): (Vec<BlockReport>, _) = (Vec::new(), Some(cursor));
-        let (count, mut buckets_left) = (count.max(1), LIST_BUCKETS_MAX);
-        // Small steps: a page is hardly longer than asked for.
-        while let Some(at) = cursor.filter(|_| blocks.len() < count && buckets_left > 0) {
-            let step = ((count - blocks.len()) as u64 / BUCKET_ENTRIES).clamp(1, buckets_left);
-            buckets_left -= step;
-            let (entries, next) = self.catalog.scan(at, step);
-            cursor = next;
-            let shown = entries.iter().filter(|entry| !matches!(entry.state, EntryState::Ghost(_)));
-            blocks.extend(shown.filter(|entry| self.passes(entry, filter)).map(|entry| self.describe(entry)));
-        }
-        self.reply(from, Reply::Listed { blocks, next: cursor }, out);
+        let shown =
+            |entry: &Entry| !matches!(entry.state, EntryState::Ghost(_)) && self.passes(entry, filter);
+        let (entries, next) = self.catalog.page(cursor, LIST_PLACES_MAX, count.max(1), shown);
+        let blocks: Vec<BlockReport> = entries.iter().map(|entry| self.describe(entry)).collect();
+        self.reply(from, Reply::Listed { blocks, next }, out);
     }
 
     /// Looks for blocks whose time is over, a part of the catalog at a tick.

@@ -635,7 +635,7 @@ fn pages_of_a_listing_show_every_block_once_and_are_as_long_as_asked_for() {
     }
     let op = Op::List { cursor: 0, count: 5, filter: Filter::default() };
     let Reply::Listed { blocks, next } = rig.get(SessionId(0), op) else { panic!("no page") };
-    assert!((5..10).contains(&blocks.len()) && next.is_some(), "{}", blocks.len());
+    assert!(blocks.len() == 5 && next.is_some(), "{}", blocks.len());
     let filter = Filter { key_prefix: key(3).to_string()[..8].to_owned(), ..Filter::default() };
     let op = Op::List { cursor: 0, count: 5, filter };
     let Reply::Listed { blocks, .. } = rig.get(SessionId(0), op) else { panic!("no page") };

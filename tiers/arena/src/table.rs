@@ -548,6 +548,25 @@ impl Table {
         (end < self.buckets.count).then_some(end)
     }
 
+    /// Number of places, the bound of [`Self::at_place`].
+    pub fn places(&self) -> u64 {
+        self.buckets.count * BUCKET_ENTRIES
+    }
+
+    /// The entry at a place, if one is there. An entry keeps its place for as long as it is in the table, so
+    /// whoever goes through them in order can stop behind any.
+    pub fn at_place(&self, at: u64) -> Option<Entry> {
+        let (bucket, place) = (at / BUCKET_ENTRIES, (at % BUCKET_ENTRIES) as usize);
+        if bucket >= self.buckets.count {
+            return None;
+        }
+        let bucket = self.buckets.bucket(bucket);
+        if bucket[1].load(Ordering::Relaxed) >> (place * 8) & 0xff == 0 {
+            return None;
+        }
+        Entry::decode(entry_words(bucket, place))
+    }
+
     fn locate(&self, wanted: &Wanted) -> Option<(u64, usize)> {
         let mut at = wanted.home;
         for _ in 0..self.buckets.probes() {

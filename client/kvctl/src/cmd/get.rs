@@ -187,15 +187,18 @@ async fn blocks(daemon: &Daemon, arguments: &Blocks) -> Result<Exit, Failure> {
     }
     let mut look = look(listing, out::now(), Paint::stdout());
     let mut widths = Vec::new();
+    let mut listed = 0;
     let rest = pages(daemon, arguments, |page| {
+        listed += page.len();
         let name = listing.show.output == Format::Name;
         let text = if name { BLOCKS.names(&page) } else { BLOCKS.table(&page, &look, &mut widths) };
         look.headers = false;
         out::print(&text)
     })
     .await?;
-    if !rest.is_empty() {
-        out::note(&format!("the first {} are listed; --limit 0 lists all", arguments.limit));
+    // For the person who looks at the list, not for the log of a script.
+    if !rest.is_empty() && std::io::IsTerminal::is_terminal(&std::io::stdout()) {
+        out::note(&format!("the first {listed} are listed; --limit 0 lists all"));
     }
     Ok(Exit::Ok)
 }
@@ -216,9 +219,9 @@ async fn pages(
     };
     loop {
         request.page_size = left.min(PAGE.into()) as u32;
-        let mut page = daemon.within(daemon.admin().list_blocks(daemon.request(request.clone()))).await?;
-        page.blocks.truncate(request.page_size as usize);
-        left -= page.blocks.len() as u64;
+        let page = daemon.within(daemon.admin().list_blocks(daemon.request(request.clone()))).await?;
+        // The next page begins behind all of these, so none is left out, were it one more than asked for.
+        left = left.saturating_sub(page.blocks.len() as u64);
         take(page.blocks)?;
         if page.next_page_token.is_empty() || left == 0 {
             return Ok(page.next_page_token);

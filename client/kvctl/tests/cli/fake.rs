@@ -24,6 +24,8 @@ pub(crate) enum Mood {
     Denies,
     /// Long work ends before it is finished, checks find damage, reads give wrong bytes.
     Broken,
+    /// Its pages have more blocks than were asked for.
+    LongPages,
 }
 
 /// A fake daemon; ends when dropped.
@@ -200,6 +202,7 @@ impl admin_server::Admin for Service {
     async fn list_blocks(&self, request: Request<v1::ListBlocksRequest>) -> Answer<v1::ListBlocksResponse> {
         let request = request.into_inner();
         let (blocks, next) = match request.page_token.as_str() {
+            "" if self.0.mood == Mood::LongPages => (vec![block(1), block(2)], ""),
             "" => (vec![block(1)], "empty"),
             "empty" => (vec![], "last"),
             _ => (vec![block(2)], ""),
