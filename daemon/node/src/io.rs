@@ -434,7 +434,7 @@ pub struct Progress {
     pub done: u64,
     /// Blocks in all, as far as known.
     pub total: u64,
-    /// Purge: left alone because in use. Verify: failed and quarantined.
+    /// Purge: left alone because pinned or in use. Verify: failed and quarantined.
     pub failed: u64,
     /// Bytes done.
     pub bytes: u64,

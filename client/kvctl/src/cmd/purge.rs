@@ -50,11 +50,19 @@ pub(crate) async fn run(global: &Global, arguments: Arguments) -> Result<Exit, F
     let stream = daemon.within(daemon.admin().purge(request)).await?;
     let last = progress::follow("purging", stream, global.timeout).await?;
     out::answer(arguments.show.output, &last, || text(&last, arguments.dry_run))?;
-    if last.failed > 0 {
-        return Err(Failure::new(Exit::Failure, format!("{} stay: in use", counted(last.failed, "block")))
-            .help("`kvctl get leases` shows by whom; purge again when they are released"));
+    stayed(&last, arguments.dry_run)
+}
+
+/// What was to go and did not is a failure; what would not go is an answer.
+fn stayed(last: &v1::Progress, dry_run: bool) -> Result<Exit, Failure> {
+    if last.failed == 0 || dry_run {
+        return Ok(Exit::Ok);
     }
-    Ok(Exit::Ok)
+    let message = format!("{} stayed: pinned or in use", counted(last.failed, "block"));
+    Err(Failure::new(Exit::Failure, message).help(
+        "`kvctl get blocks -o wide` shows pins and their end, `kvctl get leases` who reads; purge again when they are \
+         over",
+    ))
 }
 
 fn what(tenant: Option<&str>, tier: Option<Tier>) -> String {
@@ -68,8 +76,11 @@ fn what(tenant: Option<&str>, tier: Option<Tier>) -> String {
 
 fn text(last: &v1::Progress, dry_run: bool) -> String {
     let verb = if dry_run { "would be purged" } else { "purged" };
-    let gone = last.done.saturating_sub(last.failed);
-    format!("{} blocks {verb}, {}\n", count(gone), bytes(last.bytes))
+    let mut text = format!("{} {verb}, {}", counted(last.done, "block"), bytes(last.bytes));
+    if last.failed > 0 {
+        text += &format!("; {} stay: pinned or in use", count(last.failed));
+    }
+    text + "\n"
 }
 
 #[cfg(test)]
@@ -84,9 +95,18 @@ mod tests {
     }
 
     #[test]
-    fn a_dry_run_says_would() {
-        let last = v1::Progress { done: 1_000, total: 1_000, failed: 1, bytes: 64 << 20, finished: true };
-        assert_eq!(text(&last, false), "999 blocks purged, 64.0MiB\n");
-        assert_eq!(text(&last, true), "999 blocks would be purged, 64.0MiB\n");
+    fn what_went_and_what_stayed_are_counted_apart() {
+        let all = v1::Progress { done: 1_000, total: 1_000, failed: 0, bytes: 64 << 20, finished: true };
+        assert_eq!(text(&all, false), "1,000 blocks purged, 64.0MiB\n");
+        assert_eq!(stayed(&all, false), Ok(Exit::Ok));
+        let some = v1::Progress { done: 2_900, total: 3_000, failed: 100, ..all };
+        assert_eq!(text(&some, false), "2,900 blocks purged, 64.0MiB; 100 stay: pinned or in use\n");
+        assert_eq!(text(&some, true), "2,900 blocks would be purged, 64.0MiB; 100 stay: pinned or in use\n");
+        let failure = stayed(&some, false).unwrap_err();
+        assert_eq!(
+            (failure.exit, &failure.message[..]),
+            (Exit::Failure, "100 blocks stayed: pinned or in use")
+        );
+        assert_eq!(stayed(&some, true), Ok(Exit::Ok), "nothing failed that was not tried");
     }
 }
