@@ -457,6 +457,7 @@ impl Shard {
             if at >= self.reap_due {
                 self.reap_due = at + Duration::from_secs(1);
                 self.hazards.reap();
+                self.stop_unheard(now);
             }
             self.brain.handle(now, Event::Tick, &mut self.commands);
         } else if self.brain.next_tick(now.micros).is_some_and(|due| due <= now.micros) {
@@ -733,8 +734,12 @@ impl Shard {
 
     fn answer(&mut self, to: Origin, reply: Reply) {
         if let Reply::Progress(_) = reply {
-            if let Some(Asked::Rpc { reply: ReplyTo::Stream(stream), .. }) = self.asked.get(&to.request) {
-                let _ = stream.send(reply);
+            let Some(Asked::Rpc { reply: ReplyTo::Stream(stream), .. }) = self.asked.get(&to.request) else {
+                return;
+            };
+            if stream.send(reply).is_err() {
+                let now = self.now();
+                self.brain.handle(now, Event::Unheard { from: to }, &mut self.commands);
             }
             return;
         }
@@ -751,6 +756,21 @@ impl Shard {
                 let _ = stream.send(reply);
             }
             Some(Asked::Ring { id }) => self.complete(to.session, id, outcome(reply)),
+        }
+    }
+
+    /// Work that has no progress to tell finds out by itself that nobody listens.
+    fn stop_unheard(&mut self, now: Now) {
+        let gone = |asked: &Asked| match asked {
+            Asked::Rpc { reply: ReplyTo::Stream(stream), .. } => stream.is_closed(),
+            _ => false,
+        };
+        let unheard: Vec<RequestId> =
+            self.asked.iter().filter(|(_, asked)| gone(asked)).map(|(request, _)| *request).collect();
+        for request in unheard {
+            // Streams are for administrators, who have no session.
+            let from = Origin { session: SessionId(0), request };
+            self.brain.handle(now, Event::Unheard { from }, &mut self.commands);
         }
     }
 
@@ -853,7 +873,77 @@ fn fault_outcome(fault: &Fault) -> Outcome {
 
 #[cfg(test)]
 mod tests {
+    use kv_node::{Binding, BrainConfig, Filter};
+    use kv_tiers::catalog::Catalog;
+    use kv_tiers::evict::PolicyKind;
+    use kv_tiers::host::{HostTier, Watermarks};
+
     use super::*;
+
+    /// A shard without a thread, with blocks of 4 KiB under one binding, and a catalog of many parts.
+    fn shard() -> (Shard, ShardHandle) {
+        let geometry = kv_arena::Geometry { regions: 1, region_bytes: 2 << 20, table_entries_max: 1 << 17 };
+        let mut memory = ShardMemory::anonymous(geometry).unwrap();
+        let catalog = Catalog::new(memory.take_table().unwrap().unwrap(), 512);
+        let host = HostTier::new(memory.slab().clone(), PolicyKind::Sieve, Watermarks::default());
+        let config = BrainConfig {
+            shard: ShardId(0),
+            epoch: memory.epoch(),
+            disk: None,
+            disk_bytes_max: 0,
+            leases_per_session_max: 64,
+            sessions_max: 64,
+            pinned_bytes_max: 1 << 20,
+            pending_ttl_ms: 500,
+            stalled_max: 8,
+            offloads_max: 8,
+            onboards_max: 8,
+            events_kept_max: 1024,
+        };
+        let brain = Brain::new(config, catalog, host);
+        let (mut shard, handle) = Shard::new(ShardId(0), brain, memory, HazardSet::new(), 64).unwrap();
+        let tag = kv_block::BindingTag(7);
+        let binding = Binding { id: BindingId(0), tag, block_bytes: 4096, tenant: "a".into() };
+        shard.tell(Event::Bound(binding));
+        (shard, handle)
+    }
+
+    fn ask(shard: &mut Shard, handle: &ShardHandle, op: Op, body: &Bytes) -> Reply {
+        let (sender, mut receiver) = tokio::sync::oneshot::channel();
+        let deadline = Instant::now() + Duration::from_secs(20);
+        let (session, body, reply) = (SessionId(0), body.clone(), ReplyTo::Once(sender));
+        assert!(handle.post(Letter::Ask { session, deadline, op, body, reply }).is_ok());
+        shard.turn();
+        receiver.try_recv().unwrap()
+    }
+
+    #[test]
+    fn a_purge_stops_when_whoever_asked_for_it_is_gone() {
+        let (mut shard, handle) = shard();
+        for n in 1..=100 {
+            let key = BlockKey::from_halves([0x9e37_79b9_7f4a_7c15_u64.wrapping_mul(n), n]);
+            let (binding, keep) = (BindingId(0), Keep::default());
+            let op = Op::Put { key, binding, source: 0, bytes: 4096, keep, durable: false };
+            let reply = ask(&mut shard, &handle, op, &Bytes::from(vec![0; 4096]));
+            assert!(matches!(reply, Reply::Stored { .. }), "{reply:?}");
+        }
+        let (sender, mut receiver) = tokio::sync::mpsc::unbounded_channel();
+        let deadline = Instant::now() + Duration::from_secs(20);
+        let op = Op::Purge { filter: Filter::default(), tier: None, dry_run: false };
+        let (session, body, reply) = (SessionId(0), Bytes::new(), ReplyTo::Stream(sender));
+        assert!(handle.post(Letter::Ask { session, deadline, op, body, reply }).is_ok());
+        while receiver.is_empty() {
+            shard.turn();
+        }
+        assert!(matches!(receiver.try_recv(), Ok(Reply::Progress(_))));
+        drop(receiver);
+        while !shard.asked.is_empty() {
+            shard.turn();
+        }
+        let reply = ask(&mut shard, &handle, Op::Report, &Bytes::new());
+        let Reply::Report(report) = reply else { panic!("{reply:?}") };
+        assert!(report.blocks > 50, "{} blocks are left", report.blocks);
+    }
 
     #[tokio::test]
     async fn a_lease_is_given_back_though_the_mailbox_is_full() {

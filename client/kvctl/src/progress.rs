@@ -37,7 +37,7 @@ pub(crate) async fn follow(
         let next = tokio::time::timeout(silence, stream.message()).await.map_err(|_| {
             let heard = crate::units::seconds(silence.as_secs());
             Failure::new(Exit::Unreachable, format!("the daemon said nothing for {heard}"))
-                .help("the work may go on there; `kvctl status` shows whether it lives")
+                .help("`kvctl status` shows whether it lives; work that nobody waits for is stopped, what is done stays done")
         })?;
         let Some(report) = next? else { break };
         bar.set_length(report.total);

@@ -247,6 +247,7 @@ impl Brain {
             Event::Closed { session } => self.close(now, session, out),
             Event::Bound(binding) => self.bind(&binding),
             Event::Request { from, deadline, op } => self.request(now, from, deadline, op, out),
+            Event::Unheard { from } => self.stop_job(from, out),
             Event::Filled { fill, slot, checksum } => self.filled(now, fill, slot, checksum, out),
             Event::Store(done) => self.store_done(now, done, out),
             Event::StoreHealth { serving } => self.disk_serving = self.disk_serving.map(|_| serving),

@@ -76,6 +76,11 @@ pub enum Event {
         /// What.
         op: Op,
     },
+    /// Whoever asked is gone. Long work is not done for nobody: it stops where it is.
+    Unheard {
+        /// Who asked what.
+        from: Origin,
+    },
     /// The bytes of a put are in their slot.
     Filled {
         /// Given in the command.

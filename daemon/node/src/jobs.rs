@@ -81,6 +81,15 @@ impl Brain {
         self.jobs.push_back(job);
     }
 
+    /// Ends a job that nobody waits for any more. Its reads may still come back; they find no job.
+    pub(crate) fn stop_job(&mut self, from: Origin, out: &mut Out) {
+        let Some(at) = self.jobs.iter().position(|job| job.from == from) else { return };
+        let Some(job) = self.jobs.remove(at) else { return };
+        self.cancel(job.timer);
+        let text = "nobody waits for the work any more; what was done stays done";
+        self.reply(from, Reply::Fault(Fault::new(Code::DeadlinePassed, text)), out);
+    }
+
     /// One part of the job at the front; jobs take turns.
     pub(crate) fn step_jobs(&mut self, now: Now, out: &mut Out) {
         let Some(mut job) = self.jobs.pop_front() else { return };

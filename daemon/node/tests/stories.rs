@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use kv_block::code::Code;
 use kv_block::{BlockKey, LeaseId, MissReason, Priority, SessionId, Tier};
-use kv_node::{Event, Filter, Keep, Micros, Op, Reply};
+use kv_node::{Event, Filter, Keep, Micros, Op, Origin, Reply, RequestId};
 use kv_tiers::admit::AdmissionKind;
 use kv_tiers::memory::{MemoryConfig, StoreFault};
 use kv_tiers::store::StoreError;
@@ -594,6 +594,30 @@ fn long_work_is_done_in_parts_and_says_how_far_it_is() {
     assert_eq!(words(&rig.wait(id)), "finished 12 failed 0");
     assert!(rig.progress[&id].len() > 3);
     assert_eq!(rig.list(5).len(), 0);
+    end(rig);
+}
+
+#[test]
+fn long_work_stops_when_nobody_waits_for_it() {
+    let mut rig = Rig::new(Setup { entries_max: 1 << 17, ..Setup::default() });
+    rig.put_all(0..12);
+    for n in 0..12 {
+        rig.put_durably(n);
+    }
+    let purge = Op::Purge { filter: Filter::default(), tier: None, dry_run: false };
+    for op in [Op::Verify { tier: Tier::Disk }, purge] {
+        let id = rig.ask(SessionId(0), op.clone());
+        while !rig.progress.contains_key(&id) {
+            rig.tick();
+        }
+        rig.tell(Event::Unheard { from: Origin { session: SessionId(0), request: RequestId(id) } });
+        assert!(matches!(rig.answer(id), Some(Reply::Fault(_))), "{op:?}");
+        let parts = rig.progress[&id].len();
+        rig.settle();
+        rig.advance(1);
+        assert_eq!(rig.progress[&id].len(), parts, "{op:?}");
+    }
+    assert!(rig.list(100).len() >= 6, "one part of many was done");
     end(rig);
 }
 

@@ -8,6 +8,7 @@ use kv_api::{convert, v1};
 use kv_block::code::Code;
 use kv_block::{BlockKey, Fault, SessionId, ShardId, Tier};
 use kv_node::{Filter, Op, Reply, ShardReport};
+use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Request, Response, Status};
 
@@ -109,40 +110,54 @@ impl AdminService {
         let jobs: Result<Vec<_>, Fault> =
             node.shards.iter().map(|shard: &ShardHandle| node.ask_stream(shard, until, op())).collect();
         let jobs = jobs.map_err(status)?;
-        let (sender, receiver) = tokio::sync::mpsc::channel(4);
-        tokio::spawn(async move {
-            let mut parts = vec![kv_node::Progress::default(); jobs.len()];
-            for (index, mut job) in jobs.into_iter().enumerate() {
-                while let Some(reply) = job.recv().await {
-                    let finished = match reply {
-                        Reply::Progress(progress) => {
-                            parts[index] = progress;
-                            false
-                        }
-                        Reply::Finished(progress) => {
-                            parts[index] = progress;
-                            true
-                        }
-                        Reply::Fault(fault) => {
-                            let _ = sender.send(Err(status(fault))).await;
-                            return;
-                        }
-                        other => {
-                            let _ = sender.send(Err(status(unexpected(&other)))).await;
-                            return;
-                        }
-                    };
-                    // Progress that nobody has taken yet is not worth waiting for.
-                    let _ = sender.try_send(Ok(sum(&parts, false)));
-                    if finished {
-                        break;
-                    }
-                }
-            }
-            let _ = sender.send(Ok(sum(&parts, true))).await;
-        });
+        let (sender, receiver) = mpsc::channel(4);
+        tokio::spawn(tell(jobs, sender));
         Ok(ReceiverStream::new(receiver))
     }
+}
+
+type Progress = Result<v1::Progress, Status>;
+
+/// Tells the progress of a job until it ends or the caller is gone. Then the shards, whom nobody hears any more,
+/// stop as well.
+async fn tell(jobs: Vec<mpsc::UnboundedReceiver<Reply>>, sender: mpsc::Sender<Progress>) {
+    tokio::select! {
+        () = follow(jobs, &sender) => {}
+        () = sender.closed() => {}
+    }
+}
+
+/// Adds up what the shards tell, to the end.
+async fn follow(jobs: Vec<mpsc::UnboundedReceiver<Reply>>, sender: &mpsc::Sender<Progress>) {
+    let mut parts = vec![kv_node::Progress::default(); jobs.len()];
+    for (index, mut job) in jobs.into_iter().enumerate() {
+        while let Some(reply) = job.recv().await {
+            let finished = match reply {
+                Reply::Progress(progress) => {
+                    parts[index] = progress;
+                    false
+                }
+                Reply::Finished(progress) => {
+                    parts[index] = progress;
+                    true
+                }
+                Reply::Fault(fault) => {
+                    let _ = sender.send(Err(status(fault))).await;
+                    return;
+                }
+                other => {
+                    let _ = sender.send(Err(status(unexpected(&other)))).await;
+                    return;
+                }
+            };
+            // Progress that nobody has taken yet is not worth waiting for.
+            let _ = sender.try_send(Ok(sum(&parts, false)));
+            if finished {
+                break;
+            }
+        }
+    }
+    let _ = sender.send(Ok(sum(&parts, true))).await;
 }
 
 /// Adds what one shard knows of a tenant.
@@ -465,5 +480,22 @@ impl v1::admin_server::Admin for AdminService {
         let draining = !request.into_inner().stop;
         self.shared.node.set_draining(draining);
         Ok(Response::new(v1::DrainResponse { draining }))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn when_the_caller_leaves_the_shards_are_not_heard_any_more() {
+        let (shard, job) = mpsc::unbounded_channel();
+        let (sender, mut receiver) = mpsc::channel(4);
+        let told = tokio::spawn(tell(vec![job], sender));
+        shard.send(Reply::Progress(kv_node::Progress { done: 7, ..Default::default() })).unwrap();
+        assert_eq!(receiver.recv().await.unwrap().unwrap().done, 7);
+        drop(receiver);
+        told.await.unwrap();
+        assert!(shard.is_closed());
     }
 }
