@@ -210,6 +210,25 @@ fn rss_bytes() -> u64 {
 /// Why a disk tier is smaller than configured.
 const NO_ROOM: &str = "the file system has no room for more";
 
+/// What is to be said of damaged blocks, by the tier that had them: memory and disk are mended differently.
+fn corruption(report: &ShardReport) -> Vec<(Code, String)> {
+    if report.quarantined == 0 {
+        return Vec::new();
+    }
+    let say = |(tier, code, place): (Tier, Code, &str)| {
+        let failures = *report.counters.checksum_failures.get(tier.name())?;
+        let text = format!(
+            "{failures} blocks {place} failed their checksum since the start; {} are quarantined",
+            report.quarantined
+        );
+        Some((code, text))
+    };
+    [(Tier::Host, Code::CorruptHost, "in host memory"), (Tier::Disk, Code::CorruptDisk, "on disk")]
+        .into_iter()
+        .filter_map(say)
+        .collect()
+}
+
 fn warnings(node: &Node, reports: &[ShardReport]) -> Vec<v1::Warning> {
     let mut warnings = Vec::new();
     let mut warn = |code: Code, text: String| warnings.push(v1::Warning { code: code.to_string(), text });
@@ -231,12 +250,8 @@ fn warnings(node: &Node, reports: &[ShardReport]) -> Vec<v1::Warning> {
             let (has, wanted) = (Size(report.host_bytes_max).about(), Size(report.host_bytes_wanted).about());
             warn(Code::HostShort, format!("shard {shard}: host memory has {has} of {wanted}: {why}"));
         }
-        if report.quarantined > 0 {
-            let text = format!(
-                "shard {shard}: {} blocks failed their checksum and are quarantined",
-                report.quarantined
-            );
-            warn(Code::CorruptDisk, text);
+        for (code, text) in corruption(report) {
+            warn(code, format!("shard {shard}: {text}"));
         }
     }
     if node.is_draining() {
@@ -486,6 +501,20 @@ impl v1::admin_server::Admin for AdminService {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn damage_in_memory_is_told_from_damage_on_disk() {
+        let codes = |failures: &[(Tier, u64)], quarantined| {
+            let checksum_failures = failures.iter().map(|(tier, count)| (tier.name(), *count)).collect();
+            let counters = kv_node::Counters { checksum_failures, ..Default::default() };
+            let report = ShardReport { counters, quarantined, ..Default::default() };
+            corruption(&report).into_iter().map(|(code, _)| code).collect::<Vec<_>>()
+        };
+        assert_eq!(codes(&[(Tier::Host, 2)], 2), [Code::CorruptHost]);
+        assert_eq!(codes(&[(Tier::Disk, 1)], 1), [Code::CorruptDisk]);
+        assert_eq!(codes(&[(Tier::Host, 2), (Tier::Disk, 1)], 3), [Code::CorruptHost, Code::CorruptDisk]);
+        assert_eq!(codes(&[(Tier::Disk, 1)], 0), [], "it was stored again");
+    }
 
     #[tokio::test]
     async fn when_the_caller_leaves_the_shards_are_not_heard_any_more() {

@@ -34,6 +34,7 @@ pub(crate) async fn run(global: &Global, arguments: Arguments) -> Result<Exit, F
     };
     let started = Instant::now();
     let mut total = v1::Progress { finished: true, ..Default::default() };
+    let mut damaged = Vec::new();
     for tier in tiers {
         let request = v1::VerifyRequest { tier: kv_api::convert::tier_message(tier).into() };
         let stream = daemon.within(daemon.admin().verify(request)).await?;
@@ -42,15 +43,24 @@ pub(crate) async fn run(global: &Global, arguments: Arguments) -> Result<Exit, F
         total.total += last.total;
         total.failed += last.failed;
         total.bytes += last.bytes;
+        damaged.extend(Some(tier).filter(|_| last.failed > 0));
     }
     out::answer(arguments.show.output, &total, || text(&total, started.elapsed()))?;
     if total.failed > 0 {
         let message =
             format!("{} failed the checksum and went into quarantine", counted(total.failed, "block"));
-        return Err(Failure::new(Exit::Failure, message)
-            .help("none was served; see `kvctl explain KVD-2002` and the kernel log of the device"));
+        return Err(Failure::new(Exit::Failure, message).help(help(&damaged)));
     }
     Ok(Exit::Ok)
+}
+
+/// Where to look: memory that lies is another matter than a disk that does.
+fn help(damaged: &[Tier]) -> String {
+    let look = damaged.iter().map(|tier| match tier {
+        Tier::Host => "`kvctl explain KVD-2001` and the machine's memory errors",
+        _ => "`kvctl explain KVD-2002` and the kernel log of the device",
+    });
+    format!("none was served; see {}", look.collect::<Vec<_>>().join("; "))
 }
 
 /// The tiers that there is something to read on.
@@ -86,6 +96,14 @@ mod tests {
         };
         let infos = [info(v1::Tier::Disk, "off"), info(v1::Tier::Host, "ok"), info(v1::Tier::Host, "ok")];
         assert_eq!(there(&infos), [Tier::Host]);
+    }
+
+    #[test]
+    fn damage_in_memory_is_told_from_damage_on_disk() {
+        assert!(help(&[Tier::Host]).contains("KVD-2001") && !help(&[Tier::Host]).contains("KVD-2002"));
+        assert!(help(&[Tier::Disk]).contains("KVD-2002") && !help(&[Tier::Disk]).contains("KVD-2001"));
+        let both = help(&[Tier::Host, Tier::Disk]);
+        assert!(both.contains("KVD-2001") && both.contains("KVD-2002"), "{both}");
     }
 
     #[test]
