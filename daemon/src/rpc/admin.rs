@@ -311,7 +311,7 @@ impl v1::admin_server::Admin for AdminService {
             draining: node.is_draining(),
             disk_bytes_written: total(|report| report.counters.offload_bytes + report.counters.moved_bytes),
             disk_bytes_hit: total(|report| report.counters.onboard_bytes),
-            in_flight_bytes: total(|report| report.in_flight),
+            operations_in_flight: total(|report| report.in_flight),
             rss_bytes: rss_bytes(),
         }))
     }

@@ -9,7 +9,7 @@ use crate::cli::Global;
 use crate::connect;
 use crate::exit::{Exit, Failure};
 use crate::out;
-use crate::units::{bytes, counted, parse_duration};
+use crate::units::{counted, parse_duration};
 
 const POLL: Duration = Duration::from_millis(200);
 
@@ -37,15 +37,31 @@ pub(crate) async fn run(global: &Global, arguments: Arguments) -> Result<Exit, F
     let end = Instant::now() + wait;
     loop {
         let status = daemon.within(daemon.admin().status(daemon.request(v1::StatusRequest {}))).await?;
-        if status.clients == 0 && status.in_flight_bytes == 0 {
+        if status.clients == 0 && status.operations_in_flight == 0 {
             out::print("drained\n")?;
             return Ok(Exit::Ok);
         }
         if Instant::now() >= end {
-            let left = counted(status.clients.into(), "client");
-            let message = format!("{left} and {} in flight are left", bytes(status.in_flight_bytes));
-            return Err(Failure::new(Exit::Degraded, message).help("`kvctl get clients` shows who stays"));
+            return Err(
+                Failure::new(Exit::Degraded, left(&status)).help("`kvctl get clients` shows who stays")
+            );
         }
         tokio::time::sleep(POLL).await;
+    }
+}
+
+fn left(status: &v1::StatusResponse) -> String {
+    let clients = counted(status.clients.into(), "client");
+    format!("{clients} and {} in flight are left", counted(status.operations_in_flight, "operation"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_left_is_counted_as_what_it_is() {
+        let status = v1::StatusResponse { clients: 1, operations_in_flight: 3, ..Default::default() };
+        assert_eq!(left(&status), "1 client and 3 operations in flight are left");
     }
 }

@@ -92,10 +92,10 @@ fn page(status: &v1::StatusResponse, lines_max: usize, columns: usize, paint: Pa
     rest.push(Line::new(
         "workers",
         format!(
-            "{} with {}; in flight {}",
+            "{} with {}; {} in flight",
             counted(status.clients.into(), "client"),
             counted(status.leases.into(), "lease"),
-            bytes(status.in_flight_bytes)
+            counted(status.operations_in_flight, "operation")
         ),
     ));
     rest.extend(lookups(status));
@@ -249,6 +249,7 @@ pub(crate) mod tests {
             leases: 1,
             blocks: 24_068,
             pending: 3,
+            operations_in_flight: 3,
             pinned_bytes: 64 << 20,
             hits: [("host".to_owned(), 610), ("disk".to_owned(), 221)].into(),
             misses: [("never_stored".to_owned(), 121), ("evicted_capacity".to_owned(), 48)].into(),
@@ -275,7 +276,7 @@ node     gpu-a  WARN  kvd 0.1.0, up 3d4h, epoch 7, 2 shards, rss 90.0MiB
 tiers    host      3.7GiB of 4.0GiB    92.8%  ok        12,034 blocks
          disk      2.0TiB of 8.0TiB    25.0%  degraded  12,034 blocks
 blocks   24,068 here, 3 arriving; pinned 64.0MiB
-workers  4 clients with 1 lease; in flight 0B
+workers  4 clients with 1 lease; 3 operations in flight
 hits     83.1% of 1,000 lookups: host 61.0%  disk 22.1%
 misses   never_stored 12.1%  evicted_capacity 4.8%
 puts     30,000 blocks, 15.0GiB
