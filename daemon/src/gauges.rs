@@ -6,9 +6,11 @@ use std::time::{Duration, Instant};
 use kv_node::ShardReport;
 use metrics_exporter_prometheus::PrometheusHandle;
 
+use crate::beats::Beats;
 use crate::metrics as m;
 use crate::node::Node;
 use crate::sessions::Door;
+use crate::shard::ShardHandle;
 
 const PERIOD: Duration = Duration::from_secs(1);
 
@@ -16,9 +18,15 @@ const PERIOD: Duration = Duration::from_secs(1);
 pub async fn follow(node: Arc<Node>, recorder: PrometheusHandle) {
     let mut beat = tokio::time::interval(PERIOD);
     beat.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+    let mut beats = Beats::default();
     loop {
         beat.tick().await;
         recorder.run_upkeep();
+        // Before anything is asked of the loops: one that is stuck answers nothing.
+        let ages = beats.ages(Instant::now(), node.shards.iter().map(ShardHandle::heartbeat));
+        for (shard, age) in node.shards.iter().zip(ages) {
+            m::LOOP_AGE.gauge(&[&shard.id.to_string()]).set(age.as_secs_f64());
+        }
         if let Ok(reports) = node.reports(Instant::now() + PERIOD).await {
             publish(&node, &reports);
         }

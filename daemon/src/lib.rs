@@ -7,6 +7,7 @@
 //!                                    '------> serve: gRPC (rpc), health and metrics (http, gauges)
 //! ```
 
+pub mod beats;
 pub mod check;
 pub mod compose;
 pub mod config;

@@ -80,6 +80,8 @@ metrics! {
         "Number of this life of the shard's memory";
     READY = "kvd_ready", Gauge, Count, [],
         "1 while the daemon takes new work";
+    LOOP_AGE = "kvd_loop_age_seconds", Gauge, Seconds, ["shard"],
+        "Time since a shard's loop was last seen to come around; it does so twice a second when idle";
 
     LOOKUP_BLOCKS = "kvd_lookup_blocks_total", Counter, Count, ["tier"],
         "Blocks found by the daemon, by the tier that had them; workers also find blocks by themselves";

@@ -13,6 +13,7 @@ use tonic::transport::Server;
 use tonic::transport::server::Router;
 use tower::layer::util::{Identity, Stack};
 
+use crate::beats::Beats;
 use crate::compose::{self, DRAIN_LIMIT};
 use crate::config::Loaded;
 use crate::connections::{Connections, raise_descriptor_limit};
@@ -24,6 +25,7 @@ use crate::rpc::{
     AdminService, BlocksService, CONNECTION_WINDOW_BYTES, EventsService, FRAME_BYTES, Guard, Intake,
     STREAM_WINDOW_BYTES, Shared, WorkerService,
 };
+use crate::shard::ShardHandle;
 use crate::{gauges, http, metrics, systemd, tls};
 
 /// A loop that has not come around for so long is stuck.
@@ -143,7 +145,7 @@ async fn serve(
         let tcp = connections.admit(TcpListenerStream::new(tcp));
         servers.spawn(router.serve_with_incoming_shutdown(tcp, end(stopped.clone())));
     }
-    let source = Arc::new(Health { node: Arc::clone(&node), beats: std::sync::Mutex::new(Vec::new()) });
+    let source = Arc::new(Health { node: Arc::clone(&node), beats: std::sync::Mutex::default() });
     if let Some(address) = config.listen.http.get() {
         let http = http::listen(address.0).await.with_context(|| {
             format!(
@@ -216,27 +218,21 @@ async fn watchdog(source: Arc<Health>) {
 /// Health of the node: whether its loops come around, whether it takes work.
 struct Health {
     node: Arc<Node>,
-    /// Per shard: the last heartbeat seen, and when it was first seen.
-    beats: std::sync::Mutex<Vec<(u64, Instant)>>,
+    beats: std::sync::Mutex<Beats>,
 }
 
 impl HealthSource for Health {
     fn live(&self) -> Vec<Check> {
         let mut beats = self.beats.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
-        beats.resize(self.node.shards.len(), (u64::MAX, Instant::now()));
-        let rows = self.node.shards.iter().zip(beats.iter_mut());
-        rows.map(|(shard, beat)| {
-            let count = shard.heartbeat();
-            if count != beat.0 {
-                *beat = (count, Instant::now());
-            }
-            let age = beat.1.elapsed();
+        let shards = &self.node.shards;
+        let ages = beats.ages(Instant::now(), shards.iter().map(ShardHandle::heartbeat));
+        let check = |(shard, age): (&ShardHandle, Duration)| {
             let stuck = age > STUCK_AFTER;
             let state =
                 if stuck { Err(format!("has not come around for {} s", age.as_secs())) } else { Ok(()) };
             Check { name: format!("shard-{}", shard.id), state }
-        })
-        .collect()
+        };
+        shards.iter().zip(ages).map(check).collect()
     }
 
     fn ready(&self) -> Vec<Check> {

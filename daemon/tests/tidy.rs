@@ -249,6 +249,20 @@ fn every_key_of_the_configuration_does_something() {
 }
 
 #[test]
+fn every_metric_in_the_documents_exists() {
+    let mut unknown = Vec::new();
+    for (name, text) in texts(&[".md"]) {
+        let words = text.split(|c: char| !c.is_ascii_alphanumeric() && c != '_');
+        for word in words.filter(|word| word.starts_with("kvd_")) {
+            if !kvd::metrics::ALL.iter().any(|metric| metric.name == word) {
+                unknown.push(format!("{name}: {word}"));
+            }
+        }
+    }
+    none("metrics that nobody records", &unknown);
+}
+
+#[test]
 fn every_metric_is_recorded_somewhere() {
     let source = daemon_source(&["src/metrics.rs"]);
     if source.is_empty() {
