@@ -84,9 +84,9 @@ metrics! {
         "Time since a shard's loop was last seen to come around; it does so twice a second when idle";
 
     LOOKUP_BLOCKS = "kvd_lookup_blocks_total", Counter, Count, ["tier"],
-        "Blocks found by the daemon, by the tier that had them; workers also find blocks by themselves";
+        "Blocks found, by the tier that had them; of what workers find by themselves, what they read";
     LOOKUP_MISS = "kvd_lookup_miss_total", Counter, Count, ["reason"],
-        "Blocks not found, by reason";
+        "Blocks that the daemon was asked for and did not find, by reason; not what workers miss by themselves";
     PUT_BLOCKS = "kvd_put_blocks_total", Counter, Count, ["result"],
         "Blocks offered: stored, or there already";
     PUT_BYTES = "kvd_put_bytes_total", Counter, Bytes, [],
@@ -146,10 +146,10 @@ metrics! {
         "Bytes of a tenant's blocks in host memory";
     #[experimental]
     TENANT_HITS = "kvd_tenant_hits_total", Counter, Count, ["tenant"],
-        "Blocks found for a tenant";
+        "Blocks found for a tenant, as in kvd_lookup_blocks_total";
     #[experimental]
     TENANT_MISSES = "kvd_tenant_misses_total", Counter, Count, ["tenant"],
-        "Blocks not found for a tenant";
+        "Blocks not found for a tenant, as in kvd_lookup_miss_total";
 }
 
 /// Upper bounds of the buckets of every histogram of times, in seconds: steps of about 3 from 10 us to 10 s.

@@ -18,10 +18,14 @@ use crate::units::{bytes, count, counted, milliseconds, percent, seconds};
 
 const LINES_MAX: usize = 15;
 const COLUMNS_MAX: usize = 80;
-const EXITS: &str = "Exits with 0 when all is well, 4 when something is out of order.";
+const MORE: &str = "\
+Hits are blocks that kvd was asked for, or that workers read by themselves in shared memory; what workers look for
+there and do not find is counted nowhere, so hits and misses make no ratio: the engine has that.
+
+Exits with 0 when all is well, 4 when something is out of order.";
 
 #[derive(Debug, Args)]
-#[command(after_help = EXITS)]
+#[command(after_help = MORE)]
 pub(crate) struct Arguments {
     #[command(flatten)]
     show: Show,
@@ -169,21 +173,18 @@ fn tiers(infos: &[v1::TierInfo]) -> Vec<Line> {
     lines
 }
 
+/// Numbers, not shares of each other: workers look into the shared table by themselves, and what they miss there
+/// the daemon never hears of.
 fn lookups(status: &v1::StatusResponse) -> [Line; 2] {
-    let (hits, misses): (u64, u64) = (status.hits.values().sum(), status.misses.values().sum());
-    let all = hits + misses;
-    let found = format!("{} of {}", percent(hits, all), counted(all, "lookup"));
     let by = |counts: &HashMap<String, u64>, most: usize| {
         let mut pairs: Vec<_> = counts.iter().filter(|(_, number)| **number > 0).collect();
         pairs.sort_by(|a, b| b.1.cmp(a.1).then(a.0.cmp(b.0)));
-        let shares =
-            pairs.into_iter().take(most).map(|(name, number)| format!("{name} {}", percent(*number, all)));
-        shares.collect::<Vec<_>>().join("  ")
+        let shown: Vec<_> =
+            pairs.into_iter().take(most).map(|(name, number)| format!("{name} {}", count(*number))).collect();
+        if shown.is_empty() { "none".into() } else { shown.join("  ") }
     };
-    let tiers = by(&status.hits, 4);
-    let hits = if tiers.is_empty() { found } else { format!("{found}: {tiers}") };
-    let reasons = by(&status.misses, 3);
-    [Line::new("hits", hits), Line::new("misses", if reasons.is_empty() { "none".into() } else { reasons })]
+    let misses = format!("of what kvd was asked: {}", by(&status.misses, 3));
+    [Line::new("hits", by(&status.hits, 4)), Line::new("misses", misses)]
 }
 
 fn checks(status: &v1::StatusResponse) -> Line {
@@ -277,8 +278,8 @@ tiers    host      3.7GiB of 4.0GiB    92.8%  ok        12,034 blocks
          disk      2.0TiB of 8.0TiB    25.0%  degraded  12,034 blocks
 blocks   24,068 here, 3 arriving; pinned 64.0MiB
 workers  4 clients with 1 lease; 3 operations in flight
-hits     83.1% of 1,000 lookups: host 61.0%  disk 22.1%
-misses   never_stored 12.1%  evicted_capacity 4.8%
+hits     host 610  disk 221
+misses   of what kvd was asked: never_stored 121  evicted_capacity 48
 puts     30,000 blocks, 15.0GiB
 disk     3.0GiB written, 12.0GiB read in hits: 0.25 written per hit
 checks   0 checksum failures, 0 quarantined; none was served
@@ -311,6 +312,6 @@ start    brought back 12,034 host and 400,000 disk blocks in 1.4s; shard-1.metaâ
     #[test]
     fn an_idle_daemon_divides_by_nothing() {
         let page = page(&v1::StatusResponse::default(), LINES_MAX, COLUMNS_MAX, Paint::plain());
-        assert!(page.contains("hits     - of 0 lookups\nmisses   none\n"), "{page}");
+        assert!(page.contains("hits     none\nmisses   of what kvd was asked: none\n"), "{page}");
     }
 }
