@@ -121,7 +121,7 @@ pub fn report(loaded: &Loaded, topology: &Topology, resources: &Resources, plan:
     if !rows.is_empty() {
         say(table(&["set", "by"], rows));
     }
-    for note in &plan.notes {
+    for note in plan.notes.iter().chain(&loaded.remarks) {
         say(format!("note: {note}"));
     }
     say("the configuration is good".into());

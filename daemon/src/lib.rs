@@ -89,5 +89,6 @@ fn planned(flags: &Flags, loaded: Loaded) -> Result<Option<(Loaded, plan::Plan, 
 
 fn run(loaded: &Loaded, plan: &plan::Plan, text: String) -> anyhow::Result<()> {
     logging::init(&loaded.config.log).map_err(anyhow::Error::msg)?;
+    loaded.remarks.iter().for_each(|remark| tracing::warn!("{remark}"));
     serve::run(loaded, plan, text)
 }

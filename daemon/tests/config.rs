@@ -140,8 +140,37 @@ fn mistakes_in_the_environment_and_in_flags_name_the_variable_and_the_flag() {
     );
     assert_eq!(refused("", &[], &[("host", "1")]), "--set host: host is a section, not a value");
     assert!(refused("", &[], &[("", "1")]).contains("unknown key"));
+}
+
+#[test]
+fn a_variable_that_all_but_names_a_key_is_refused_and_others_under_our_name_are_remarked_on() {
+    for (typed, meant) in [
+        ("KVD_HOST_BYTES_MAX", "KVD_HOST__BYTES_MAX"),
+        ("KVD_HOST_BYTES", "KVD_HOST__BYTES_MAX"),
+        ("KVD_LISTEN_TLS_CERT", "KVD_LISTEN__TLS__CERT"),
+        ("KVD_TENANTS_TEAM_A_BYTES_MAX", "KVD_TENANTS__<NAME>__BYTES_MAX"),
+    ] {
+        let words = refused("", &[(typed, "1GiB")], &[]);
+        let wanted = format!("{typed}: it sets nothing; did you mean {meant}, with two underscores?");
+        assert_eq!(words, wanted);
+    }
+    let remarks = |env: &[(&str, &str)]| Config::load(&sources("", env, &[])).unwrap().remarks;
+    for stray in ["KVD_VERSION", "KVD_IMAGE_TAG", "KVD_NODE_EXPORTER_NAME", "KVD_HOME"] {
+        let [remark] = &remarks(&[(stray, "7")])[..] else { panic!("one remark") };
+        assert!(remark.contains(stray) && remark.contains("sets nothing"), "{remark}");
+    }
     // What others put into the environment under our name is not ours.
-    assert_eq!(refused("", &[("KVD_PORT", "1"), ("KVD_SERVICE_HOST", "x"), ("HOST__BYTES", "1")], &[]), "");
+    let others = [
+        ("KVD_SOCKET", "/run/kvd/kvd.sock"),
+        ("KVD_SEED", "7"),
+        ("KVD_KILL_CYCLES", "9"),
+        ("KVD_PORT", "tcp://10.0.0.1:9473"),
+        ("KVD_PORT_9473_TCP_ADDR", "10.0.0.1"),
+        ("KVD_SERVICE_HOST", "10.0.0.1"),
+        ("KVD", "1"),
+        ("HOST__BYTES", "1"),
+    ];
+    assert!(remarks(&others).is_empty());
 }
 
 #[test]

@@ -120,7 +120,8 @@ impl Facts {
 pub struct Sources {
     /// Files, name and text, the later over the earlier.
     pub files: Vec<(PathBuf, String)>,
-    /// Environment; only names like `KVD_SECTION__KEY` count.
+    /// Environment; names like `KVD_SECTION__KEY` count, and others that begin with `KVD_` are looked at: a
+    /// misspelt one must not be passed over in silence.
     pub env: Vec<(String, String)>,
     /// Flags as they were written, with the key and value each stands for.
     pub flags: Vec<(String, String, String)>,
@@ -186,6 +187,8 @@ fn system_files(dir: &Path) -> Result<Vec<PathBuf>, ConfigError> {
 pub struct Loaded {
     /// The values.
     pub config: Config,
+    /// What is not wrong and yet should be known.
+    pub remarks: Vec<String>,
     origins: BTreeMap<String, Origin>,
 }
 
@@ -315,6 +318,7 @@ struct Layers {
     tree: Table,
     origins: BTreeMap<String, Origin>,
     problems: Vec<Problem>,
+    remarks: Vec<String>,
 }
 
 impl Default for Layers {
@@ -327,8 +331,35 @@ impl Default for Layers {
             tree: Table::new(),
             origins: BTreeMap::new(),
             problems: Vec::new(),
+            remarks: Vec::new(),
         }
     }
+}
+
+/// Variables under our name that are not the daemon's: clients, examples and tests read them.
+const OF_OTHERS: [&str; 5] = ["KVD_SOCKET", "KVD_BINARY", "KVD_SEED", "KVD_KILL_CYCLES", "KVD_VICTIMS"];
+
+/// Every key as a variable: its section and its own name as they begin and end one, and the whole.
+fn variables() -> impl Iterator<Item = (String, String, String)> {
+    Config::SECTIONS.iter().flat_map(|(section, keys)| {
+        let section = section.replace('*', "<name>").replace('.', "__").to_ascii_uppercase();
+        keys.iter().map(move |(key, _)| {
+            let key = key.to_ascii_uppercase();
+            let parent = section.split("<NAME>").next().unwrap_or_default().trim_end_matches('_');
+            (parent.replace("__", "_"), key.clone(), format!("KVD_{section}__{key}"))
+        })
+    })
+}
+
+/// How much `text` looks like a key with its underscores miscounted. Between the two parts may stand the name of
+/// a tenant or a principal.
+fn likeness(text: &str, parent: &str, key: &str) -> f64 {
+    let rest = text.strip_prefix(parent).and_then(|rest| rest.strip_suffix(key));
+    let named = NAMED.iter().any(|(named, _)| named.eq_ignore_ascii_case(parent));
+    if named && rest.is_some_and(|rest| rest.starts_with('_') && rest.ends_with('_')) {
+        return 1.0;
+    }
+    strsim::jaro_winkler(text, &format!("{parent}_{key}"))
 }
 
 /// More are not worth reading.
@@ -389,9 +420,33 @@ impl Layers {
     }
 
     fn take_env(&mut self, name: &str, value: &str) {
-        let Some(key) = name.strip_prefix("KVD_").filter(|key| key.contains("__")) else { return };
+        let Some(key) = name.strip_prefix("KVD_") else { return };
+        if !key.contains("__") {
+            return self.take_stray(name, key);
+        }
         let key = key.to_ascii_lowercase();
         self.take_text(&key.split("__").collect::<Vec<_>>(), value, Origin::Env(name.to_owned()));
+    }
+
+    /// A variable under our name that sets nothing. One that all but names a key was meant to.
+    fn take_stray(&mut self, name: &str, key: &str) {
+        // Kubernetes tells every pod of a namespace about a service named kvd.
+        let of_a_service = key.contains("SERVICE_") || key.split('_').any(|part| part == "PORT");
+        if OF_OTHERS.contains(&name) || of_a_service || name.starts_with("KVD_STORY_") {
+            return;
+        }
+        let near = variables()
+            .map(|(parent, leaf, variable)| (likeness(key, &parent, &leaf), variable))
+            .max_by(|(a, _), (b, _)| a.total_cmp(b));
+        match near {
+            Some((likeness, near)) if likeness > 0.9 => {
+                let message = format!("it sets nothing; did you mean {near}, with two underscores?");
+                self.complain(Origin::Env(name.to_owned()), message);
+            }
+            _ => self.remarks.push(format!(
+                "{name} in the environment sets nothing: keys are set as KVD_<SECTION>__<KEY>, with two underscores"
+            )),
+        }
     }
 
     /// Takes a value written as bare text: the type of the default says how to read it.
@@ -487,7 +542,7 @@ impl Layers {
             return Err(ConfigError { problems: self.problems });
         }
         let config = Config::deserialize(self.tree).map_err(|error| ConfigError::new(error.message()))?;
-        Ok(Loaded { config: settle(config, facts), origins: self.origins })
+        Ok(Loaded { config: settle(config, facts), remarks: self.remarks, origins: self.origins })
     }
 }
 
