@@ -1,10 +1,11 @@
-//! What `kvd --check` prints: the plan as tables for people. It opens nothing.
+//! What `kvd --check` prints: the plan as tables for people. It opens nothing, and reads certificates alone.
 
 use std::fmt::Write;
 
 use crate::config::units::Size;
 use crate::config::{ConfigError, Loaded};
 use crate::plan::{Plan, Resources, plan};
+use crate::tls;
 use crate::topology::{DeviceKind, Topology, print_cpus};
 
 /// The plan for this machine and process.
@@ -13,6 +14,19 @@ pub fn plan_here(loaded: &Loaded) -> Result<(Topology, Resources, Plan), ConfigE
     let topology = Topology::of_this_machine(resources.ram_bytes);
     let plan = plan(&topology, loaded, &resources)?;
     Ok((topology, resources, plan))
+}
+
+/// Reads and tries the certificates of the TCP listener, where there is one. What they name is a part of the
+/// configuration: a file that is missing or wrong is refused like a wrong value.
+pub fn certificates(loaded: &Loaded) -> Result<(), ConfigError> {
+    let listen = &loaded.config.listen;
+    if listen.tcp.get().is_none() {
+        return Ok(());
+    }
+    tls::load(&listen.tls).map(|_| ()).map_err(|error| {
+        let origin = loaded.origin(error.key());
+        ConfigError::at(origin, format!("{:#}", anyhow::Error::from(error)))
+    })
 }
 
 /// All that a person wants to know before the daemon runs.

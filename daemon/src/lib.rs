@@ -78,6 +78,7 @@ fn planned(flags: &Flags, loaded: Loaded) -> Result<Option<(Loaded, plan::Plan, 
         return Ok(None);
     }
     listen::allow_listen(&loaded.config)?;
+    check::certificates(&loaded)?;
     let (topology, resources, plan) = check::plan_here(&loaded)?;
     let text = check::report(&loaded, &topology, &resources, &plan);
     if flags.check {

@@ -45,6 +45,16 @@ pub enum TlsError {
     },
 }
 
+impl TlsError {
+    /// The key of the configuration that is to be mended.
+    pub fn key(&self) -> &'static str {
+        match self {
+            Self::Read { key, .. } | Self::Content { key, .. } => key,
+            Self::Mismatch { .. } => "listen.tls.key",
+        }
+    }
+}
+
 /// Reads and tries the certificates; nothing where none are set.
 pub fn load(tls: &Tls) -> Result<Option<ServerTlsConfig>, TlsError> {
     let (Some(cert), Some(key)) = (tls.cert.get(), tls.key.get()) else { return Ok(None) };

@@ -72,3 +72,26 @@ fn a_listener_beyond_this_machine_needs_mutual_tls_or_the_word() {
     assert_eq!(refused(&["--set", "listen.tcp=0.0.0.0:7000", "--insecure"]).0, Some(0));
     assert_eq!(refused(&["--set", "listen.tcp=127.0.0.1:7000"]).0, Some(0));
 }
+
+#[test]
+fn certificates_that_are_not_there_are_a_mistake_in_the_configuration() {
+    let certificates = tempfile::tempdir().unwrap();
+    let dir = certificates.path();
+    make_certificates(dir);
+    let path = |name: &str| dir.join(name).display().to_string();
+    let mut home = Home::new("tls-missing").set("listen.tcp=127.0.0.1:0");
+    for (key, file) in [("cert", "node.pem"), ("key", "node.key"), ("client_ca", "nowhere.pem")] {
+        home = home.set(&format!("listen.tls.{key}={}", path(file)));
+    }
+    let wanted =
+        format!("--set listen.tls.client_ca: listen.tls.client_ca: cannot read {}", path("nowhere.pem"));
+    let check = Command::new(env!("CARGO_BIN_EXE_kvd")).arg("--check").args(&home.args).output().unwrap();
+    let words = String::from_utf8_lossy(&check.stderr);
+    assert!(check.status.code() == Some(78) && words.starts_with(&wanted), "{words}");
+    assert!(words.contains("No such file"), "{words}");
+    assert_eq!(home.start_and_fail().code(), Some(78));
+    assert!(home.log().contains(&wanted), "{}", home.log());
+    std::fs::copy(path("ca.pem"), path("nowhere.pem")).unwrap();
+    let check = Command::new(env!("CARGO_BIN_EXE_kvd")).arg("--check").args(&home.args).output().unwrap();
+    assert!(check.status.success() && dir.join("node.key").exists());
+}
