@@ -35,6 +35,7 @@ pub mod topology;
 pub mod worker_door;
 
 use std::ffi::OsString;
+use std::io::Write as _;
 use std::process::ExitCode;
 
 use clap::Parser as _;
@@ -60,21 +61,31 @@ pub fn main(args: impl IntoIterator<Item = OsString>) -> ExitCode {
             Ok(()) => ExitCode::SUCCESS,
             Err(error) => {
                 tracing::error!("{error:#}");
-                eprintln!("error: {error:#}");
+                complain(&format!("error: {error:#}"));
                 ExitCode::FAILURE
             }
         },
         Err(error) => {
-            eprintln!("{error}");
+            complain(&error.to_string());
             ExitCode::from(EXIT_CONFIG)
         }
     }
 }
 
+/// Writes what was asked for; a reader who has seen enough may close the pipe.
+fn say(text: &str) {
+    let _ = std::io::stdout().write_all(text.as_bytes());
+}
+
+/// Writes why it ends. The exit status tells it as well, should nobody read this.
+fn complain(text: &str) {
+    let _ = writeln!(std::io::stderr(), "{text}");
+}
+
 /// What to run, its plan and the plan in words; `None` when printing was all that was asked for.
 fn planned(flags: &Flags, loaded: Loaded) -> Result<Option<(Loaded, plan::Plan, String)>, ConfigError> {
     if flags.print_config {
-        print!("{}", loaded.print_effective(flags.origin));
+        say(&loaded.print_effective(flags.origin));
         return Ok(None);
     }
     listen::allow_listen(&loaded.config)?;
@@ -82,7 +93,7 @@ fn planned(flags: &Flags, loaded: Loaded) -> Result<Option<(Loaded, plan::Plan, 
     let (topology, resources, plan) = check::plan_here(&loaded)?;
     let text = check::report(&loaded, &topology, &resources, &plan);
     if flags.check {
-        print!("{text}");
+        say(&text);
         return Ok(None);
     }
     Ok(Some((loaded, plan, text)))

@@ -19,6 +19,7 @@ mod structured;
 mod table;
 mod units;
 
+use std::io::Write as _;
 use std::process::ExitCode;
 
 use clap::Parser as _;
@@ -30,7 +31,8 @@ use crate::paint::Paint;
 fn main() -> ExitCode {
     let cli = Cli::parse_from(cli::spread(std::env::args_os().collect()));
     let exit = run(cli).unwrap_or_else(|failure| {
-        eprint!("{}", failure.render(Paint::stderr()));
+        // Nobody is left to tell when stderr is gone; the exit status still does.
+        let _ = write!(std::io::stderr(), "{}", failure.render(Paint::stderr()));
         failure.exit
     });
     ExitCode::from(exit as u8)

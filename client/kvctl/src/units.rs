@@ -121,8 +121,15 @@ pub(crate) fn parse_duration(text: &str) -> Result<Duration, String> {
         "d" => 86_400.0,
         _ => return Err(wrong()),
     };
-    Duration::try_from_secs_f64(number * size).map_err(|_| wrong())
+    let time = Duration::try_from_secs_f64(number * size).map_err(|_| wrong())?;
+    if time > DURATION_MAX {
+        return Err(format!("`{text}` is too long; at most 3650d"));
+    }
+    Ok(time)
 }
+
+/// Clocks and the protocol's own durations end somewhere beyond this.
+const DURATION_MAX: Duration = Duration::from_secs(3_650 * 86_400);
 
 #[cfg(test)]
 mod tests {
@@ -159,8 +166,9 @@ mod tests {
         assert_eq!(nanoseconds(1_840), "1.8us");
         assert_eq!(parse_duration("250ms"), Ok(Duration::from_millis(250)));
         assert_eq!(parse_duration("7d"), Ok(Duration::from_secs(604_800)));
+        assert_eq!(parse_duration("3650d"), Ok(DURATION_MAX));
         assert_eq!(parse_duration("2"), Ok(Duration::from_secs(2)));
-        for wrong in ["", "s", "1w", "-1s", "9e99d", "99999999999999999999d"] {
+        for wrong in ["", "s", "1w", "-1s", "9e99d", "99999999999999999999d", "3651d", "99999999999h"] {
             assert!(parse_duration(wrong).is_err(), "{wrong}");
         }
     }

@@ -70,6 +70,14 @@ fn a_dead_socket_is_5_and_says_how_to_start_the_daemon() {
 }
 
 #[test]
+fn the_exit_code_is_the_same_when_stderr_takes_nothing() {
+    let full = || std::fs::File::options().write(true).open("/dev/full").unwrap();
+    let nowhere = Path::new("/nonexistent/kvd.sock");
+    let status = command(nowhere).arg("status").stderr(full()).status().unwrap();
+    assert_eq!(status.code(), Some(5));
+}
+
+#[test]
 fn a_daemon_that_never_answers_is_5_when_the_time_is_over() {
     let directory = tempfile::tempdir().unwrap();
     let socket = directory.path().join("kvd.sock");
@@ -120,6 +128,8 @@ fn a_senseless_command_line_is_2() {
         "bench --blocks 1000000 --bytes 64MiB",
         "--endpoint nowhere status",
         "--timeout soon status",
+        "--timeout 99999999999h status",
+        "drain --wait 99999999999h",
     ] {
         let ran = kvctl(&fake.socket(), line).exits(2);
         assert_eq!(ran.out, "", "`{line}`");
