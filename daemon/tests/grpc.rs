@@ -204,6 +204,29 @@ fn waiting_ends_at_the_deadline_and_a_reader_who_stalls_holds_a_block_no_longer(
 }
 
 #[test]
+fn tenants_are_named_as_scopes_name_them_and_a_purge_of_nobody_says_so() {
+    let home = Home::sized("tenants", "32MiB", None);
+    let _daemon = home.start();
+    let door = Door::of(&home);
+    let refused = |status: tonic::Status| code(&status);
+    let quota = |tenant: &str| {
+        let request = v1::SetQuotaRequest { tenant: tenant.into(), bytes_max: Some(1 << 30) };
+        door.runtime.block_on(async { door.admin().set_quota(request).await })
+    };
+    let purge = |tenant: &str| {
+        let request = v1::PurgeRequest { tenant: tenant.into(), ..v1::PurgeRequest::default() };
+        door.runtime.block_on(async { door.admin().purge(request).await })
+    };
+    for name in ["", "Bad Name", &"a".repeat(64)] {
+        assert_eq!(quota(name).map(|_| ()).map_err(refused), Err(Code::BadRequest), "`{name}`");
+        assert_eq!(purge(name).map(|_| ()).map_err(refused), Err(Code::BadRequest), "`{name}`");
+    }
+    assert_eq!(purge("team-a").map(|_| ()).map_err(refused), Err(Code::UnknownTenant));
+    quota("team-a").expect("a tenant may get its quota before its first block");
+    purge("team-a").expect("it is known by its quota");
+}
+
+#[test]
 fn streams_end_at_their_deadline_and_a_session_with_its_stream() {
     let home = Home::new("streams");
     let _daemon = home.start();

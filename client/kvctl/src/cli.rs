@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use clap::builder::{PossibleValuesParser, TypedValueParser};
 use clap::{Args, Parser, Subcommand, ValueEnum};
-use kv_block::{BlockKey, Tier};
+use kv_block::{BlockKey, Scope, Tier};
 
 use crate::cmd;
 use crate::units::{parse_bytes, parse_duration};
@@ -161,6 +161,15 @@ pub(crate) fn tier_parser() -> impl TypedValueParser<Value = Tier> {
     PossibleValuesParser::new(Tier::ALL.map(Tier::name)).map(|name| {
         Tier::ALL.into_iter().find(|tier| tier.name() == name).expect("one of the possible values")
     })
+}
+
+/// A tenant by name.
+pub(crate) fn parse_tenant(text: &str) -> Result<String, String> {
+    if Scope::is_tenant(text) {
+        Ok(text.to_owned())
+    } else {
+        Err("a tenant's name is 1 to 63 of a-z, 0-9 and '-'".into())
+    }
 }
 
 /// The beginning of a key.

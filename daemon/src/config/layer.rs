@@ -290,8 +290,7 @@ const NAMED: [(&str, &str); 2] = [("tenants", "tenant"), ("principals", "princip
 
 /// Whether a tenant or a principal can have this name: scopes and directories carry them.
 fn is_name(name: &str) -> bool {
-    let letter = |byte: u8| byte.is_ascii_lowercase() || byte.is_ascii_digit() || byte == b'-';
-    (1..=63).contains(&name.len()) && name.bytes().all(letter)
+    kv_block::Scope::is_tenant(name)
 }
 
 /// The value at `path`.

@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 use bytes::Bytes;
 use kv_api::{convert, v1};
 use kv_block::code::Code;
-use kv_block::{BlockKey, Fault, SessionId, ShardId, Tier};
+use kv_block::{BlockKey, Fault, Scope, SessionId, ShardId, Tier};
 use kv_node::{Filter, Op, Reply, ShardReport};
 use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
@@ -173,6 +173,15 @@ fn add_up(tenant: &mut v1::TenantInfo, row: &kv_node::TenantReport) {
     }
     tenant.hits += row.hits;
     tenant.misses += row.misses;
+}
+
+/// Refuses what no tenant can be called.
+fn tenant_name(name: &str) -> Result<(), Fault> {
+    if Scope::is_tenant(name) {
+        return Ok(());
+    }
+    let text = format!("`{name}` cannot name a tenant: expected 1 to 63 of a-z, 0-9 and '-'");
+    Err(Fault::new(Code::BadRequest, text))
 }
 
 /// Whether a tenant has nothing here and never had to do with it.
@@ -457,6 +466,7 @@ impl v1::admin_server::Admin for AdminService {
         request: Request<v1::SetQuotaRequest>,
     ) -> Result<Response<v1::SetQuotaResponse>, Status> {
         let request = request.into_inner();
+        tenant_name(&request.tenant).map_err(status)?;
         self.shared.node.set_quota(&request.tenant, request.bytes_max);
         Ok(Response::new(v1::SetQuotaResponse {}))
     }
@@ -464,11 +474,21 @@ impl v1::admin_server::Admin for AdminService {
     type PurgeStream = ReceiverStream<Result<v1::Progress, Status>>;
 
     async fn purge(&self, request: Request<v1::PurgeRequest>) -> Result<Response<Self::PurgeStream>, Status> {
-        let until = deadline_asked(&request);
+        let (until, soon) = (deadline_asked(&request), deadline(&request));
         let request = request.into_inner();
         if request.tenant.is_empty() != request.all {
             let text = "name a `tenant`, or say `all`, not both";
             return Err(status(Fault::new(Code::BadRequest, text)));
+        }
+        if !request.all {
+            // A name that nobody has is a typing error, not a tenant with nothing to purge.
+            tenant_name(&request.tenant).map_err(status)?;
+            let reports = self.reports(soon).await?;
+            let mut known = reports.iter().flat_map(|report| &report.tenants);
+            if !known.any(|row| row.tenant == request.tenant) {
+                let text = format!("nothing here is of a tenant `{}`", request.tenant);
+                return Err(status(Fault::new(Code::UnknownTenant, text)));
+            }
         }
         let tier = convert::tier(request.tier).map_err(status)?;
         let filter = Filter { tenant: (!request.all).then_some(request.tenant), tier, ..Filter::default() };

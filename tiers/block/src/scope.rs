@@ -108,6 +108,12 @@ impl Scope {
         ]
     }
 
+    /// Whether a tenant can have this name: 1 to 63 of a-z, 0-9 and '-'.
+    pub fn is_tenant(name: &str) -> bool {
+        let label = |byte: u8| byte.is_ascii_lowercase() || byte.is_ascii_digit() || byte == b'-';
+        (1..=63).contains(&name.len()) && name.bytes().all(label)
+    }
+
     /// Checks what the type alone cannot: lengths, the tenant's form, that there is a model.
     pub fn validate(&self) -> Result<(), ScopeError> {
         for (field, text) in self.texts() {
@@ -115,8 +121,7 @@ impl Scope {
                 return Err(ScopeError::Long { field, bytes: text.len() });
             }
         }
-        let label = |byte: u8| byte.is_ascii_lowercase() || byte.is_ascii_digit() || byte == b'-';
-        if !(1..=63).contains(&self.tenant.len()) || !self.tenant.bytes().all(label) {
+        if !Self::is_tenant(&self.tenant) {
             return Err(ScopeError::Tenant { tenant: self.tenant.clone() });
         }
         if self.model.is_empty() {

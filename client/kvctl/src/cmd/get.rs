@@ -4,7 +4,7 @@ use clap::{Args, Subcommand};
 use kv_api::v1;
 use kv_block::Tier;
 
-use crate::cli::{Format, Global, Listing, parse_key_prefix, tier_parser};
+use crate::cli::{Format, Global, Listing, parse_key_prefix, parse_tenant, tier_parser};
 use crate::connect::{self, Daemon};
 use crate::exit::{Exit, Failure};
 use crate::out;
@@ -48,7 +48,7 @@ struct Blocks {
     #[arg(long, value_parser = tier_parser())]
     tier: Option<Tier>,
     /// Only blocks of this tenant
-    #[arg(long)]
+    #[arg(long, value_parser = parse_tenant)]
     tenant: Option<String>,
     /// Only keys that begin so (hex digits)
     #[arg(long, value_name = "HEX", value_parser = parse_key_prefix)]

@@ -5,7 +5,7 @@ use kv_api::v1;
 use kv_block::Tier;
 
 use crate::ask;
-use crate::cli::{Global, Show, tier_parser};
+use crate::cli::{Global, Show, parse_tenant, tier_parser};
 use crate::connect;
 use crate::exit::{Exit, Failure};
 use crate::out;
@@ -16,7 +16,7 @@ use crate::units::{bytes, count, counted};
 #[command(group = clap::ArgGroup::new("what").required(true).multiple(true).args(["tenant", "tier", "all"]))]
 pub(crate) struct Arguments {
     /// Everything of this tenant
-    #[arg(long, conflicts_with = "all")]
+    #[arg(long, conflicts_with = "all", value_parser = parse_tenant)]
     tenant: Option<String>,
     /// Everything on this tier; with --tenant: the tenant's share of it
     #[arg(long, conflicts_with = "all", value_parser = tier_parser())]

@@ -3,7 +3,7 @@
 use clap::{Args, Subcommand};
 use kv_api::v1;
 
-use crate::cli::Global;
+use crate::cli::{Global, parse_tenant};
 use crate::connect;
 use crate::exit::{Exit, Failure};
 use crate::out;
@@ -23,6 +23,7 @@ enum What {
     #[command(after_help = LASTING)]
     Set {
         /// Tenant, such as team-a
+        #[arg(value_parser = parse_tenant)]
         tenant: String,
         /// Most bytes it may hold, such as 64GiB; none lifts the quota
         #[arg(value_parser = parse_quota)]

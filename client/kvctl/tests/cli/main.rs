@@ -123,6 +123,8 @@ fn a_senseless_command_line_is_2() {
         "purge",
         "purge --all --tenant a --yes",
         "quota set team-a much",
+        "quota set Team_A 1GiB",
+        "purge --tenant Team_A --yes",
         "why --scope /nowhere --hash 0102030405060708",
         "why --hash 0102030405060708",
         "bench --blocks 1000000 --bytes 64MiB",
