@@ -75,7 +75,9 @@ impl Sessions {
     ) -> Result<SessionInfo, Fault> {
         let mut all = self.lock();
         if all.len() >= self.max {
-            let text = format!("{} sessions are open, as many as there may be", self.max);
+            // The daemon's own is no worker's, and not what `limits.sessions_max` is about.
+            let callers = all.values().filter(|info| info.owner != Caller::Unknown).count();
+            let text = format!("{callers} sessions are open, as many as there may be");
             let wait = std::time::Duration::from_secs(1);
             return Err(Fault::new(Code::TooManySessions, text).retry_after(wait));
         }
@@ -153,6 +155,17 @@ mod tests {
         assert!(sessions.close(first.id));
         assert_eq!(sessions.check(first.id, user(1, 1)).unwrap_err().code, Code::UnknownSession);
         assert_ne!(open().unwrap().id, first.id, "numbers are not reused");
+    }
+
+    #[test]
+    fn the_daemons_own_session_is_not_told_among_the_callers() {
+        let sessions = Sessions::new(3);
+        let open = |owner| sessions.open("w".into(), Door::Grpc, owner, 0);
+        for owner in [Caller::Unknown, Caller::Network, user(1, 1)] {
+            open(owner).unwrap();
+        }
+        let words = open(user(1, 1)).unwrap_err().message;
+        assert_eq!(words, "2 sessions are open, as many as there may be");
     }
 
     #[test]
