@@ -227,6 +227,19 @@ fn tenants_are_named_as_scopes_name_them_and_a_purge_of_nobody_says_so() {
 }
 
 #[test]
+fn a_message_that_is_too_long_is_a_bad_request_with_a_fault_of_ours() {
+    let home = Home::sized("too-long", "32MiB", None).set("limits.message_bytes_max=64KiB");
+    let _daemon = home.start();
+    let door = Door::of(&home);
+    let names = v1::Names { keys: vec![vec![7; 65 << 10].into()], ..v1::Names::default() };
+    let request = v1::LookupRequest { names: Some(names), ..v1::LookupRequest::default() };
+    let status = door.runtime.block_on(async { door.blocks().lookup(request).await }).unwrap_err();
+    assert!(!status.details().is_empty(), "{status:?}");
+    assert_eq!(code(&status), Code::BadRequest);
+    assert!(status.message().contains("limits.message_bytes_max"), "{status:?}");
+}
+
+#[test]
 fn streams_end_at_their_deadline_and_a_session_with_its_stream() {
     let home = Home::new("streams");
     let _daemon = home.start();

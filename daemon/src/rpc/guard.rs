@@ -1,4 +1,5 @@
-//! Who may call what: one table, and the layer in front of every service that goes by it.
+//! Who may call what: one table, and the layer in front of every service that goes by it. On the way out, it
+//! gives the refusals of the gRPC library a fault of ours.
 //!
 //! A method that is not in the table is not there: a new one is out of reach until somebody has said who may
 //! call it.
@@ -134,20 +135,54 @@ where
         let who = Who::new(caller, &self.guard.config, self.guard.own_uid);
         match allow(request.uri().path(), who.rights) {
             Ok(()) => {
+                let ours = request.uri().path().starts_with(OURS);
                 let asked = request.headers().get("grpc-timeout").and_then(|value| value.to_str().ok());
                 let until = asked.and_then(until).unwrap_or_else(|| Instant::now() + DEADLINE_DEFAULT);
                 let mut request = request.map(|body| self.guard.intake.watch(body, until));
                 request.extensions_mut().insert(who);
-                Box::pin(self.inner.call(request))
+                let call = self.inner.call(request);
+                Box::pin(async move {
+                    let response = call.await?;
+                    Ok(if ours { faulty(response) } else { response })
+                })
             }
             Err(status) => Box::pin(std::future::ready(Ok(status.into_http()))),
         }
     }
 }
 
+/// The response, with a fault in the details where the gRPC library refused the message by itself: one that is
+/// too long (out of range) or none of the protocol's (internal). Our own refusals all carry theirs.
+fn faulty(response: Response<Body>) -> Response<Body> {
+    let status = Status::from_header_map(response.headers());
+    let Some(status) = status.filter(|status| status.details().is_empty()) else { return response };
+    let text = match status.code() {
+        tonic::Code::OutOfRange => format!("{} (limits.message_bytes_max)", status.message()),
+        tonic::Code::Internal => status.message().to_owned(),
+        _ => return response,
+    };
+    to_status(&Fault::new(Code::BadRequest, text)).into_http()
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn what_the_grpc_library_refuses_has_a_fault_too_and_nothing_else_changes() {
+        let after = |status: Status| Status::from_header_map(faulty(status.into_http()).headers()).unwrap();
+        for foreign in [Status::out_of_range("too long"), Status::internal("not protobuf")] {
+            let words = foreign.message().to_owned();
+            let fault = kv_api::fault::from_status(&after(foreign));
+            assert!(fault.code == Code::BadRequest && fault.message.starts_with(&words), "{fault:?}");
+        }
+        for same in [Status::unimplemented("x"), to_status(&Fault::new(Code::Bug, "y"))] {
+            let then = after(same.clone());
+            assert_eq!((then.code(), then.message()), (same.code(), same.message()));
+            assert_eq!(then.details(), same.details());
+        }
+        assert_eq!(faulty(Response::new(Body::empty())).status(), 200);
+    }
 
     /// The methods that the protocol declares, read from its text.
     fn declared() -> Vec<String> {
