@@ -890,7 +890,6 @@ mod tests {
             shard: ShardId(0),
             epoch: memory.epoch(),
             disk: None,
-            disk_bytes_max: 0,
             leases_per_session_max: 64,
             sessions_max: 64,
             pinned_bytes_max: 1 << 20,

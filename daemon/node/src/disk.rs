@@ -13,6 +13,7 @@ use kv_tiers::store::{OpToken, StoreDone, StoreError, StoreOp};
 
 use crate::brain::{Brain, DiskOp, Out, Pending, Source, Stalled, Timer};
 use crate::io::{Now, Reply};
+use crate::jobs::Checked;
 use crate::removal::DiskCopy;
 use crate::room::NoRoom;
 
@@ -324,14 +325,14 @@ impl Brain {
         out: &mut Out,
     ) {
         let still_there = self.catalog.find(key).is_some_and(|entry| entry.disk == Some(at));
-        let right = match result {
-            Err(error) if still_there => {
-                self.read_failed(key, error, out);
-                false
-            }
-            _ => true,
+        let checked = match result {
+            Err(error) if still_there => match self.read_failed(key, error, out) {
+                MissReason::Corrupt => Checked::Wrong,
+                _ => Checked::Unread,
+            },
+            _ => Checked::Right,
         };
-        self.job_checked(key, job, right);
+        self.job_checked(key, job, checked);
     }
 
     /// The store wants a segment back: what is worth it moves, the rest is forgotten.

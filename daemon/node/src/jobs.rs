@@ -33,9 +33,20 @@ pub(crate) struct Job {
     cursor: Option<u64>,
     progress: Progress,
     reading: usize,
+    /// Blocks that a verification could not read.
+    unread: u64,
     /// Removals that are not on disk yet, and those that will not be.
     burying: usize,
     unburied: Unburied,
+}
+
+/// What a verification found of a block on disk.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(crate) enum Checked {
+    Right,
+    Wrong,
+    /// The device gave an error.
+    Unread,
 }
 
 enum Kind {
@@ -55,6 +66,7 @@ impl Job {
             cursor,
             progress,
             reading: 0,
+            unread: 0,
             burying: 0,
             unburied: Unburied::default(),
         }
@@ -198,6 +210,13 @@ impl Brain {
         }
         let done = queue.is_empty() && job.cursor.is_none() && job.reading == 0;
         job.kind = Kind::Verify { tier, queue };
+        if done && job.unread > 0 {
+            let (unread, checked) = (job.unread, job.progress.done);
+            let text = format!(
+                "{unread} blocks could not be read, which says nothing about them; {checked} were checked"
+            );
+            return Err(Fault::new(Code::DiskError, text));
+        }
         Ok(done)
     }
 
@@ -235,15 +254,19 @@ impl Brain {
         Ok(true)
     }
 
-    /// A block that a verification read was right or wrong.
-    pub(crate) fn job_checked(&mut self, key: &BlockKey, job: u64, right: bool) {
+    /// A verification has heard of a block that it had read.
+    pub(crate) fn job_checked(&mut self, key: &BlockKey, job: u64, checked: Checked) {
         let bytes = self.catalog.find(key).map_or(0, |entry| u64::from(self.bytes_of(entry.binding)));
         let Some(job) = self.jobs.iter_mut().find(|one| one.number == job) else { return };
         job.waits = false;
         job.reading -= 1;
+        if checked == Checked::Unread {
+            job.unread += 1;
+            return;
+        }
         job.progress.done += 1;
         job.progress.bytes += bytes;
-        job.progress.failed += u64::from(!right);
+        job.progress.failed += u64::from(checked == Checked::Wrong);
     }
 
     fn passes(&self, entry: &Entry, filter: &Filter) -> bool {

@@ -485,6 +485,21 @@ fn reclaim_keeps_what_is_read_and_drops_what_is_not() {
 }
 
 #[test]
+fn a_verification_does_not_call_damaged_what_it_could_not_read() {
+    let mut rig = Rig::new(Setup::default());
+    for n in 0..3 {
+        rig.send_down(n);
+    }
+    rig.store().inject(2, broken());
+    assert_eq!(words(&rig.get(SessionId(0), Op::Verify { tier: Tier::Disk })), "DiskError");
+    assert_eq!(rig.report().counters.checksum_failures.values().sum::<u64>(), 0);
+    for n in 0..3 {
+        assert_eq!(rig.read(n), "leased");
+    }
+    end(rig);
+}
+
+#[test]
 fn an_eviction_is_done_when_no_crash_brings_the_block_back() {
     for (fault, answer) in
         [(None, "1/0/0"), (Some(broken()), "DiskError"), (Some(StoreFault::Never), "DeadlinePassed")]
