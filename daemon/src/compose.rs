@@ -27,6 +27,7 @@ use crate::listen::{RunDir, SocketFile};
 use crate::node::{Node, Recovered, TierNotes, quota_share};
 use crate::peercred::Caller;
 use crate::plan::{Bounds, PRINCIPAL_DIR, Plan, ShardPlan, principal_dir};
+use crate::private;
 use crate::registry::Registry;
 use crate::sessions::{Door, Sessions};
 use crate::shard::{Letter, Shard, ShardHandle};
@@ -64,7 +65,9 @@ pub fn start(loaded: &Loaded, plan: &Plan) -> anyhow::Result<Running> {
     let config = &loaded.config;
     let run_dir = RunDir::claim(&config.run_dir(), config.listen.socket_mode.0)?;
     let state_dir = config.disk_dir().unwrap_or_else(|| config.memory_dir());
-    std::fs::create_dir_all(&state_dir).with_context(|| format!("creating {}", state_dir.display()))?;
+    for dir in std::iter::once(config.memory_dir()).chain(config.disk_dir()) {
+        private::dir(&dir).with_context(|| format!("creating {}", dir.display()))?;
+    }
     let (registry, note) = Registry::open(Some(state_dir.join("bindings.json")));
     let mut recovered = Recovered { notes: note.into_iter().collect(), ..Recovered::default() };
 

@@ -22,6 +22,7 @@ pub mod metrics;
 pub mod node;
 pub mod peercred;
 pub mod plan;
+pub mod private;
 pub mod registry;
 pub mod requests;
 pub mod resources;

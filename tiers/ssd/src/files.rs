@@ -15,6 +15,7 @@
 use std::fs::File;
 use std::io;
 use std::os::fd::AsFd;
+use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -70,7 +71,7 @@ pub(crate) struct OsDirectory {
 impl OsDirectory {
     /// Opens and locks `path`, making it when it is missing. `WouldBlock` when another daemon has it.
     pub(crate) fn open(path: &Path) -> io::Result<Self> {
-        std::fs::create_dir_all(path)?;
+        std::fs::DirBuilder::new().recursive(true).mode(0o700).create(path)?;
         let directory = File::open(path)?;
         rustix::fs::flock(&directory, FlockOperation::NonBlockingLockExclusive)?;
         let mut opened = Self { directory, path: path.to_owned(), direct: true, opened: Instant::now() };
@@ -227,6 +228,21 @@ mod tests {
         assert_eq!(second.kind(), io::ErrorKind::WouldBlock);
         drop(first);
         OsDirectory::open(dir.path()).unwrap();
+    }
+
+    #[test]
+    fn nobody_else_can_read_what_is_made() {
+        use std::os::unix::fs::MetadataExt as _;
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("principal-b/shard-0");
+        let directory = OsDirectory::open(&path).unwrap();
+        directory.write("kvd.format", b"one").unwrap();
+        directory.create("segment-00000001.kv", "segment-00000001.new", 1 << 20, b"head").unwrap();
+        let mode = |path: &Path| std::fs::metadata(path).unwrap().mode() & 0o777;
+        assert_eq!((mode(path.parent().unwrap()), mode(&path)), (0o700, 0o700));
+        for name in ["kvd.format", "segment-00000001.kv"] {
+            assert_eq!(mode(&path.join(name)), 0o600, "{name}");
+        }
     }
 
     #[test]
