@@ -86,22 +86,27 @@ impl Format {
     }
 }
 
-/// Reads the directory's identity, or gives it one. What was set aside is told in `notes`.
+/// Reads the directory's identity, or gives it one. What was set aside is told in `told`.
 pub(crate) fn establish(
     directory: &dyn Directory,
     fresh: impl FnOnce() -> Format,
-    notes: &mut Vec<String>,
+    told: &mut Vec<String>,
 ) -> io::Result<Format> {
     let names = directory.names()?;
     let found = names.iter().any(|name| name == FORMAT_FILE);
     let ours = |name: &String| {
         name == FORMAT_FILE || name == PROBE_NAME || (name.starts_with("segment-") && name.contains(".kv"))
     };
-    let why = match found.then(|| directory.read(FORMAT_FILE)).transpose()? {
-        Some(bytes) => match Format::parse(&bytes) {
+    let why = match found.then(|| directory.read(FORMAT_FILE)) {
+        Some(Ok(bytes)) => match Format::parse(&bytes) {
             Ok(format) => return Ok(format),
             Err(error) => Some(error.to_string()),
         },
+        // A directory or a link of that name: nothing of ours, and a rename takes it away as well.
+        Some(Err(error)) if matches!(error.raw_os_error(), Some(libc::EISDIR | libc::ELOOP)) => {
+            Some(format!("{FORMAT_FILE} is not a file"))
+        }
+        Some(Err(error)) => return Err(error),
         None if names.iter().any(|name| segment::number_of(name).is_some()) => {
             Some("segments without a format file".to_owned())
         }
@@ -116,7 +121,7 @@ pub(crate) fn establish(
         for name in moved {
             directory.rename(name, &format!("{aside}/{name}"))?;
         }
-        notes.push(format!(
+        told.push(format!(
             "the data directory was set aside into {aside}/: {why}; run the version that wrote it, or remove \
              {aside}/ when it is not wanted"
         ));

@@ -42,6 +42,8 @@ pub struct RecoveryReport {
     pub segments_free: u32,
     /// Files whose header was not believed; renamed and kept.
     pub segments_set_aside: u32,
+    /// Files that could not be read, in whole or in part. They are left alone, and their blocks may come back.
+    pub segments_unread: u32,
     /// Blocks handed out.
     pub blocks: u64,
     /// Entries that a newer one of the same key, or a removal, made void.
@@ -56,7 +58,9 @@ pub struct RecoveryReport {
     pub index_bytes: u64,
     /// Time from the first read to the last block.
     pub took: Duration,
-    /// What an operator should know, with the switch that changes it.
+    /// What was renamed and kept, a sentence each: of segments, and of the whole directory.
+    pub set_aside: Vec<String>,
+    /// What else an operator should know, with the switch that changes it.
     pub notes: Vec<String>,
 }
 
@@ -161,7 +165,10 @@ fn open_files(
                 engine.attach(number, file);
                 files.push((number, bytes));
             }
-            Err(error) => report.notes.push(format!("{name} cannot be opened and is left alone: {error}")),
+            Err(error) => {
+                report.segments_unread += 1;
+                report.notes.push(format!("{name} cannot be opened and is left alone: {error}"));
+            }
         }
     }
     let mut lives = Vec::new();
@@ -185,6 +192,7 @@ fn open_files(
             if let Some(errno) = failed {
                 engine.detach(*number);
                 let error = io::Error::from_raw_os_error(errno);
+                report.segments_unread += 1;
                 report.notes.push(format!("{name} cannot be read and is left alone: {error}"));
                 continue;
             }
@@ -196,7 +204,7 @@ fn open_files(
                     directory.rename(&name, &aside)?;
                     report.segments_set_aside += 1;
                     report
-                        .notes
+                        .set_aside
                         .push(format!("{name} was set aside as {aside}: {why}; its blocks are not served"));
                 }
             }
@@ -371,6 +379,7 @@ impl Settler {
         if unread > 0 {
             // Numbers may be in use that could not be seen.
             *sequence_next += 1 << 32;
+            report.segments_unread += 1;
             report.notes.push(format!(
                 "{}: {unread} pieces of its index could not be read; their blocks are not there",
                 segment::file_name(life.header.segment)

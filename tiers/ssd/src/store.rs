@@ -188,6 +188,8 @@ pub enum Error {
 pub struct Recovered {
     messages: mpsc::Receiver<Message>,
     end: Option<Result<RecoveryReport, Error>>,
+    /// What was set aside before anything was read.
+    set_aside: Vec<String>,
 }
 
 enum Message {
@@ -215,7 +217,9 @@ impl Recovered {
     /// What opening found; passes over blocks that were not taken.
     pub fn finish(mut self) -> Result<RecoveryReport, Error> {
         while self.next().is_some() {}
-        self.end.unwrap_or(Err(Error::Ended))
+        let mut report = self.end.unwrap_or(Err(Error::Ended))?;
+        report.set_aside.splice(0..0, self.set_aside);
+        Ok(report)
     }
 }
 
@@ -308,8 +312,9 @@ impl SsdStore {
         let mut notes = directory.notes();
         notes.extend(raise_file_limit(log_config.segments_max));
         let fresh = || fresh_format(&config.node);
+        let mut set_aside = Vec::new();
         let format =
-            format::establish(&*directory, fresh, &mut notes).map_err(failed("write the format file"))?;
+            format::establish(&*directory, fresh, &mut set_aside).map_err(failed("write the format file"))?;
         log_config.store = format.store;
         let shared = Arc::new(Shared::new());
         let (ready_sender, ready) = mpsc::channel();
@@ -358,7 +363,7 @@ impl SsdStore {
             slow_limit,
         };
         store.publish_limits(&log_config);
-        Ok((store, Recovered { messages, end: None }))
+        Ok((store, Recovered { messages, end: None, set_aside }))
     }
 
     /// Opens a store on a simulated disk. It runs inside [`BlockStore::poll`], on the disk's virtual time,
@@ -371,9 +376,9 @@ impl SsdStore {
         }
         let life = disk.life();
         let directory = disk.directory();
-        let mut notes = Vec::new();
+        let mut set_aside = Vec::new();
         let fresh = || Format { store: StoreId(*b"a simulated disk"), node: config.node.clone(), created: 0 };
-        let format = format::establish(&*directory, fresh, &mut notes);
+        let format = format::establish(&*directory, fresh, &mut set_aside);
         log_config.store = format
             .map_err(|source| Error::Io { what: "write the format file", dir: dir.clone(), source })?
             .store;
@@ -383,7 +388,6 @@ impl SsdStore {
         let machine =
             Machine::open(&dir, directory, engine, log_config, false, &mut send).ok_or(Error::Ended)?;
         let shared = Arc::new(Shared::new());
-        lock(&shared.published).notes = notes;
         let store = Self {
             shared,
             driver: Driver::Inline { machine: Box::new(machine), disk: disk.clone(), life },
@@ -394,7 +398,7 @@ impl SsdStore {
             slow_limit: config.slow_limit,
         };
         store.publish_limits(&log_config);
-        Ok((store, Recovered { messages, end: None }))
+        Ok((store, Recovered { messages, end: None, set_aside }))
     }
 
     fn publish_limits(&self, config: &LogConfig) {

@@ -90,7 +90,7 @@ fn a_flipped_bit_in_a_header_sets_the_file_aside_and_keeps_it() {
         let (node, found, report) = Node::simulated(&small(), &copy);
         assert!(found.is_empty(), "bit {bit}");
         assert_eq!(report.segments_set_aside, 1, "bit {bit}");
-        assert!(report.notes[0].contains("aside"), "{:?}", report.notes);
+        assert!(report.set_aside[0].contains("aside"), "{:?}", report.set_aside);
         drop(node);
         assert_eq!(copy.image(&format!("{SEGMENT}.aside-1")).unwrap(), image, "bit {bit}: not kept");
         image[bit / 8] ^= 1 << (bit % 8);
