@@ -7,14 +7,15 @@
 //!   SIGTERM  -> not ready, no new work -> listeners close -> shards finish -> memory stays for the next life
 //! ```
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use anyhow::Context as _;
 use kv_arena::{Adoption, Geometry, Grower, HazardSet, MemorySpec, ShardMemory};
-use kv_block::{Epoch, SessionId, ShardId};
+use kv_block::code::Code;
+use kv_block::{Epoch, Record, SessionId, ShardId};
 use kv_node::{Brain, BrainConfig, Event, Micros, Now};
 use kv_tiers::catalog::Catalog;
 use kv_tiers::host::{HostTier, Watermarks};
@@ -55,6 +56,8 @@ struct Opened {
     epoch: Epoch,
     host_blocks: u64,
     disk_blocks: u64,
+    /// Nothing on its disk was passed over or set aside.
+    seen_all: bool,
     remarks: Vec<String>,
     grower: Option<Grower>,
 }
@@ -69,6 +72,9 @@ pub fn start(loaded: &Loaded, plan: &Plan) -> anyhow::Result<Running> {
         private::dir(&dir).with_context(|| format!("creating {}", dir.display()))?;
     }
     let (registry, note) = Registry::open(Some(state_dir.join("bindings.json")));
+    if let Some(note) = &note {
+        tracing::warn!(code = %Code::SetAside, "{note}");
+    }
     let mut recovered = Recovered { notes: note.into_iter().collect(), ..Recovered::default() };
 
     let mut epoch = Epoch(1);
@@ -83,7 +89,20 @@ pub fn start(loaded: &Loaded, plan: &Plan) -> anyhow::Result<Running> {
         opened.push(one);
     }
 
-    recovered.notes.extend(left_behind(config, plan));
+    let left_behind = left_behind(config, plan);
+    let seen_all = opened.iter().all(|one| one.seen_all) && left_behind.is_empty() && !others_on_disk(plan);
+    recovered.notes.extend(left_behind);
+    let forgotten = registry.settle(seen_all);
+    tracing::info!(bindings = registry.all().len(), forgotten, "bindings of recovered blocks are known");
+    if registry.unnumbered() > 0 {
+        let note = format!(
+            "{} recovered blocks are of scopes and slices for which no number was left ({}); they are not served",
+            registry.unnumbered(),
+            Code::TooManyBindings
+        );
+        tracing::warn!(code = %Code::TooManyBindings, "{note}");
+        recovered.notes.push(note);
+    }
     let sessions = Sessions::new(config.limits.sessions_max as usize + 1);
     // Of nobody who can call: its number opens nothing.
     let guest = sessions.open("grpc".into(), Door::Grpc, Caller::Unknown, 0).map_err(anyhow::Error::new)?.id;
@@ -101,6 +120,10 @@ pub fn start(loaded: &Loaded, plan: &Plan) -> anyhow::Result<Running> {
             let home = usize::from(shard_plan.home);
             let bytes_max = Some(quota_share(whole, home, principal.shards.len()));
             one.shard.tell(Event::Quota { tenant, bytes_max });
+        }
+        // Those that shards opened after this one brought.
+        for bound in registry.all() {
+            one.shard.tell(Event::Bound(bound.binding()));
         }
         one.shard.tell(Event::Opened { session: guest });
         growers.extend(one.grower.map(|grower| (one.handle.clone(), grower)));
@@ -197,6 +220,18 @@ fn left_behind(config: &Config, plan: &Plan) -> Vec<String> {
     .collect()
 }
 
+/// Whether the disk has logs of shards that are not in the plan. Their blocks come back when the shards do.
+fn others_on_disk(plan: &Plan) -> bool {
+    let ours: Vec<&Path> =
+        plan.shards.iter().filter_map(|shard| Some(shard.disk.as_ref()?.dir.as_path())).collect();
+    let homes = ours.iter().filter_map(|dir| dir.parent());
+    let mut entries = homes.filter_map(|dir| std::fs::read_dir(dir).ok()).flatten().flatten();
+    entries.any(|entry| {
+        let is_log = entry.file_name().to_string_lossy().starts_with("shard-");
+        is_log && !ours.contains(&entry.path().as_path())
+    })
+}
+
 /// Quota of each configured tenant on all shards of a principal together, in bytes.
 fn quotas(config: &Config, shards: &[ShardPlan]) -> Vec<(String, u64)> {
     let arena: u64 = shards.iter().map(|shard| shard.arena_bytes).sum();
@@ -244,7 +279,7 @@ fn open_shard(
         Adoption::SetAside { why, to } => {
             let remark =
                 format!("host memory of shard {} was set aside as {}: {why}", shard.index, to.display());
-            tracing::warn!(shard = shard.index, "{remark}");
+            tracing::warn!(code = %Code::SetAside, shard = shard.index, "{remark}");
             remarks.push(remark);
         }
     }
@@ -275,25 +310,31 @@ fn open_shard(
         one.tell(Event::Bound(bound.binding()));
     }
     let now = now();
-    let host_blocks = one.brain_mut().recover_host(now, &mut |record| registry.recovered(record).binding());
-    let mut disk_blocks = 0;
+    let mut bind = |record: &Record| Some(registry.recovered(record)?.binding());
+    let host_blocks = one.brain_mut().recover_host(now, &mut bind);
+    let (mut disk_blocks, mut seen_all) = (0, true);
     if let Some(disk_plan) = &shard.disk {
         let disk::OpenedDisk { store, mut found } =
             disk::open(config, disk_plan, &plan.bounds, shard, handle.slab(), handle.waker())?;
         for batch in found.by_ref() {
-            disk_blocks +=
-                one.brain_mut().recover_disk(now, &batch, &mut |record| registry.recovered(record).binding());
+            disk_blocks += one.brain_mut().recover_disk(now, &batch, &mut bind);
         }
         let report = found.finish()?;
-        notes.disk = store.notes();
-        if report.segments_set_aside > 0 {
-            remarks.extend(report.notes);
+        seen_all = report.set_aside.is_empty() && report.segments_unread == 0;
+        for remark in &report.set_aside {
+            tracing::warn!(code = %Code::SetAside, shard = shard.index, "{remark}");
         }
+        for note in &report.notes {
+            tracing::warn!(shard = shard.index, "{note}");
+        }
+        notes.disk = store.notes();
+        notes.disk.extend(report.set_aside.iter().chain(&report.notes).cloned());
+        remarks.extend(report.set_aside);
         notes.disk_bytes_max = disk_plan.segment_bytes * u64::from(disk_plan.segments_max);
         one.set_store(Box::new(store));
     }
     tracing::info!(shard = shard.index, host_blocks, disk_blocks, "recovered");
-    Ok(Opened { shard: one, handle, fds, notes, epoch, host_blocks, disk_blocks, remarks, grower })
+    Ok(Opened { shard: one, handle, fds, notes, epoch, host_blocks, disk_blocks, seen_all, remarks, grower })
 }
 
 fn now() -> Now {

@@ -24,7 +24,8 @@ pub fn dir(path: &Path) -> io::Result<()> {
 }
 
 fn close(path: &Path) -> io::Result<()> {
-    let dir = OpenOptions::new().read(true).custom_flags(rustix::fs::OFlags::DIRECTORY.bits() as i32).open(path)?;
+    let dir =
+        OpenOptions::new().read(true).custom_flags(rustix::fs::OFlags::DIRECTORY.bits() as i32).open(path)?;
     let found = dir.metadata()?;
     let mode = found.mode() & 0o7777;
     if mode & OTHERS == 0 {

@@ -1,17 +1,29 @@
 //! What blocks mean, node-wide: registered scopes and slices and their numbers.
 //!
 //! A binding has a number for this life of the daemon (dense, the same on every shard) and a tag for ever
-//! (in slot headers and on disk). The registry remembers bindings over restarts in a small file beside the
+//! (in slot headers and on disk). The registry remembers bindings over restarts in a small log beside the
 //! durable data, so that recovered blocks have a tenant and a model again before any worker returns. The
 //! tenant's salt is never written: the scope id, which it went into, is.
+//!
+//! ```text
+//!  {"format":2}                              one line per binding; a new one is appended and synced before
+//!  {"tag":1,"scope_id":"ab..","scope":{..}}  its worker is answered, by a thread that may wait for the disk
+//! ```
+//! What the log remembers gets a number when a recovered block or a worker names it. When a start has seen
+//! everything that is kept, the rest is forgotten: there is no block that it could speak of.
 
 use std::collections::HashMap;
-use std::path::PathBuf;
-use std::sync::{Arc, RwLock};
+use std::fs::{File, OpenOptions};
+use std::io::{self, Write as _};
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, PoisonError, RwLock};
 
 use kv_block::code::Code;
 use kv_block::{BindingId, BindingTag, BlockKey, Fault, Namer, Record, Scope, ScopeId, SequenceHash, Slice};
+use rustix::fs::RenameFlags;
 use serde::{Deserialize, Serialize};
+
+use crate::private;
 
 /// One registered scope, slice and block length.
 #[derive(Clone, PartialEq, Eq, Debug)]
@@ -39,6 +51,14 @@ pub struct Kept {
     pub scope: Scope,
     /// Which part of the tensor.
     pub slice: Slice,
+}
+
+impl Kept {
+    /// Whether the tag is that of the rest.
+    fn is_itself(&self) -> bool {
+        let scope_id = self.scope_id.parse::<ScopeId>();
+        scope_id.is_ok_and(|scope_id| scope_id.binding_tag(&self.slice, self.block_bytes).0 == self.tag)
+    }
 }
 
 impl Bound {
@@ -77,61 +97,86 @@ impl Bound {
 /// All bindings of a node.
 pub struct Registry {
     state: RwLock<State>,
-    file: Option<PathBuf>,
+    /// Taken before the state, never after it: whoever looks a binding up does not wait for the disk.
+    log: Mutex<Log>,
 }
 
 #[derive(Default)]
 struct State {
     by_number: Vec<Arc<Bound>>,
     by_tag: HashMap<u64, BindingId>,
+    /// Remembered from an earlier life and not named in this one, by tag.
+    asleep: HashMap<u64, Kept>,
+    /// Named and not in the log yet, in order.
+    unsaved: Vec<Arc<Bound>>,
+    /// Recovered blocks that no number was left for.
+    unnumbered: u64,
 }
 
-/// The file's shape.
+/// The file.
+#[derive(Default)]
+struct Log {
+    /// `None` keeps nothing.
+    path: Option<PathBuf>,
+    /// Where the next line goes; `None` when the file must be written anew first.
+    file: Option<File>,
+    /// Lines found, when the file was whole.
+    lines: Option<usize>,
+}
+
+/// The first line.
 #[derive(Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
-struct File {
+struct Head {
+    format: u32,
+}
+
+/// All of the file as format 1 had it.
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Format1 {
     format: u32,
     bindings: Vec<Kept>,
 }
 
-const FORMAT: u32 = 1;
+const FORMAT: u32 = 2;
 const BINDINGS_MAX: usize = u16::MAX as usize;
 
 impl Registry {
-    /// The registry kept in `file`, or an empty one. A file that cannot be read is set aside; the second
-    /// value says so.
-    pub fn open(file: Option<PathBuf>) -> (Self, Option<String>) {
+    /// The registry kept in `path`, or an empty one. A file that is not whole is set aside; the second value
+    /// says so. What can be read of it counts.
+    pub fn open(path: Option<PathBuf>) -> (Self, Option<String>) {
         let mut state = State::default();
+        let mut log = Log { path, ..Log::default() };
         let mut note = None;
-        if let Some(path) = &file {
-            match read(path) {
-                Ok(bindings) => bindings.into_iter().for_each(|kept| {
-                    state.add(kept);
-                }),
-                Err(why) => {
-                    let aside = path.with_extension("aside");
-                    let moved = std::fs::rename(path, &aside);
-                    note = Some(match moved {
-                        Ok(()) => format!("{} was set aside as {}: {why}", path.display(), aside.display()),
-                        Err(error) => {
-                            format!("{}: {why}; it could not be set aside: {error}", path.display())
-                        }
-                    });
-                }
+        if let Some(path) = log.path.clone() {
+            let Parsed { bindings, lines, broken } = read(&path);
+            state.asleep = bindings.into_iter().map(|kept| (kept.tag, kept)).collect();
+            log.lines = lines;
+            if let Some(why) = broken {
+                let shown = path.display();
+                note = Some(match set_aside(&path) {
+                    Ok(aside) => format!("{shown} was set aside as {}: {why}", aside.display()),
+                    Err(error) => {
+                        // Whatever it is, it is not to be written over.
+                        log.path = None;
+                        format!("{shown}: {why}; it could not be set aside, so no binding is kept: {error}")
+                    }
+                });
             }
         }
-        (Self { state: RwLock::new(state), file }, note)
+        (Self { state: RwLock::new(state), log: Mutex::new(log) }, note)
     }
 
     fn read_state(&self) -> std::sync::RwLockReadGuard<'_, State> {
-        self.state.read().unwrap_or_else(std::sync::PoisonError::into_inner)
+        self.state.read().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn write_state(&self) -> std::sync::RwLockWriteGuard<'_, State> {
-        self.state.write().unwrap_or_else(std::sync::PoisonError::into_inner)
+        self.state.write().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Every binding, by number.
+    /// Every binding with a number, by number.
     pub fn all(&self) -> Vec<Arc<Bound>> {
         self.read_state().by_number.clone()
     }
@@ -141,7 +186,8 @@ impl Registry {
         self.read_state().by_number.get(number as usize).cloned()
     }
 
-    /// Makes a scope and slice known. The second value says whether it was not before.
+    /// Makes a scope and slice known. When the second value says so, the shards must hear of it, and it is
+    /// kept over a restart only after [`Registry::save`].
     pub fn register(
         &self,
         scope: &Scope,
@@ -154,57 +200,161 @@ impl Registry {
         let known = state.by_tag.get(&tag.0).map(|id| Arc::clone(&state.by_number[usize::from(id.0)]));
         if let Some(known) = known {
             if known.scope_id() == Some(scope_id) {
-                return Ok((known, false));
+                let unsaved = state.unsaved.iter().any(|one| one.id == known.id);
+                return Ok((known, unsaved));
             }
             // Known by its tag alone, from a block that was recovered: now it has a meaning.
             let named = Arc::new(Bound::new(known.id, kept(scope, scope_id, slice, block_bytes, tag)));
             state.by_number[usize::from(known.id.0)] = Arc::clone(&named);
-            self.save(&state);
+            state.unsaved.push(Arc::clone(&named));
             return Ok((named, true));
         }
-        if state.by_number.len() >= BINDINGS_MAX {
+        let kept = kept(scope, scope_id, slice, block_bytes, tag);
+        let Some(bound) = state.add(kept) else {
             let text =
                 format!("{BINDINGS_MAX} scopes and slices are registered, as many as there are numbers");
             return Err(Fault::new(Code::TooManyBindings, text));
+        };
+        if state.asleep.remove(&tag.0).as_ref() != Some(&bound.kept) {
+            state.unsaved.push(Arc::clone(&bound));
         }
-        let bound = state.add(kept(scope, scope_id, slice, block_bytes, tag));
-        self.save(&state);
         Ok((bound, true))
     }
 
-    /// The binding of a recovered block; one without a meaning when only its tag is known.
-    pub fn recovered(&self, record: &Record) -> Arc<Bound> {
+    /// The binding of a recovered block; one without a meaning when only its tag is known, and `None`, which
+    /// is counted, when there is no number left.
+    pub fn recovered(&self, record: &Record) -> Option<Arc<Bound>> {
         let mut state = self.write_state();
-        if let Some(id) = state.by_tag.get(&record.tag.0) {
-            return Arc::clone(&state.by_number[usize::from(id.0)]);
+        let tag = record.tag.0;
+        if let Some(id) = state.by_tag.get(&tag) {
+            return Some(Arc::clone(&state.by_number[usize::from(id.0)]));
         }
-        let scope = Scope { model: "unknown".into(), tenant: "unknown".into(), ..Scope::default() };
-        state.add(Kept {
-            tag: record.tag.0,
+        let kept = state.asleep.get(&tag).cloned().unwrap_or_else(|| Kept {
+            tag,
             scope_id: String::new(),
             block_bytes: record.bytes,
-            scope,
+            scope: Scope { model: "unknown".into(), tenant: "unknown".into(), ..Scope::default() },
             slice: Slice::whole(1, 1),
-        })
+        });
+        let bound = state.add(kept);
+        match bound {
+            Some(_) => drop(state.asleep.remove(&tag)),
+            None => state.unnumbered += 1,
+        }
+        bound
     }
 
-    fn save(&self, state: &State) {
-        let Some(path) = &self.file else { return };
-        let named = state.by_number.iter().filter(|bound| !bound.kept.scope_id.is_empty());
-        let file = File { format: FORMAT, bindings: named.map(|bound| bound.kept.clone()).collect() };
-        if let Err(error) = write(path, &file) {
-            tracing::warn!(path = %path.display(), %error, "the registry was not saved; after a restart its tenants are unknown until workers return");
+    /// Recovered blocks that found no number.
+    pub fn unnumbered(&self) -> u64 {
+        self.read_state().unnumbered
+    }
+
+    /// The start is over. If it has seen every block that is kept, what none of them named is forgotten;
+    /// gives how many.
+    pub fn settle(&self, seen_all: bool) -> usize {
+        let mut log = self.lock_log();
+        let mut state = self.write_state();
+        let mut forgotten = 0;
+        if seen_all && state.unnumbered == 0 {
+            forgotten = std::mem::take(&mut state.asleep).len();
         }
+        drop(state);
+        let all = self.to_keep();
+        log.settle(&all).unwrap_or_else(|error| log.failed(&error));
+        forgotten
+    }
+
+    /// Makes what was registered so far outlive this process. Waits for the disk; what several register at once
+    /// goes out together.
+    pub fn save(&self) {
+        let mut log = self.lock_log();
+        let unsaved = self.read_state().unsaved.clone();
+        if unsaved.is_empty() {
+            return;
+        }
+        let lines: Vec<_> = unsaved.iter().map(|bound| &bound.kept).collect();
+        let written = if log.file.is_some() { log.append(&lines) } else { log.rewrite(&self.to_keep()) };
+        written.unwrap_or_else(|error| log.failed(&error));
+        // When it failed, the next one writes all of it again.
+        self.write_state().unsaved.drain(..unsaved.len());
+    }
+
+    fn lock_log(&self) -> std::sync::MutexGuard<'_, Log> {
+        self.log.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// All that the log should hold.
+    fn to_keep(&self) -> Vec<Kept> {
+        let state = self.read_state();
+        let named = state.by_number.iter().filter(|bound| !bound.kept.scope_id.is_empty());
+        named.map(|bound| bound.kept.clone()).chain(state.asleep.values().cloned()).collect()
     }
 }
 
 impl State {
-    fn add(&mut self, kept: Kept) -> Arc<Bound> {
-        let id = BindingId(self.by_number.len() as u16);
+    /// Gives the next number; `None` when all are taken.
+    fn add(&mut self, kept: Kept) -> Option<Arc<Bound>> {
+        let number = u16::try_from(self.by_number.len()).ok();
+        let id = BindingId(number.filter(|number| usize::from(*number) < BINDINGS_MAX)?);
         self.by_tag.insert(kept.tag, id);
         let bound = Arc::new(Bound::new(id, kept));
         self.by_number.push(Arc::clone(&bound));
-        bound
+        Some(bound)
+    }
+}
+
+impl Log {
+    /// Goes on behind what is there when that is just `all`; else writes it anew.
+    fn settle(&mut self, all: &[Kept]) -> io::Result<()> {
+        let Some(path) = &self.path else { return Ok(()) };
+        if self.lines != Some(all.len()) {
+            return self.rewrite(all);
+        }
+        self.file = Some(private::file(OpenOptions::new().append(true), path)?);
+        Ok(())
+    }
+
+    fn rewrite(&mut self, all: &[Kept]) -> io::Result<()> {
+        self.file = None;
+        let Some(path) = &self.path else { return Ok(()) };
+        let fresh = path.with_extension("new");
+        let file = private::file(OpenOptions::new().create(true).truncate(true), &fresh)?;
+        let mut out = io::BufWriter::new(&file);
+        write_line(&mut out, &Head { format: FORMAT })?;
+        all.iter().try_for_each(|kept| write_line(&mut out, kept))?;
+        out.flush()?;
+        drop(out);
+        file.sync_all()?;
+        std::fs::rename(&fresh, path)?;
+        sync_dir(path)?;
+        self.file = Some(file);
+        Ok(())
+    }
+
+    fn append(&mut self, lines: &[&Kept]) -> io::Result<()> {
+        let Some(file) = &mut self.file else { return Ok(()) };
+        let mut bytes = Vec::new();
+        lines.iter().try_for_each(|kept| write_line(&mut bytes, kept))?;
+        file.write_all(&bytes)?;
+        file.sync_data()
+    }
+
+    fn failed(&mut self, error: &io::Error) {
+        self.file = None;
+        let path = self.path.as_deref().unwrap_or(Path::new("")).display();
+        tracing::warn!(%path, %error, "the registry was not saved; after a restart its tenants are unknown until workers return");
+    }
+}
+
+fn write_line(out: &mut impl io::Write, value: &impl Serialize) -> io::Result<()> {
+    serde_json::to_writer(&mut *out, value)?;
+    out.write_all(b"\n")
+}
+
+fn sync_dir(path: &Path) -> io::Result<()> {
+    match path.parent() {
+        Some(dir) => File::open(dir)?.sync_all(),
+        None => Ok(()),
     }
 }
 
@@ -213,37 +363,73 @@ fn kept(scope: &Scope, scope_id: ScopeId, slice: &Slice, block_bytes: u32, tag: 
     Kept { tag: tag.0, scope_id: scope_id.to_string(), block_bytes, scope, slice: slice.clone() }
 }
 
-fn read(path: &std::path::Path) -> Result<Vec<Kept>, String> {
-    let text = match std::fs::read_to_string(path) {
-        Ok(text) => text,
-        Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(Vec::new()),
-        Err(error) => return Err(error.to_string()),
+/// Renames a file to the first `<stem>.aside-<n>` that there is not, closed to others like the rest.
+fn set_aside(path: &Path) -> io::Result<PathBuf> {
+    let mut number = 1;
+    loop {
+        let aside = path.with_extension(format!("aside-{number}"));
+        let cwd = rustix::fs::CWD;
+        match rustix::fs::renameat_with(cwd, path, cwd, &aside, RenameFlags::NOREPLACE) {
+            Err(rustix::io::Errno::EXIST) => number += 1,
+            Err(error) => return Err(error.into()),
+            Ok(()) => {
+                if aside.is_file() {
+                    private::file(&mut OpenOptions::new(), &aside)?;
+                }
+                return Ok(aside);
+            }
+        }
+    }
+}
+
+fn read(path: &Path) -> Parsed {
+    match std::fs::read(path) {
+        Ok(bytes) => parse(&bytes),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Parsed::default(),
+        Err(error) => Parsed { broken: Some(error.to_string()), ..Parsed::default() },
+    }
+}
+
+/// What a registry file holds.
+#[derive(Debug, Default)]
+pub struct Parsed {
+    /// The bindings that can be read, in order.
+    pub bindings: Vec<Kept>,
+    /// How many lines there are for them; `None` when the file must be written anew before it grows.
+    pub lines: Option<usize>,
+    /// What is wrong with it. An end that was being written when the process ended is not.
+    pub broken: Option<String>,
+}
+
+/// Reads the bytes of a registry file.
+pub fn parse(bytes: &[u8]) -> Parsed {
+    if let Ok(Format1 { format: 1, bindings }) = serde_json::from_slice(bytes) {
+        return Parsed { bindings, ..Parsed::default() };
+    }
+    let mut parsed = Parsed::default();
+    let mut lines = bytes.split_inclusive(|byte| *byte == b'\n');
+    let head = lines.next().map(serde_json::from_slice::<Head>);
+    parsed.broken = match head {
+        Some(Ok(Head { format: FORMAT })) => None,
+        Some(Ok(Head { format })) => Some(format!("it has format {format}, this version reads {FORMAT}")),
+        Some(Err(error)) => Some(error.to_string()),
+        None => Some("it is empty".to_owned()),
     };
-    parse(&text)
-}
-
-/// The bindings in a registry file.
-pub fn parse(text: &str) -> Result<Vec<Kept>, String> {
-    let file: File = serde_json::from_str(text).map_err(|error| error.to_string())?;
-    if file.format != FORMAT {
-        return Err(format!("it has format {}, this version reads {FORMAT}", file.format));
+    if parsed.broken.is_some() {
+        return parsed;
     }
-    if file.bindings.len() > BINDINGS_MAX {
-        return Err(format!(
-            "it has {} bindings, at most {BINDINGS_MAX} can be numbered",
-            file.bindings.len()
-        ));
+    let mut torn = !bytes.ends_with(b"\n");
+    for (at, line) in lines.enumerate() {
+        torn = !line.ends_with(b"\n");
+        match serde_json::from_slice::<Kept>(line) {
+            _ if torn => {}
+            Ok(kept) if kept.is_itself() => parsed.bindings.push(kept),
+            Ok(_) => parsed.broken = Some(format!("line {}: its tag is of another binding", at + 2)),
+            Err(error) => parsed.broken = Some(format!("line {}: {error}", at + 2)),
+        }
     }
-    Ok(file.bindings)
-}
-
-fn write(path: &std::path::Path, file: &File) -> std::io::Result<()> {
-    let fresh = path.with_extension("new");
-    let text = serde_json::to_vec_pretty(file)?;
-    let mut out = std::fs::File::create(&fresh)?;
-    std::io::Write::write_all(&mut out, &text)?;
-    out.sync_all()?;
-    std::fs::rename(&fresh, path)
+    parsed.lines = (!torn && parsed.broken.is_none()).then_some(parsed.bindings.len());
+    parsed
 }
 
 #[cfg(test)]
@@ -254,51 +440,192 @@ mod tests {
         Scope { model: "m".into(), tenant: "t".into(), salt: salt.into(), ..Scope::default() }
     }
 
+    fn slice() -> Slice {
+        Slice::whole(1, 2)
+    }
+
+    fn record(tag: BindingTag) -> Record {
+        Record {
+            key: BlockKey([1; 16]),
+            checksum: kv_block::Checksum(0),
+            bytes: 4096,
+            tag,
+            priority: kv_block::Priority::Normal,
+            expires_at: 0,
+        }
+    }
+
+    /// A registry as a start leaves it, with these bindings saved.
+    fn saved(path: &Path, salts: &[&str]) -> Registry {
+        let (registry, note) = Registry::open(Some(path.to_owned()));
+        assert_eq!(note, None);
+        registry.settle(false);
+        for salt in salts {
+            registry.register(&scope(salt), &slice(), 4096).unwrap();
+            registry.save();
+        }
+        registry
+    }
+
+    fn tag(salt: &str) -> BindingTag {
+        scope(salt).id().binding_tag(&slice(), 4096)
+    }
+
+    fn tenant_after_restart(path: &Path, salt: &str) -> String {
+        let (registry, _) = Registry::open(Some(path.to_owned()));
+        registry.recovered(&record(tag(salt))).unwrap().kept.scope.tenant.clone()
+    }
+
     #[test]
     fn bindings_outlive_a_restart_and_salts_do_not_reach_the_file() {
+        use std::os::unix::fs::MetadataExt as _;
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("bindings.json");
-        let (registry, note) = Registry::open(Some(path.clone()));
-        assert_eq!(note, None);
-        let (bound, new) = registry.register(&scope("s3cret"), &Slice::whole(1, 2), 4096).unwrap();
-        assert!(new);
+        let registry = saved(&path, &["s3cret"]);
+        let (_, new) = registry.register(&scope("s3cret"), &slice(), 4096).unwrap();
+        assert!(!new, "it is known and saved");
         assert!(!std::fs::read_to_string(&path).unwrap().contains("s3cret"));
-        let (again, _) = Registry::open(Some(path));
-        assert_eq!(again.get(0).unwrap().scope_id(), Some(scope("s3cret").id()));
-        let (same, new) = again.register(&scope("s3cret"), &Slice::whole(1, 2), 4096).unwrap();
+        assert_eq!(std::fs::metadata(&path).unwrap().mode() & 0o777, 0o600);
+        let (again, note) = Registry::open(Some(path.clone()));
+        assert_eq!((note, again.all().len()), (None, 0), "a number is for what is named");
+        let bound = again.recovered(&record(tag("s3cret"))).unwrap();
+        assert_eq!(bound.scope_id(), Some(scope("s3cret").id()));
+        assert_eq!(bound.kept.scope.tenant, "t");
+        let (same, new) = again.register(&scope("s3cret"), &slice(), 4096).unwrap();
         assert_eq!((same.id, new), (bound.id, false));
-        let (other, new) = again.register(&scope("other"), &Slice::whole(1, 2), 4096).unwrap();
+        let (other, new) = again.register(&scope("other"), &slice(), 4096).unwrap();
         assert!(new && other.id != bound.id, "another salt is another scope");
     }
 
     #[test]
-    fn a_broken_file_is_set_aside_and_kept() {
+    fn what_no_block_names_is_forgotten_once_everything_was_seen() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("bindings.json");
-        for text in ["{", r#"{"format":2,"bindings":[]}"#] {
+        drop(saved(&path, &["used", "unused"]));
+        for (seen_all, wanted) in [(false, "t"), (true, "unknown")] {
+            let (registry, _) = Registry::open(Some(path.clone()));
+            registry.recovered(&record(tag("used"))).unwrap();
+            assert_eq!(registry.settle(seen_all), usize::from(seen_all));
+            assert_eq!(tenant_after_restart(&path, "unused"), wanted);
+            assert_eq!(tenant_after_restart(&path, "used"), "t");
+        }
+        let registry = saved(&path, &["unused"]);
+        assert_eq!(registry.all()[0].kept.tag, tag("unused").0, "it comes back under the same tag");
+    }
+
+    #[test]
+    fn numbers_run_out_and_are_never_given_twice() {
+        let (registry, _) = Registry::open(None);
+        for number in 0..BINDINGS_MAX as u64 {
+            let bound = registry.recovered(&record(BindingTag(number))).unwrap();
+            assert_eq!(u64::from(bound.id.0), number);
+        }
+        assert_eq!(registry.recovered(&record(BindingTag(1 << 40))), None);
+        assert_eq!(registry.recovered(&record(BindingTag(1 << 41))), None);
+        assert_eq!((registry.unnumbered(), registry.all().len()), (2, BINDINGS_MAX));
+        assert_eq!(registry.recovered(&record(BindingTag(7))).unwrap().id, BindingId(7));
+        let refused = registry.register(&scope("late"), &slice(), 4096).unwrap_err();
+        assert_eq!(refused.code, Code::TooManyBindings);
+    }
+
+    #[test]
+    fn a_binding_without_a_number_is_not_forgotten_while_a_block_has_its_tag() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("bindings.json");
+        drop(saved(&path, &["late"]));
+        let (registry, _) = Registry::open(Some(path.clone()));
+        for number in 0..BINDINGS_MAX as u64 {
+            let found = registry.recovered(&record(BindingTag(number)));
+            assert!(found.is_some(), "what is only remembered takes no number");
+        }
+        assert_eq!(registry.recovered(&record(tag("late"))), None);
+        assert_eq!(registry.settle(true), 0);
+        assert_eq!(tenant_after_restart(&path, "late"), "t");
+    }
+
+    #[test]
+    fn a_torn_last_line_is_ignored_and_the_next_one_is_whole() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("bindings.json");
+        drop(saved(&path, &["a", "b"]));
+        let whole = std::fs::read(&path).unwrap();
+        let last = whole[..whole.len() - 1].iter().rposition(|byte| *byte == b'\n').unwrap() + 1;
+        for end in last..whole.len() {
+            std::fs::write(&path, &whole[..end]).unwrap();
+            drop(saved(&path, &["c"]));
+            let found = parse(&std::fs::read(&path).unwrap());
+            assert_eq!((found.broken, found.bindings.len()), (None, 2), "cut at {end}");
+        }
+    }
+
+    #[test]
+    fn a_binding_costs_its_own_line_and_a_whole_file_is_not_written_again() {
+        use std::os::unix::fs::MetadataExt as _;
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("bindings.json");
+        drop(saved(&path, &["a"]));
+        let before = std::fs::metadata(&path).unwrap();
+        drop(saved(&path, &["b"]));
+        let after = std::fs::metadata(&path).unwrap();
+        assert_eq!(before.ino(), after.ino());
+        assert!(after.len() > before.len());
+        assert_eq!(tenant_after_restart(&path, "a"), "t");
+    }
+
+    #[test]
+    fn who_looks_a_binding_up_does_not_wait_for_the_disk() {
+        let (registry, _) = Registry::open(None);
+        let saving = registry.lock_log();
+        let (bound, new) = registry.register(&scope("s"), &slice(), 4096).unwrap();
+        assert!(new);
+        assert_eq!(registry.get(0), Some(bound));
+        let (_, unsaved) = registry.register(&scope("s"), &slice(), 4096).unwrap();
+        assert!(unsaved, "who comes second waits for the same line");
+        drop(saving);
+        registry.save();
+        assert!(!registry.register(&scope("s"), &slice(), 4096).unwrap().1);
+    }
+
+    #[test]
+    fn broken_files_are_set_aside_beside_each_other_and_what_can_be_read_counts() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("bindings.json");
+        drop(saved(&path, &["a"]));
+        let line = std::fs::read_to_string(&path).unwrap();
+        let other_tag = line.replace("\"block_bytes\":4096", "\"block_bytes\":4097");
+        let texts = ["{", "", "{\"format\":3}\n", &other_tag, &format!("{line}nonsense\n{line}")];
+        for (number, text) in (1..).zip(texts) {
             std::fs::write(&path, text).unwrap();
             let (registry, note) = Registry::open(Some(path.clone()));
-            assert!(registry.all().is_empty());
-            assert!(note.unwrap().contains("set aside"));
-            assert_eq!(std::fs::read_to_string(path.with_extension("aside")).unwrap(), text);
+            assert!(note.unwrap().contains("set aside"), "{text}");
+            let aside = path.with_extension(format!("aside-{number}"));
+            assert_eq!(std::fs::read_to_string(aside).unwrap(), text);
+            let tenant = &registry.recovered(&record(tag("a"))).unwrap().kept.scope.tenant;
+            assert_eq!(tenant, if number == 5 { "t" } else { "unknown" });
         }
+        std::fs::create_dir(&path).unwrap();
+        assert!(Registry::open(Some(path.clone())).1.unwrap().contains("aside-6"));
+        assert!(!path.exists());
+    }
+
+    #[test]
+    fn the_first_format_is_read_and_written_anew() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("bindings.json");
+        let kept = kept(&scope("a"), scope("a").id(), &slice(), 4096, tag("a"));
+        let text = serde_json::json!({ "format": 1, "bindings": [kept] }).to_string();
+        std::fs::write(&path, text).unwrap();
+        drop(saved(&path, &[]));
+        assert!(std::fs::read_to_string(&path).unwrap().starts_with("{\"format\":2}\n"));
+        assert_eq!(tenant_after_restart(&path, "a"), "t");
     }
 
     #[test]
     fn a_recovered_tag_gets_its_meaning_when_the_worker_returns() {
         let (registry, _) = Registry::open(None);
-        let (slice, id) = (Slice::whole(1, 2), scope("s").id());
-        let record = Record {
-            key: BlockKey([1; 16]),
-            checksum: kv_block::Checksum(0),
-            bytes: 4096,
-            tag: id.binding_tag(&slice, 4096),
-            priority: kv_block::Priority::Normal,
-            expires_at: 0,
-        };
-        let unknown = registry.recovered(&record);
+        let unknown = registry.recovered(&record(tag("s"))).unwrap();
         assert_eq!(unknown.kept.scope.tenant, "unknown");
-        let (named, new) = registry.register(&scope("s"), &slice, 4096).unwrap();
+        let (named, new) = registry.register(&scope("s"), &slice(), 4096).unwrap();
         assert!(new);
         assert_eq!((named.id, named.kept.scope.tenant.as_str()), (unknown.id, "t"));
     }

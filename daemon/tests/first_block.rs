@@ -207,6 +207,74 @@ fn a_broken_or_foreign_directory_is_set_aside_and_the_node_starts() {
     assert!(kept.iter().any(|name| name.to_string_lossy().contains("aside")), "kept: {kept:?}");
     let aside: Vec<_> = walk(&home.data_dir());
     assert!(aside.iter().any(|path| path.contains("aside") && path.ends_with(".kv")), "kept: {aside:?}");
+    let told = told_aside(&home, &door);
+    assert!(told.iter().any(|text| text.contains("host memory of shard 0")), "{told:?}");
+    assert!(told.iter().any(|text| text.contains("data directory was set aside into aside-1/")), "{told:?}");
+}
+
+/// What status says was set aside; the log must say each of it too, with the code.
+fn told_aside(home: &Home, door: &Door) -> Vec<String> {
+    let status = door.status();
+    assert_eq!(status.health, "warn");
+    let told: Vec<String> =
+        status.warnings.into_iter().filter(|one| one.code == "KVD-2003").map(|one| one.text).collect();
+    let log = home.log();
+    for text in &told {
+        let line = log.lines().find(|line| line.contains(text.as_str()));
+        assert!(line.is_some_and(|line| line.contains("WARN") && line.contains("KVD-2003")), "{text}: {log}");
+    }
+    told
+}
+
+#[test]
+fn a_segment_a_registry_and_a_directory_in_the_place_of_a_file_are_set_aside_and_told() {
+    let home = Home::new("aside-more");
+    let daemon = home.start();
+    let door = Door::of(&home);
+    let binding = door.register(&scope("a"), BYTES);
+    door.put(&scope("a"), binding, 1, BYTES, true).unwrap();
+    daemon.kill();
+    let shard = home.data_dir().join("shard-0");
+    std::fs::write(shard.join("segment-00000000.kv"), "no segment").unwrap();
+    std::fs::write(home.data_dir().join("bindings.json"), "no registry").unwrap();
+    let daemon = home.start();
+    let door = Door::of(&home);
+    let told = told_aside(&home, &door);
+    for name in ["segment-00000000.kv.aside-1", "bindings.aside-1"] {
+        assert!(told.iter().any(|text| text.contains(name)), "{name}: {told:?}");
+    }
+    let disk = door.status().tiers.into_iter().find(|tier| tier.tier() == v1::Tier::Disk).unwrap();
+    assert!(disk.notes.iter().any(|note| note.contains("aside-1")), "{:?}", disk.notes);
+    daemon.kill();
+    let format = shard.join("kvd.format");
+    std::fs::remove_file(&format).unwrap();
+    std::fs::create_dir(&format).unwrap();
+    let _daemon = home.start();
+    let told = told_aside(&home, &Door::of(&home));
+    assert!(told.iter().any(|text| text.contains("kvd.format is not a file")), "{told:?}");
+    assert!(shard.join("aside-1/kvd.format").is_dir());
+}
+
+#[test]
+fn nobody_else_can_read_what_a_daemon_keeps() {
+    use std::os::unix::fs::{MetadataExt as _, PermissionsExt as _};
+    let home = Home::new("private");
+    std::fs::create_dir(home.data_dir()).unwrap();
+    std::fs::set_permissions(home.data_dir(), std::fs::Permissions::from_mode(0o755)).unwrap();
+    let _daemon = home.start();
+    let door = Door::of(&home);
+    let binding = door.register(&scope("a"), BYTES);
+    door.put(&scope("a"), binding, 1, BYTES, true).unwrap();
+    let mode = |path: &std::path::Path| std::fs::metadata(path).unwrap().mode() & 0o777;
+    let dirs = [home.memory_dir().to_owned(), home.data_dir(), home.data_dir().join("shard-0")];
+    for dir in &dirs {
+        assert_eq!(mode(dir), 0o700, "{}", dir.display());
+    }
+    let files = [walk(home.memory_dir()), walk(&home.data_dir())].concat();
+    assert!(files.iter().any(|file| file.ends_with("bindings.json")), "{files:?}");
+    for file in files {
+        assert_eq!(mode(file.as_ref()), 0o600, "{file}");
+    }
 }
 
 fn walk(dir: &std::path::Path) -> Vec<String> {

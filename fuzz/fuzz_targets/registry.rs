@@ -3,11 +3,9 @@
 
 use libfuzzer_sys::fuzz_target;
 
-fuzz_target!(|text: &str| {
-    if let Ok(bindings) = kvd::registry::parse(text) {
-        for kept in bindings {
-            let _ = kept.scope.validate();
-            let _ = kept.scope.id();
-        }
+fuzz_target!(|bytes: &[u8]| {
+    for kept in kvd::registry::parse(bytes).bindings {
+        let _ = kept.scope.validate();
+        let _ = kept.scope.id();
     }
 });

@@ -9,26 +9,30 @@ use kv_block::{BindingId, DiskLocation, Record};
 use crate::brain::Brain;
 use crate::io::{Binding, Keep, Now};
 
+/// Gives the binding of a record, making one known if need be; `None` when no number is left for it.
+type Bind<'a> = &'a mut dyn FnMut(&Record) -> Option<Binding>;
+
 impl Brain {
-    /// Enters the blocks that the arena adopted. `bind` gives the binding of a record, making one known if
-    /// need be. Gives the number of blocks taken over.
-    pub fn recover_host(&mut self, now: Now, bind: &mut dyn FnMut(&Record) -> Binding) -> u64 {
+    /// Enters the blocks that the arena adopted and `bind` has a binding for. Gives the number of blocks taken
+    /// over.
+    pub fn recover_host(&mut self, now: Now, bind: Bind<'_>) -> u64 {
         let mut taken = 0;
         for (slot, generation, record) in self.host.adopted() {
-            let binding = self.binding_of(&record, bind);
             let expired = record.expires_at != 0 && record.expires_at <= now.unix;
-            let entered = !expired
-                && self.bytes_of(binding) == record.bytes
-                && self.catalog.find(&record.key).is_none()
-                && self.catalog.publish_host(&record, binding, (slot, generation)).is_ok();
+            let binding = if expired { None } else { self.binding_of(&record, bind) };
+            let entered = binding.filter(|binding| {
+                self.bytes_of(*binding) == record.bytes
+                    && self.catalog.find(&record.key).is_none()
+                    && self.catalog.publish_host(&record, *binding, (slot, generation)).is_ok()
+            });
             let held = self.host.hold(slot, generation);
-            match held {
-                Some(held) if entered => {
+            match (held, entered) {
+                (Some(held), Some(binding)) => {
                     self.entered_host(&held, binding, true);
                     self.unverified.push_back((slot, generation));
                     taken += 1;
                 }
-                held => {
+                (held, _) => {
                     drop(held);
                     self.host.retire(slot, generation);
                 }
@@ -38,18 +42,13 @@ impl Brain {
     }
 
     /// Enters blocks that the disk tier's index names. Gives the number of blocks taken over.
-    pub fn recover_disk(
-        &mut self,
-        now: Now,
-        found: &[(Record, DiskLocation)],
-        bind: &mut dyn FnMut(&Record) -> Binding,
-    ) -> u64 {
+    pub fn recover_disk(&mut self, now: Now, found: &[(Record, DiskLocation)], bind: Bind<'_>) -> u64 {
         let mut taken = 0;
         for (record, at) in found {
             if record.expires_at != 0 && record.expires_at <= now.unix {
                 continue;
             }
-            let binding = self.binding_of(record, bind);
+            let Some(binding) = self.binding_of(record, bind) else { continue };
             if self.bytes_of(binding) != record.bytes {
                 continue;
             }
@@ -64,12 +63,12 @@ impl Brain {
         taken
     }
 
-    fn binding_of(&mut self, record: &Record, bind: &mut dyn FnMut(&Record) -> Binding) -> BindingId {
+    fn binding_of(&mut self, record: &Record, bind: Bind<'_>) -> Option<BindingId> {
         if let Some(binding) = self.by_tag.get(&record.tag) {
-            return *binding;
+            return Some(*binding);
         }
-        let binding = bind(record);
+        let binding = bind(record)?;
         self.bind(&binding);
-        binding.id
+        Some(binding.id)
     }
 }

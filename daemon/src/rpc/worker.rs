@@ -1,5 +1,6 @@
 //! Sessions and what their blocks mean.
 
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
@@ -103,6 +104,9 @@ impl v1::worker_server::Worker for WorkerService {
         let (bound, new) = node.registry.register(&scope, &slice, request.block_bytes).map_err(status)?;
         if new {
             node.tell_all(|| Event::Bound(bound.binding()));
+            let node = Arc::clone(node);
+            let saved = tokio::task::spawn_blocking(move || node.registry.save()).await;
+            saved.map_err(|error| status(Fault::new(Code::Bug, format!("saving the registry: {error}"))))?;
         }
         Ok(Response::new(v1::RegisterResponse {
             binding: bound.id.0.into(),

@@ -132,8 +132,8 @@ codes! {
         "The tenant's pinned bytes reach the limit.",
         "Unpin, or raise `limits.pinned_ratio_max`.";
     TooManyBindings = 4007, Full, "too many bindings",
-        "The daemon knows as many scopes and slices as it can number.",
-        "Restart the daemon to forget those no longer used.";
+        "As many scopes and slices were named since the daemon started as there are numbers for them.",
+        "Restart the daemon: it keeps those that some block in memory or on disk is of, and forgets the others.";
 
     Draining = 5001, Unavailable, "the daemon is draining",
         "It was told to stop and takes no new work.",
