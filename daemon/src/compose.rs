@@ -4,13 +4,14 @@
 //! ```text
 //!   registry -> per shard: memory -> disk -> brain <- adopted host blocks, then blocks found on disk
 //!            -> threads: shard 0..n (pinned), growth, worker door, control runtime (gRPC, HTTP)
-//!   SIGTERM  -> not ready, no new work -> listeners close -> shards finish -> memory stays for the next life
+//!   SIGTERM  -> not ready, no new work -> calls under way end -> listeners close -> shards finish
+//!            -> memory stays for the next life
 //! ```
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::thread::JoinHandle;
-use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+use std::time::{Instant, SystemTime, UNIX_EPOCH};
 
 use anyhow::Context as _;
 use kv_arena::{Adoption, Geometry, Grower, HazardSet, MemorySpec, ShardMemory};
@@ -372,6 +373,3 @@ pub fn end_session(node: &Node, session: SessionId) {
     }
     node.sessions.close(session);
 }
-
-/// How long a drain lets calls under way finish. Connections that are merely open do not end before it.
-pub const DRAIN_LIMIT: Duration = Duration::from_secs(3);

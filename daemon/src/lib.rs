@@ -13,6 +13,7 @@ pub mod compose;
 pub mod config;
 pub mod connections;
 pub mod disk;
+pub mod drain;
 pub mod gauges;
 pub mod growth;
 pub mod http;

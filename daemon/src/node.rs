@@ -5,7 +5,6 @@
 //! Whoever uses blocks sees the shards of its principal, administrators see all.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
@@ -15,6 +14,7 @@ use kv_block::code::Code;
 use kv_block::{BlockKey, Epoch, Fault, MissReason, SessionId, ShardId, Tier};
 use kv_node::{BlockReport, Event, Found, Grant, Op, Reply, ShardReport};
 
+use crate::drain::Drain;
 use crate::plan::PrincipalPlan;
 use crate::registry::{Bound, Registry};
 use crate::sessions::{SessionInfo, Sessions};
@@ -57,7 +57,8 @@ pub struct Node {
     pub block_bytes_max: u64,
     /// Whose the shards are, the default principal first.
     pub principals: Vec<PrincipalPlan>,
-    draining: AtomicBool,
+    /// Whether new work is taken.
+    pub drain: Arc<Drain>,
 }
 
 /// What an operator should know of a shard's tiers.
@@ -88,7 +89,6 @@ impl Node {
         block_bytes_max: u64,
         principals: Vec<PrincipalPlan>,
     ) -> Self {
-        let draining = AtomicBool::new(false);
         let started = Instant::now();
         Self {
             name,
@@ -102,7 +102,7 @@ impl Node {
             tier_notes,
             block_bytes_max,
             principals,
-            draining,
+            drain: Arc::default(),
         }
     }
 
@@ -115,12 +115,12 @@ impl Node {
 
     /// Whether no new work is taken.
     pub fn is_draining(&self) -> bool {
-        self.draining.load(Ordering::Acquire)
+        self.drain.is_on()
     }
 
     /// Starts or ends draining.
     pub fn set_draining(&self, draining: bool) {
-        self.draining.store(draining, Ordering::Release);
+        self.drain.set(draining);
     }
 
     /// Refuses new work while draining.

@@ -1,9 +1,10 @@
 //! Counts and times every gRPC request, by method and result.
 //!
 //! The time ends with the head of the answer: for a call with one answer that is all of it, for a stream it is
-//! how long the caller waits for it to begin.
+//! how long the caller waits for it to begin. Until then it is under way, and a drain waits for it.
 
 use std::pin::Pin;
+use std::sync::Arc;
 use std::task::{Context, Poll};
 use std::time::Instant;
 
@@ -11,20 +12,21 @@ use axum::http::{Request, Response};
 use tonic::Code;
 use tower::{Layer, Service};
 
+use crate::drain::Drain;
 use crate::metrics::{REQUEST_SECONDS, REQUESTS};
 
 /// Wraps the whole gRPC server.
-#[derive(Clone, Copy, Debug, Default)]
-pub struct Timed;
+#[derive(Clone, Default)]
+pub struct Timed(pub Arc<Drain>);
 
 /// A service whose requests are counted and timed.
-#[derive(Clone, Debug)]
-pub struct TimedService<S>(S);
+#[derive(Clone)]
+pub struct TimedService<S>(S, Arc<Drain>);
 
 impl<S> Layer<S> for Timed {
     type Service = TimedService<S>;
     fn layer(&self, inner: S) -> TimedService<S> {
-        TimedService(inner)
+        TimedService(inner, Arc::clone(&self.0))
     }
 }
 
@@ -43,10 +45,12 @@ where
 
     fn call(&mut self, request: Request<A>) -> Self::Future {
         let started = Instant::now();
+        let under_way = self.1.enter();
         let path = request.uri().path().to_owned();
         let answer = self.0.call(request);
         Box::pin(async move {
             let answer = answer.await?;
+            drop(under_way);
             let result = answer
                 .headers()
                 .get("grpc-status")
@@ -87,7 +91,7 @@ mod tests {
             )
         });
         let request = Request::builder().uri("/kv.v1.Test/Put").body(()).unwrap();
-        Timed.layer(service).call(request).await.unwrap();
+        Timed::default().layer(service).call(request).await.unwrap();
         let line = "kvd_requests_total{method=\"Test/Put\",result=\"ResourceExhausted\"} 1";
         let text = handle.render();
         assert!(text.lines().any(|found| found == line), "{text}");

@@ -11,10 +11,10 @@ use tokio_stream::wrappers::{TcpListenerStream, UnixListenerStream};
 use tonic::service::Routes;
 use tonic::transport::Server;
 use tonic::transport::server::Router;
+use tonic_health::server::HealthReporter;
 use tower::layer::util::{Identity, Stack};
 
 use crate::beats::Beats;
-use crate::compose::{self, DRAIN_LIMIT};
 use crate::config::Loaded;
 use crate::connections::{Connections, raise_descriptor_limit};
 use crate::http::{Check, HealthSource};
@@ -26,10 +26,17 @@ use crate::rpc::{
     STREAM_WINDOW_BYTES, Shared, WorkerService,
 };
 use crate::shard::ShardHandle;
-use crate::{gauges, http, metrics, systemd, tls};
+use crate::{compose, drain, gauges, http, metrics, systemd, tls};
+
+/// The gRPC servers, until their last connection has ended.
+type Servers = tokio::task::JoinSet<Result<(), tonic::transport::Error>>;
 
 /// A loop that has not come around for so long is stuck.
 const STUCK_AFTER: Duration = Duration::from_secs(10);
+/// How long the last answers may take when the shards have stopped.
+const LAST_WORDS: Duration = Duration::from_secs(1);
+/// What health is asked of: the whole, and each service.
+const SERVICES: [&str; 5] = ["", "kv.v1.Blocks", "kv.v1.Worker", "kv.v1.Events", "kv.v1.Admin"];
 
 /// Opens the node, serves until a signal says stop, then drains.
 pub fn run(loaded: &Loaded, plan: &Plan, plan_text: String) -> anyhow::Result<()> {
@@ -47,6 +54,11 @@ pub fn run(loaded: &Loaded, plan: &Plan, plan_text: String) -> anyhow::Result<()
     let served = runtime.block_on(serve(loaded, plan_text, node, listener, signals));
     systemd::stopping("stopping shards");
     running.stop();
+    // Calls that waited for a shard hear that it stopped.
+    let served = served.map(|mut servers| {
+        let ended = async { while servers.join_next().await.is_some() {} };
+        let _ = runtime.block_on(async { tokio::time::timeout(LAST_WORDS, ended).await });
+    });
     runtime.shutdown_timeout(Duration::from_secs(1));
     served
 }
@@ -79,13 +91,12 @@ async fn serve(
     node: Arc<Node>,
     listener: std::os::unix::net::UnixListener,
     mut signals: Signals,
-) -> anyhow::Result<()> {
+) -> anyhow::Result<Servers> {
     let config = Arc::new(loaded.config.clone());
     let recorder = metrics::install(&node.name);
-    let (health_reporter, health_service) = tonic_health::server::health_reporter();
-    for service in ["", "kv.v1.Blocks", "kv.v1.Worker", "kv.v1.Events", "kv.v1.Admin"] {
-        health_reporter.set_service_status(service, tonic_health::ServingStatus::Serving).await;
-    }
+    let (mut health_reporter, health_service) = tonic_health::server::health_reporter();
+    say_health(&health_reporter, false).await;
+    tokio::spawn(follow_drain(health_reporter.clone(), node.drain.watch()));
     let shared = Shared::new(Arc::clone(&node), Arc::clone(&config));
     let routes = || -> anyhow::Result<Routes> {
         let message_max = config.limits.message_bytes_max.0 as usize;
@@ -118,7 +129,7 @@ async fn serve(
     let end = |mut stopped: tokio::sync::watch::Receiver<bool>| async move {
         let _ = stopped.wait_for(|stopped| *stopped).await;
     };
-    let mut servers = tokio::task::JoinSet::new();
+    let mut servers = Servers::new();
     listener.set_nonblocking(true)?;
     let unix = UnixListenerStream::new(tokio::net::UnixListener::from_std(listener)?);
     let limits = &config.limits;
@@ -128,7 +139,7 @@ async fn serve(
         intake: Intake::new(u64::from(limits.sessions_max).saturating_mul(limits.message_bytes_max.0)),
     };
     let connections = Connections::new(raise_descriptor_limit());
-    let router = server(Server::builder(), guard.clone(), routes()?);
+    let router = server(Server::builder(), &node, guard.clone(), routes()?);
     servers.spawn(router.serve_with_incoming_shutdown(connections.admit(unix), end(stopped.clone())));
     if let Some(address) = config.listen.tcp.get() {
         let tcp = tokio::net::TcpListener::bind(address.0)
@@ -141,7 +152,7 @@ async fn serve(
             tracing::warn!(address = %address.0, "gRPC over TCP without certificates: whoever reaches it reads and writes every block");
         }
         tracing::info!(address = %tcp.local_addr()?, "gRPC over TCP");
-        let router = server(builder, guard, routes()?);
+        let router = server(builder, &node, guard, routes()?);
         let tcp = connections.admit(TcpListenerStream::new(tcp));
         servers.spawn(router.serve_with_incoming_shutdown(tcp, end(stopped.clone())));
     }
@@ -175,16 +186,47 @@ async fn serve(
     tracing::info!("draining");
     systemd::stopping("draining");
     node.set_draining(true);
-    health_reporter.set_service_status("", tonic_health::ServingStatus::NotServing).await;
-    let _ = stop.send(true);
-    let all_ended = async { while servers.join_next().await.is_some() {} };
-    if tokio::time::timeout(DRAIN_LIMIT, all_ended).await.is_err() {
-        tracing::warn!("some calls did not end while draining; their callers see the connection close");
+    say_health(&health_reporter, true).await;
+    let ended = async {
+        // Until then who asks for more is told why not, and can see that we drain.
+        node.drain.idle().await;
+        let _ = stop.send(true);
+        // Whoever watches health has heard the last word, and would keep its connection for ever.
+        for service in SERVICES {
+            health_reporter.clear_service_status(service).await;
+        }
+        while servers.join_next().await.is_some() {}
+    };
+    if tokio::time::timeout(drain::LIMIT, ended).await.is_err() {
+        tracing::warn!(
+            "some calls did not end while draining; their callers are told, or see the connection close"
+        );
+        let _ = stop.send(true);
     }
-    Ok(())
+    Ok(servers)
 }
 
-fn server(builder: Server, guard: Guard, routes: Routes) -> Router<Stack<Guard, Stack<Timed, Identity>>> {
+async fn say_health(reporter: &HealthReporter, draining: bool) {
+    use tonic_health::ServingStatus::{NotServing, Serving};
+    for service in SERVICES {
+        reporter.set_service_status(service, if draining { NotServing } else { Serving }).await;
+    }
+}
+
+/// Keeps gRPC health up to date while an operator starts and ends drains.
+async fn follow_drain(reporter: HealthReporter, mut drain: tokio::sync::watch::Receiver<bool>) {
+    while drain.changed().await.is_ok() {
+        let on = *drain.borrow_and_update();
+        say_health(&reporter, on).await;
+    }
+}
+
+fn server(
+    builder: Server,
+    node: &Node,
+    guard: Guard,
+    routes: Routes,
+) -> Router<Stack<Guard, Stack<Timed, Identity>>> {
     builder
         .http2_keepalive_interval(Some(Duration::from_secs(20)))
         .http2_keepalive_timeout(Some(Duration::from_secs(10)))
@@ -193,7 +235,7 @@ fn server(builder: Server, guard: Guard, routes: Routes) -> Router<Stack<Guard, 
         .initial_stream_window_size(STREAM_WINDOW_BYTES)
         .initial_connection_window_size(CONNECTION_WINDOW_BYTES)
         .max_frame_size(FRAME_BYTES)
-        .layer(Timed)
+        .layer(Timed(Arc::clone(&node.drain)))
         .layer(guard)
         .add_routes(routes)
 }

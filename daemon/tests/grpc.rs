@@ -298,3 +298,92 @@ fn announcements_of_one_request_are_all_made_or_none() {
         "those that were made are taken back before the answer"
     );
 }
+
+/// What the standard health service says of a service.
+async fn health(door: &Door, service: &str) -> tonic_health::pb::health_check_response::ServingStatus {
+    let mut client = tonic_health::pb::health_client::HealthClient::new(door.channel.clone());
+    let request = tonic_health::pb::HealthCheckRequest { service: service.into() };
+    client.check(request).await.unwrap().into_inner().status()
+}
+
+const SERVICES: [&str; 5] = ["", "kv.v1.Blocks", "kv.v1.Worker", "kv.v1.Events", "kv.v1.Admin"];
+
+#[test]
+fn a_drain_shows_in_the_health_of_every_service_and_its_end_does_too() {
+    use tonic_health::pb::health_check_response::ServingStatus::{NotServing, Serving};
+    let home = Home::new("health");
+    let _daemon = home.start();
+    let door = Door::of(&home);
+    for (stop, wanted) in [(true, Serving), (false, NotServing), (true, Serving)] {
+        let drain = v1::DrainRequest { stop };
+        door.runtime.block_on(async { door.admin().drain(drain).await }).unwrap();
+        eventually("health follows", || {
+            SERVICES.iter().all(|service| door.runtime.block_on(health(&door, service)) == wanted)
+        });
+    }
+}
+
+#[test]
+fn calls_that_wait_end_by_themselves_while_the_daemon_drains_and_the_rest_hear_why() {
+    use tonic_health::pb::health_check_response::ServingStatus::NotServing;
+    let home = Home::new("goodbye").set("limits.pending_ttl=60s");
+    let daemon = home.start();
+    let door = Door::of(&home);
+    let binding = door.register(&scope("a"), BYTES);
+    door.runtime.block_on(async {
+        let (announcer, _open) = open(&door).await;
+        let reserve = |number| v1::ReserveRequest {
+            session: announcer,
+            names: Some(named(binding, number)),
+            ..Default::default()
+        };
+        assert_eq!(door.blocks().reserve(reserve(1)).await.unwrap().into_inner().reserved, [true]);
+        let (session, _other) = open(&door).await;
+        let acquire = |wait_ms| {
+            let request = v1::AcquireRequest { session, names: Some(named(binding, 1)), wait_ms };
+            let mut blocks = door.blocks();
+            tokio::spawn(async move { blocks.acquire(within(LONG, request)).await })
+        };
+        let (short, long) = (acquire(1_500), acquire(19_000));
+        tokio::time::sleep(SOON).await;
+        let began = Instant::now();
+        let pid = rustix::process::Pid::from_raw(daemon.pid() as i32).unwrap();
+        rustix::process::kill_process(pid, rustix::process::Signal::TERM).unwrap();
+        tokio::time::sleep(SOON).await;
+        for service in SERVICES {
+            assert_eq!(health(&door, service).await, NotServing, "{service}");
+        }
+        let refused = door.blocks().reserve(reserve(2)).await.unwrap_err();
+        assert_eq!(code(&refused), Code::Draining, "new work is refused with the reason");
+        let missed = short.await.unwrap().unwrap().into_inner();
+        assert!(matches!(missed.acquired[0].what, Some(v1::acquired::What::Miss(_))), "{missed:?}");
+        let cut = long.await.unwrap().unwrap_err();
+        assert_eq!((code(&cut), cut.code()), (Code::Draining, tonic::Code::Unavailable), "{cut:?}");
+        assert!(began.elapsed() > Duration::from_secs(9), "it had its time: {:?}", began.elapsed());
+    });
+    assert!(daemon.terminate().success());
+}
+
+#[test]
+fn a_daemon_that_nobody_waits_for_ends_at_once_though_its_health_is_watched() {
+    let home = Home::new("watched");
+    let daemon = home.start();
+    let door = Door::of(&home);
+    let (session, mut notices, mut watch) = door.runtime.block_on(async {
+        let (session, notices) = open(&door).await;
+        let mut client = tonic_health::pb::health_client::HealthClient::new(door.channel.clone());
+        let request = tonic_health::pb::HealthCheckRequest { service: String::new() };
+        let mut watch = client.watch(request).await.unwrap().into_inner();
+        watch.message().await.unwrap().expect("a first word");
+        (session, notices, watch)
+    });
+    let began = Instant::now();
+    assert!(daemon.terminate().success());
+    assert!(began.elapsed() < Duration::from_secs(5), "it took {:?}", began.elapsed());
+    door.runtime.block_on(async {
+        let last = watch.message().await.unwrap().expect("a last word");
+        assert_eq!(last.status(), tonic_health::pb::health_check_response::ServingStatus::NotServing);
+        let notice = notices.message().await.unwrap().expect("a notice");
+        assert_eq!((notice.session, notice.draining), (session, true));
+    });
+}

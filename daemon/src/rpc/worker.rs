@@ -51,10 +51,16 @@ impl v1::worker_server::Worker for WorkerService {
         tokio::spawn(async move {
             let mut beat = tokio::time::interval(KEEP_ALIVE);
             let mut look = tokio::time::interval(Duration::from_millis(250));
+            let mut told = false;
             loop {
                 tokio::select! {
                     _ = beat.tick() => {}
-                    _ = look.tick() => if !node.is_draining() { continue },
+                    _ = look.tick() => {
+                        let draining = node.is_draining();
+                        if !draining || (told && !node.drain.is_idle()) {
+                            continue;
+                        }
+                    }
                     // The stream is gone: that is the session's end.
                     () = sender.closed() => break,
                     () = passed(until) => {
@@ -67,9 +73,13 @@ impl v1::worker_server::Worker for WorkerService {
                     epoch: node.epoch.0,
                     draining: node.is_draining(),
                 };
-                let draining = notice.draining;
+                told = notice.draining;
                 // A reader that takes nothing for many beats is as good as gone.
-                if sender.send_timeout(Ok(notice), 4 * KEEP_ALIVE).await.is_err() || draining {
+                if sender.send_timeout(Ok(notice), 4 * KEEP_ALIVE).await.is_err() {
+                    break;
+                }
+                // What calls wait for under this session would end with it.
+                if told && node.drain.is_idle() {
                     break;
                 }
             }
