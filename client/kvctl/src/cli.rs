@@ -67,7 +67,7 @@ pub(crate) enum Command {
     Why(cmd::why::Arguments),
     /// What a code (KVD-3001) or a miss reason means
     Explain(cmd::explain::Arguments),
-    /// Keep blocks from being evicted, for a time
+    /// Keep blocks from being evicted, for a time and until kvd restarts
     Pin(cmd::pin::Arguments),
     /// Let pinned blocks go again
     Unpin(cmd::unpin::Arguments),
