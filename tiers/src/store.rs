@@ -139,6 +139,9 @@ pub enum StoreError {
         /// What a segment holds.
         segment_bytes: u64,
     },
+    /// What is written goes where no later life looks.
+    #[error("the data directory was removed, or another one is in its place")]
+    Gone,
     /// The store is closing.
     #[error("the store is closing")]
     Closed,
@@ -150,7 +153,7 @@ impl StoreError {
         match self {
             Self::Corrupt { .. } => Code::CorruptDisk,
             Self::Stale { .. } => Code::UnknownLease,
-            Self::Io { .. } => Code::DiskError,
+            Self::Io { .. } | Self::Gone => Code::DiskError,
             Self::Full => Code::DiskFull,
             Self::Slow { .. } => Code::DiskSlow,
             Self::TooLarge { .. } => Code::WrongLength,

@@ -15,13 +15,14 @@
 use std::fs::File;
 use std::io;
 use std::os::fd::AsFd;
-use std::os::unix::fs::DirBuilderExt;
+use std::os::unix::fs::{DirBuilderExt, MetadataExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use rustix::fs::{AtFlags, FallocateFlags, FlockOperation, Mode, OFlags, RenameFlags};
 
+use crate::format::FORMAT_FILE;
 use crate::io::Pages;
 use crate::segment::PAGE_BYTES;
 
@@ -56,6 +57,8 @@ pub(crate) trait Directory: Send + Sync {
     /// Makes a file of `bytes` that begins with `head` and is zero behind it, allocated and durable; any
     /// file of that name is replaced. `scratch` is a name to use meanwhile.
     fn create(&self, name: &str, scratch: &str, bytes: u64, head: &[u8]) -> io::Result<SegmentFile>;
+    /// Whether it is where it was, so that a later life finds what is written.
+    fn is_there(&self) -> bool;
     /// What an operator may want to know, with the switch that changes it.
     fn notes(&self) -> Vec<String>;
 }
@@ -66,6 +69,8 @@ pub(crate) struct OsDirectory {
     path: PathBuf,
     direct: bool,
     opened: Instant,
+    /// Device and inode of what stood at the path.
+    identity: Option<(u64, u64)>,
 }
 
 impl OsDirectory {
@@ -74,8 +79,11 @@ impl OsDirectory {
         std::fs::DirBuilder::new().recursive(true).mode(0o700).create(path)?;
         let directory = File::open(path)?;
         rustix::fs::flock(&directory, FlockOperation::NonBlockingLockExclusive)?;
-        let mut opened = Self { directory, path: path.to_owned(), direct: true, opened: Instant::now() };
+        let mut opened =
+            Self { directory, path: path.to_owned(), direct: true, opened: Instant::now(), identity: None };
         opened.direct = opened.probe_direct()?;
+        // After the first file was made there: a layered file system may give the directory its number then.
+        opened.identity = identity(path).ok();
         Ok(opened)
     }
 
@@ -204,6 +212,18 @@ impl Directory for OsDirectory {
         Ok(SegmentFile::Os(Arc::new(made?)))
     }
 
+    fn is_there(&self) -> bool {
+        let gone = |error: &io::Error| {
+            matches!(error.kind(), io::ErrorKind::NotFound | io::ErrorKind::NotADirectory)
+        };
+        let format = || rustix::fs::statat(&self.directory, FORMAT_FILE, AtFlags::SYMLINK_NOFOLLOW);
+        match identity(&self.path).and_then(|found| Ok((found, format()?))) {
+            Ok((found, _)) => self.identity.is_none_or(|identity| identity == found),
+            // Any other error is the device's, and told when it is used.
+            Err(error) => !gone(&error),
+        }
+    }
+
     fn notes(&self) -> Vec<String> {
         if self.direct {
             return Vec::new();
@@ -214,6 +234,11 @@ impl Directory for OsDirectory {
             self.path.display()
         )]
     }
+}
+
+fn identity(path: &Path) -> io::Result<(u64, u64)> {
+    let found = std::fs::metadata(path)?;
+    Ok((found.dev(), found.ino()))
 }
 
 #[cfg(test)]
@@ -232,7 +257,6 @@ mod tests {
 
     #[test]
     fn nobody_else_can_read_what_is_made() {
-        use std::os::unix::fs::MetadataExt as _;
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("principal-b/shard-0");
         let directory = OsDirectory::open(&path).unwrap();

@@ -7,6 +7,8 @@
 //!      ^                                                                                  |
 //!      +---------- probes_to_heal probes in a row went well, one every probe_every -------+
 //! ```
+//! A data directory that is gone opens it as well, and no probe closes it before the directory is back.
+//!
 //! A pure state machine: it is told what happened and when.
 
 use std::time::Duration;
@@ -77,6 +79,7 @@ pub(crate) struct Circuit {
     probes_in_row: u32,
     probe_at: Duration,
     probing: bool,
+    gone: bool,
 }
 
 impl Circuit {
@@ -89,6 +92,7 @@ impl Circuit {
             probes_in_row: 0,
             probe_at: Duration::ZERO,
             probing: false,
+            gone: false,
         }
     }
 
@@ -129,6 +133,14 @@ impl Circuit {
         }
     }
 
+    /// Somebody looked whether the data directory is still there.
+    pub(crate) fn looked(&mut self, now: Duration, there: bool) {
+        self.gone = !there;
+        if self.gone {
+            self.open(now, StoreError::Gone);
+        }
+    }
+
     fn open(&mut self, now: Duration, reason: StoreError) {
         if self.health.state == HealthState::Healthy {
             self.health.last_error = Some(reason.clone());
@@ -155,7 +167,7 @@ impl Circuit {
     pub(crate) fn probed(&mut self, now: Duration, went_well: bool) {
         self.probing = false;
         self.probe_at = now + self.limits.probe_every;
-        self.probes_in_row = if went_well { self.probes_in_row + 1 } else { 0 };
+        self.probes_in_row = if went_well && !self.gone { self.probes_in_row + 1 } else { 0 };
         if self.probes_in_row >= self.limits.probes_to_heal {
             self.health.state = HealthState::Healthy;
             self.errors_in_row = 0;
@@ -194,6 +206,22 @@ mod tests {
         assert_eq!(circuit.refusal(), None);
         assert_eq!((circuit.health.errors, circuit.health.opened), (7, 1));
         assert_eq!(circuit.health.last_error, Some(EIO), "the last error is remembered");
+    }
+
+    #[test]
+    fn good_probes_do_not_close_it_while_the_directory_is_gone() {
+        let mut circuit = Circuit::new(CircuitLimits::default());
+        circuit.looked(SECOND, true);
+        assert_eq!(circuit.refusal(), None);
+        circuit.looked(SECOND, false);
+        for at in 2..6 {
+            circuit.probed(SECOND * at, true);
+        }
+        assert_eq!(circuit.refusal(), Some(&StoreError::Gone));
+        circuit.looked(SECOND * 6, true);
+        circuit.probed(SECOND * 7, true);
+        circuit.probed(SECOND * 8, true);
+        assert_eq!(circuit.refusal(), None);
     }
 
     #[test]

@@ -357,6 +357,10 @@ impl Directory for SimDisk {
         Ok(SegmentFile::Sim(disk.put_file(name, file)))
     }
 
+    fn is_there(&self) -> bool {
+        true
+    }
+
     fn notes(&self) -> Vec<String> {
         Vec::new()
     }

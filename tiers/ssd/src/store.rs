@@ -7,7 +7,8 @@
 //!  poll   <--------- outbox <--waker-----------  log <-IoDone-
 //!                                                 |  Job
 //!                                                 v
-//!                                                clerk thread: makes and removes segment files
+//!                                                clerk thread: makes and removes segment files, and looks
+//!                                                now and then whether the directory is still there
 //! ```
 //! One lock and at most one wake-up per batch and direction. Checksums of what was read are taken on the
 //! store thread, right after the device brought the bytes: a block of 2 MiB costs some 40 us there, while
@@ -47,6 +48,8 @@ const RECOVERED_AHEAD: usize = 64;
 const CHECK_LIMIT: Duration = Duration::from_micros(200);
 /// Files registered with the kernel at most.
 const FILE_SLOTS_MAX: u32 = 1 << 14;
+/// How often somebody looks whether the directory is still there: open files do not tell.
+const LOOK_EVERY: Duration = Duration::from_secs(1);
 
 /// Which engine does the I/O.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
@@ -674,6 +677,9 @@ impl Machine {
             let result = result.map(|file| self.engine.attach(header.segment, file));
             self.log.created(now, &header, result);
         }
+        while let Some(there) = self.clerk.looked() {
+            self.log.circuit().looked(now, there);
+        }
         self.log.advance(now);
         for job in self.log.jobs.drain(..) {
             if let Job::Delete(segment) = job {
@@ -718,6 +724,7 @@ impl Machine {
 fn serve(mut machine: Machine, shared: &Shared, wake_owner: &dyn Fn()) {
     let mut ops = Vec::new();
     let mut prepared = Prepared::More;
+    let mut looked = machine.engine.now();
     loop {
         {
             let mut inbox = lock(&shared.inbox);
@@ -725,6 +732,11 @@ fn serve(mut machine: Machine, shared: &Shared, wake_owner: &dyn Fn()) {
             inbox.since = None;
         }
         machine.take(&mut ops);
+        let now = machine.engine.now();
+        if now.saturating_sub(looked) >= LOOK_EVERY {
+            looked = now;
+            machine.clerk.look();
+        }
         machine.begin();
         let closing = shared.closing.load(Ordering::SeqCst);
         if closing {
@@ -740,7 +752,7 @@ fn serve(mut machine: Machine, shared: &Shared, wake_owner: &dyn Fn()) {
         if closing && machine.log.is_idle() {
             return;
         }
-        let mut wait = machine.quiet_for();
+        let mut wait = machine.quiet_for().min(LOOK_EVERY);
         if prepared != Prepared::All {
             let mut notes = Vec::new();
             prepared = machine.engine.prepare(&mut notes);
@@ -757,38 +769,64 @@ fn serve(mut machine: Machine, shared: &Shared, wake_owner: &dyn Fn()) {
 /// A file made for a segment, or the error number that there was instead.
 type Made = (Header, Result<SegmentFile, i32>);
 
+/// What the clerk is sent for.
+enum Errand {
+    Job(Job),
+    Look,
+}
+
 /// Makes and removes segment files: on a thread of its own, or at once where there are no threads.
 struct Clerk {
     directory: Arc<dyn Directory>,
     made_sender: mpsc::Sender<Made>,
     made: mpsc::Receiver<Made>,
-    thread: Option<(mpsc::Sender<Job>, JoinHandle<()>)>,
+    looks: mpsc::Receiver<bool>,
+    /// One look at a time: the file system may take long for it.
+    looking: bool,
+    thread: Option<(mpsc::Sender<Errand>, JoinHandle<()>)>,
 }
 
 impl Clerk {
     fn new(directory: Arc<dyn Directory>, wake: Option<Waker>) -> Self {
         let (made_sender, made) = mpsc::channel();
+        let (looks_sender, looks) = mpsc::channel();
         let thread = wake.and_then(|wake| {
-            let (jobs_sender, jobs) = mpsc::channel::<Job>();
+            let (errands_sender, errands) = mpsc::channel::<Errand>();
             let (directory, made_sender) = (Arc::clone(&directory), made_sender.clone());
             let work = move || {
-                for job in jobs {
-                    perform(&*directory, job, &made_sender);
+                for errand in errands {
+                    match errand {
+                        Errand::Job(job) => perform(&*directory, job, &made_sender),
+                        Errand::Look => drop(looks_sender.send(directory.is_there())),
+                    }
                     wake();
                 }
             };
             let thread = std::thread::Builder::new().name("kv-ssd-files".to_owned()).spawn(work);
             // Without a thread the store thread does it itself, which is slower and no less right.
-            Some((jobs_sender, thread.ok()?))
+            Some((errands_sender, thread.ok()?))
         });
-        Self { directory, made_sender, made, thread }
+        Self { directory, made_sender, made, looks, looking: false, thread }
     }
 
     fn give(&self, job: Job) {
         match &self.thread {
-            Some((jobs, _)) => drop(jobs.send(job)),
+            Some((errands, _)) => drop(errands.send(Errand::Job(job))),
             None => perform(&*self.directory, job, &self.made_sender),
         }
+    }
+
+    /// Looks whether the directory is there, where there is a thread for that.
+    fn look(&mut self) {
+        if let Some((errands, _)) = self.thread.as_ref().filter(|_| !self.looking) {
+            self.looking = errands.send(Errand::Look).is_ok();
+        }
+    }
+
+    fn looked(&mut self) -> Option<bool> {
+        let there = self.looks.try_recv().ok()?;
+        self.looking = false;
+        Some(there)
     }
 
     fn made(&self) -> Option<Made> {
@@ -798,8 +836,8 @@ impl Clerk {
 
 impl Drop for Clerk {
     fn drop(&mut self) {
-        if let Some((jobs, thread)) = self.thread.take() {
-            drop(jobs);
+        if let Some((errands, thread)) = self.thread.take() {
+            drop(errands);
             let _ = thread.join();
         }
     }

@@ -10,7 +10,7 @@ use std::process::{Command, Stdio};
 use std::time::Duration;
 
 use common::{Found, MIB, Node, key, number};
-use kv_ssd::{Engine, Error, SsdConfig, SsdStore};
+use kv_ssd::{Engine, Error, HealthState, SsdConfig, SsdStore};
 use kv_tiers::store::{BlockStore, StoreDone, StoreError};
 
 const CHILD_DIR: &str = "KV_SSD_KILL_DIR";
@@ -166,4 +166,35 @@ fn blocks_pass_through_registered_memory() {
         }
         eprintln!("{engine:?}: {:?}", node.store.notes());
     }
+}
+
+/// Waits until the store is in service, or is not.
+fn until_serving(node: &mut Node, wanted: bool) {
+    let limit = std::time::Instant::now() + Duration::from_secs(20);
+    while (node.store.health().state == HealthState::Healthy) != wanted {
+        assert!(std::time::Instant::now() < limit, "{:?}", node.store.health());
+        node.poll();
+        std::thread::sleep(Duration::from_millis(5));
+    }
+}
+
+#[test]
+fn a_directory_that_is_taken_away_takes_the_store_out_of_service_until_it_is_back() {
+    let temp = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
+    let (place, away) = (temp.path().join("data"), temp.path().join("away"));
+    let (mut node, _) = open(&place);
+    let (record, at) = node.write(1, 100_000).unwrap();
+    std::fs::rename(&place, &away).unwrap();
+    until_serving(&mut node, false);
+    assert_eq!(node.write(2, 100_000).map(|_| ()), Err(StoreError::Gone), "nothing is acknowledged");
+    std::fs::create_dir(&place).unwrap();
+    std::fs::write(place.join("kvd.format"), "another one").unwrap();
+    std::thread::sleep(Duration::from_secs(3));
+    assert_eq!(node.write(2, 100_000).map(|_| ()), Err(StoreError::Gone), "another one is not it");
+    std::fs::remove_dir_all(&place).unwrap();
+    std::fs::rename(&away, &place).unwrap();
+    until_serving(&mut node, true);
+    assert_eq!(node.read(&record, at), Ok(()));
+    std::fs::remove_dir_all(&place).unwrap();
+    until_serving(&mut node, false);
 }
