@@ -373,9 +373,8 @@ fn set_aside(path: &Path) -> io::Result<PathBuf> {
             Err(rustix::io::Errno::EXIST) => number += 1,
             Err(error) => return Err(error.into()),
             Ok(()) => {
-                if aside.is_file() {
-                    private::file(&mut OpenOptions::new(), &aside)?;
-                }
+                // It may be a directory; and where it is, it is in a directory that is closed.
+                let _ = private::file(&mut OpenOptions::new(), &aside);
                 return Ok(aside);
             }
         }
