@@ -402,7 +402,8 @@ pub struct Parsed {
 
 /// Reads the bytes of a registry file.
 pub fn parse(bytes: &[u8]) -> Parsed {
-    if let Ok(Format1 { format: 1, bindings }) = serde_json::from_slice(bytes) {
+    if let Ok(Format1 { format: 1, mut bindings }) = serde_json::from_slice(bytes) {
+        bindings.retain(Kept::is_itself);
         return Parsed { bindings, ..Parsed::default() };
     }
     let mut parsed = Parsed::default();
