@@ -379,7 +379,7 @@ fn a_daemon_that_nobody_waits_for_ends_at_once_though_its_health_is_watched() {
     });
     let began = Instant::now();
     assert!(daemon.terminate().success());
-    assert!(began.elapsed() < Duration::from_secs(5), "it took {:?}", began.elapsed());
+    assert!(began.elapsed() < Duration::from_secs(9), "it took {:?}", began.elapsed());
     door.runtime.block_on(async {
         let last = watch.message().await.unwrap().expect("a last word");
         assert_eq!(last.status(), tonic_health::pb::health_check_response::ServingStatus::NotServing);
