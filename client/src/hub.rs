@@ -71,9 +71,10 @@ impl Ticket<'_> {
     /// The outcome of the request; ends a little after `until` at the latest, with the shard's own word if
     /// it has one.
     pub(crate) fn wait(self, asked: Instant, until: Instant) -> Result<Outcome, Error> {
-        // The shard keeps the same deadline; its answer needs a moment to arrive.
+        // The shard keeps the same deadline; its answer needs a moment to arrive, a longer one where processes
+        // wait for a processor.
         let grace = (until.saturating_duration_since(asked) / 16).min(Duration::from_millis(100));
-        let until = until + grace + Duration::from_millis(2);
+        let until = until + grace + Duration::from_millis(20);
         let mut state = self.hub.lock();
         loop {
             if state.entries.get(&self.id).is_some_and(|entry| entry.outcome.is_some()) {

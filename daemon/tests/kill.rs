@@ -1,5 +1,5 @@
 //! The daemon is killed with -9 at random moments while callers store, read and evict. Afterwards: not one
-//! wrong byte, not one durable block lost.
+//! wrong byte, not one durable block lost, not one evicted block back.
 //!
 //! `KVD_KILL_CYCLES=1000 cargo test -p kvd --test kill` for the long campaign; `KVD_SEED` repeats one.
 
@@ -22,7 +22,9 @@ const BLOCKS_PER_CALLER: u64 = 1500;
 enum Known {
     /// Acknowledged as durable.
     Durable,
-    /// Asked to go, durably or not: may be there or not.
+    /// Acknowledged as evicted.
+    Gone,
+    /// May be there or not.
     Unsure,
 }
 
@@ -83,6 +85,12 @@ fn mix(home: &Home, caller: u64, mut random: Random, known: &Mutex<BTreeMap<u64,
         match random.below(10) {
             0..=5 => {
                 let durable = random.below(2) == 0;
+                // What is gone may come back from now on, whatever the answer says.
+                known.lock().unwrap().entry(number).and_modify(|known| {
+                    if *known == Known::Gone {
+                        *known = Known::Unsure;
+                    }
+                });
                 match door.put(&scope, binding, number, BYTES, durable) {
                     Ok(_) if durable => known.lock().unwrap().insert(number, Known::Durable),
                     Ok(_) => None,
@@ -93,8 +101,10 @@ fn mix(home: &Home, caller: u64, mut random: Random, known: &Mutex<BTreeMap<u64,
             6 => {
                 // From now on it may be gone, whatever the answer says.
                 known.lock().unwrap().insert(number, Known::Unsure);
-                if !door.evict(&scope, binding, number) {
-                    return;
+                match door.evict(binding, number) {
+                    Some(0) => {}
+                    Some(_) => drop(known.lock().unwrap().insert(number, Known::Gone)),
+                    None => return,
                 }
             }
             _ => match door.try_get(&scope, binding, number) {
@@ -118,7 +128,8 @@ fn check_all(home: &Home, known: &Mutex<BTreeMap<u64, Known>>) -> u64 {
             (Err(miss), Known::Unsure) => {
                 assert_ne!(miss.reason(), v1::MissReason::Corrupt, "block {number}");
             }
-            (Ok(_), Known::Unsure) => {}
+            (Ok(_), Known::Gone) => panic!("block {number} was evicted, and is back"),
+            (Err(_), Known::Gone) | (Ok(_), Known::Unsure) => {}
         }
     }
     assert_eq!(door.status().checksum_failures, 0);

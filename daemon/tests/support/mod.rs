@@ -306,11 +306,13 @@ impl Door {
     }
 
     /// Evicts a block; false when the daemon is gone.
-    pub(crate) fn evict(&self, _scope: &Scope, binding: u32, number: u64) -> bool {
+    /// How many blocks went, 0 or 1; `None` when nobody knows.
+    pub(crate) fn evict(&self, binding: u32, number: u64) -> Option<u32> {
         let hash = SequenceHash::from(number).as_bytes().to_vec();
         let names = v1::Names { binding, sequence_hashes: vec![hash.into()], ..v1::Names::default() };
         let request = v1::EvictRequest { names: Some(names), ..v1::EvictRequest::default() };
-        self.runtime.block_on(async { self.blocks().evict(request).await }).is_ok()
+        let answer = self.runtime.block_on(async { self.blocks().evict(request).await });
+        answer.ok().map(|answer| answer.into_inner().evicted)
     }
 
     pub(crate) fn status(&self) -> v1::StatusResponse {
