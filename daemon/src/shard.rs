@@ -454,6 +454,7 @@ impl Shard {
         if at >= self.tick_due {
             self.tick_due = at + TICK;
             self.hear_touches(now);
+            self.look_at_room();
             if at >= self.reap_due {
                 self.reap_due = at + Duration::from_secs(1);
                 self.hazards.reap();
@@ -633,14 +634,6 @@ impl Shard {
             *self.disk_trouble.lock().unwrap_or_else(PoisonError::into_inner) = trouble;
             self.brain.handle(now, Event::StoreHealth { serving }, &mut self.commands);
         }
-        let (room, before) = (store.room_bytes(), self.disk_room.load(Ordering::Relaxed));
-        if room != before {
-            self.disk_room.store(room, Ordering::Relaxed);
-            if room < before {
-                let (room, wanted) = (room >> 20, before >> 20);
-                tracing::warn!(code = %Code::DiskFull, "the file system has no room for more of the disk tier: it goes on with {room} of {wanted} MiB");
-            }
-        }
         let busy = !self.completions.is_empty();
         let mut completions = std::mem::take(&mut self.completions);
         for done in completions.drain(..) {
@@ -665,6 +658,17 @@ impl Shard {
                 self.parked.push_front(back);
                 false
             }
+        }
+    }
+
+    /// How much the disk tier can hold seldom changes: it is asked for at a tick, not at every turn.
+    fn look_at_room(&self) {
+        let Some(store) = &self.store else { return };
+        let room = store.room_bytes();
+        let before = self.disk_room.swap(room, Ordering::Relaxed);
+        if room < before {
+            let (room, wanted) = (room >> 20, before >> 20);
+            tracing::warn!(code = %Code::DiskFull, "the file system has no room for more of the disk tier: it goes on with {room} of {wanted} MiB");
         }
     }
 
