@@ -1,0 +1,152 @@
+"""What the connectors of all engines need: a link to the daemon that may be away, settings, and the name of a model.
+
+An engine must not fail or wait because its cache does. So a connector asks through a :class:`Link`, which gives the
+answer or ``None``; it says once that the daemon went away, does not ask again for a moment, and says once that it is back.
+"""
+
+import difflib
+import hashlib
+import os
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Mapping
+from dataclasses import fields
+from logging import Logger, LoggerAdapter
+from pathlib import Path
+from typing import Any, TypeAlias, TypeVar
+
+import kvd
+
+T = TypeVar("T")
+_Log: TypeAlias = "Logger | LoggerAdapter[Any]"
+
+PAUSE_SECONDS = (0.1, 3.0)
+"""How long a link asks nothing after the first failed call, and after many."""
+BINDINGS = 512
+"""Bindings that a link keeps: one for each group and slice of each adapter and salt in use."""
+
+
+class Link:
+    """A session with the node's daemon, from whenever there is one. May be used by several threads.
+
+    ``endpoint``: see :func:`kvd.connect`. ``deadline``: seconds that a call may take.
+    """
+
+    def __init__(
+        self, name: str, *, endpoint: str | None, deadline: float, log: _Log, staging_bytes: int | None = None
+    ):
+        self.name, self.endpoint, self.deadline, self.log = name, endpoint, deadline, log
+        self._staging_bytes = staging_bytes
+        self._lock = threading.Lock()
+        self._session: kvd.Session | None = None
+        self._bindings: OrderedDict[tuple[Any, ...], kvd.Binding] = OrderedDict()
+        self._failures, self._silent_until = 0, 0.0
+
+    @property
+    def is_up(self) -> bool:
+        """Whether asking makes sense now."""
+        return time.monotonic() >= self._silent_until
+
+    def ask(self, what: Callable[[kvd.Session], T]) -> T | None:
+        """What ``what`` answers; ``None`` while the daemon is away, and when it refuses."""
+        if not self.is_up:
+            return None
+        try:
+            answer = what(self._connected())
+        except (kvd.Unavailable, kvd.DeadlineExceeded, kvd.Fenced) as error:
+            self._pause(error)
+            return None
+        except (kvd.Busy, kvd.Full) as error:
+            self.log.debug("kvd: %s", error)
+            return None
+        except kvd.KvdError as error:
+            self.log.error("kvd refuses a call; the engine goes on without it: %s", error)
+            return None
+        if self._failures:
+            with self._lock:
+                self._failures = 0
+            self.log.info("kvd is there again")
+        return answer
+
+    def binding(
+        self, session: kvd.Session, scope: Mapping[str, Any], block_bytes: int, part: tuple[int, int, int, int]
+    ) -> kvd.Binding:
+        """What ``scope`` (arguments of :class:`kvd.Scope`) and ``part`` are registered as. ``part``: layers, heads of all
+        ranks, and the half-open range of this piece's heads."""
+        key = (tuple(sorted(scope.items())), block_bytes, part)
+        with self._lock:
+            if (known := self._bindings.get(key)) is not None:
+                self._bindings.move_to_end(key)
+                return known
+        layers, heads, first, end = part
+        piece = kvd.Slice(layers, heads, head_range=(first, end))
+        binding = session.register(kvd.Scope(**scope), block_bytes, slice=piece)
+        with self._lock:
+            self._bindings[key] = binding
+            while len(self._bindings) > BINDINGS:
+                self._bindings.popitem(last=False)
+        return binding
+
+    def _connected(self) -> kvd.Session:
+        with self._lock:
+            if self._session is None:
+                client = kvd.connect(self.endpoint, deadline=self.deadline)
+                self._session = client.session(self.name, staging_bytes=self._staging_bytes)
+                self.log.info("kvd: session %r, %s", self.name, self._session.doors)
+            return self._session
+
+    def _pause(self, error: kvd.KvdError) -> None:
+        with self._lock:
+            first, most = PAUSE_SECONDS
+            self._silent_until = time.monotonic() + min(first * 2**self._failures, most)
+            self._failures = min(self._failures + 1, 10)
+            if self._failures > 1:
+                return
+        self.log.warning("kvd is away; the engine computes what it would have loaded: %s", error)
+
+
+def settings(kind: type[T], given: Mapping[str, Any], where: str) -> T:
+    """``given`` as ``kind``, a dataclass of plain values.
+
+    Raises ``ValueError`` that names the key: unknown (with the nearest known), or of another type than the default.
+    """
+    known = {field.name: field for field in fields(kind)}  # type: ignore[arg-type]
+    for key, value in given.items():
+        if key not in known:
+            near = difflib.get_close_matches(key, known, 1)
+            hint = f"; did you mean {near[0]!r}?" if near else f"; known are {', '.join(sorted(known))}"
+            raise ValueError(f"{where}: unknown key {key!r}{hint}")
+        default = known[key].default
+        wanted: tuple[type, ...] = (int, float) if isinstance(default, float) else (type(default),)
+        if not isinstance(value, wanted) or isinstance(value, bool) != isinstance(default, bool):
+            raise ValueError(f"{where}: {key!r} is {value!r}; expected {type(default).__name__}")
+    return kind(**given)
+
+
+def weights_of(model: str, revision: str | None = None) -> str:
+    """Tells one set of weights from another: a digest over the configuration and samples of every weights file when
+    ``model`` is a directory, else the revision. Equal on all nodes that hold equal files; reads at most 1 MiB a file."""
+    folder = Path(model)
+    if not folder.is_dir():
+        return revision or ""
+    digest = hashlib.blake2b(digest_size=16)
+    for path in sorted(folder.iterdir()):
+        if path.suffix not in {".safetensors", ".bin", ".pt", ".pth", ".gguf"} and path.name not in {
+            "config.json",
+            "adapter_config.json",
+        }:
+            continue
+        size = path.stat().st_size
+        digest.update(f"{path.name}\0{size}\0".encode())
+        with path.open("rb") as file:
+            for sample in range(16):
+                file.seek(max(size - (64 << 10), 0) * sample // 15)
+                digest.update(file.read(64 << 10))
+    return digest.hexdigest()
+
+
+def model_name(model: str) -> str:
+    """What a model is called in a scope: as given, but a directory by its last part, for it lies elsewhere on other
+    nodes; :func:`weights_of` tells directories of one name apart."""
+    return os.path.basename(os.path.normpath(model)) if os.path.isdir(model) else model
