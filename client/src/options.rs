@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use kv_block::Priority;
 use kv_block::place::{GRPC_SOCKET, WORKER_SOCKET, run_dir};
+use kv_shm::door::NAME_BYTES_MAX;
 
 use crate::error::Error;
 
@@ -142,8 +143,8 @@ impl Default for WorkerOptions {
 impl WorkerOptions {
     pub(crate) fn check(&self) -> Result<(), Error> {
         let wrong = |option, why: String| Err(Error::Option { option, why });
-        if self.name.len() > 128 {
-            return wrong("name", format!("{} bytes, 128 are allowed", self.name.len()));
+        if self.name.len() > NAME_BYTES_MAX {
+            return wrong("name", format!("{} bytes, {NAME_BYTES_MAX} are allowed", self.name.len()));
         }
         if self.staging_bytes > kv_shm::Layout::STAGING_BYTES_MAX {
             return wrong("staging_bytes", format!("{} is too much", self.staging_bytes));

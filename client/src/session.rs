@@ -250,6 +250,7 @@ fn greet(path: &Path, options: &WorkerOptions, deadline: Duration) -> Result<(Ar
         ring_entries: options.ring_entries.max(2).next_power_of_two(),
         staging_bytes: options.staging_bytes.next_multiple_of(kv_shm::PAGE),
         wants_write: options.trusted,
+        name: options.name.clone(),
     };
     connection.send(&Message::Hello(hello), &[]).map_err(|error| refused(&error))?;
     let until = Instant::now() + deadline;

@@ -247,7 +247,7 @@ impl WorkerDoor {
             Layout::new(entries, staging).map_err(|error| Fault::new(Code::BadRequest, error.to_string()))?;
         let hazards = hello.hazards.clamp(1, limits.hazards_max);
 
-        let info = self.node.sessions.open(String::new(), Door::Shm, caller, principal)?;
+        let info = self.node.sessions.open(hello.name.clone(), Door::Shm, caller, principal)?;
         let made = self.make_links(info.id, principal, &peer, layout, hazards);
         let links = match made {
             Ok(links) => links,

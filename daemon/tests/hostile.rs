@@ -34,6 +34,7 @@ fn hello() -> Hello {
         ring_entries: 64,
         staging_bytes: 4 << 20,
         wants_write: true,
+        name: "stranger".into(),
     }
 }
 

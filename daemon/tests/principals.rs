@@ -135,6 +135,7 @@ fn maps_its_own(home: &std::path::Path) {
         ring_entries: 64,
         staging_bytes: 1 << 20,
         wants_write: true,
+        name: "stranger".into(),
     };
     connection.send(&Message::Hello(hello), &[]).unwrap();
     let (message, fds) = connection.recv(Duration::from_secs(10)).unwrap().expect("an answer");

@@ -4,12 +4,13 @@ mod support;
 
 use std::time::{Duration, Instant};
 
+use kv_api::v1;
 use kv_block::code::Code;
 use kv_client::{
     Binding, BlockKey, Client, ClientOptions, Doors, EventKind, Got, MissReason, PutOptions, SequenceHash,
     Tier, WatchOptions, Worker, WorkerOptions,
 };
-use support::{Home, scope, slice};
+use support::{Door, Home, scope, slice};
 
 const BYTES: u32 = 64 << 10;
 
@@ -320,6 +321,22 @@ fn events_tell_exactly_what_is_there() {
     assert!(wanted.is_subset(&seen));
     let readable: std::collections::BTreeSet<_> = seen.iter().map(|(_, key)| *key).collect();
     assert_eq!(readable, wanted.iter().map(|(_, key)| *key).collect(), "no ghosts");
+}
+
+#[test]
+fn operators_see_workers_by_name_whatever_their_door() {
+    let home = Home::new("names");
+    let _daemon = home.start();
+    let named = |name: &str, grpc_only| {
+        connect(&home, WorkerOptions { name: name.into(), grpc_only, ..WorkerOptions::default() })
+    };
+    let _workers = (named("rank 0", false), named("remote", true));
+    let door = Door::of(&home);
+    let listed = door.runtime.block_on(door.admin().list_clients(v1::ListClientsRequest {})).unwrap();
+    let clients = listed.into_inner().clients;
+    let mut seen: Vec<_> = clients.iter().map(|one| (one.name.as_str(), one.door.as_str())).collect();
+    seen.sort_unstable();
+    assert_eq!(seen, [("rank 0", "shm"), ("remote", "grpc")]);
 }
 
 #[test]

@@ -8,6 +8,7 @@ use kv_api::{convert, v1};
 use kv_block::code::Code;
 use kv_block::{Fault, SessionId};
 use kv_node::Event;
+use kv_shm::door::NAME_BYTES_MAX;
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Request, Response, Status};
 
@@ -17,7 +18,6 @@ use crate::shard::Letter;
 
 /// How often an open stream says that the daemon is there.
 const KEEP_ALIVE: Duration = Duration::from_secs(5);
-const NAME_BYTES_MAX: usize = 128;
 
 /// The `Worker` service.
 pub struct WorkerService(pub Shared);

@@ -10,6 +10,7 @@
 //! every message  0 "kvdshm" | 6 kind u8 | 7 zero
 //! Hello          8 version_min u16 | 10 version_max u16 | 12 flags u16 (1: wants to write in place)
 //!               14 numa_node u16 (65535: none) | 16 hazards u32 | 20 ring_entries u32 | 24 staging_bytes u64
+//!               32 length u16 | then `length` bytes of UTF-8: the name that operators see
 //! Welcome        8 version u16 | 10 shards u16 | 12 flags u16 (1: may write in place) | 14 zero
 //!               16 session u64 | 24 epoch u64 | then per shard, 24 bytes:
 //!                0 shard u16 | 2 numa_node u16 | 4 hazards u32 | 8 ring_entries u32 | 12 zero
@@ -36,6 +37,8 @@ pub const FDS_PER_SHARD: usize = 5;
 pub const SHARDS_MAX: usize = 32;
 /// Most hazard slots of one worker and shard.
 pub const HAZARDS_MAX: u32 = 1 << 16;
+/// Longest name of a session.
+pub const NAME_BYTES_MAX: usize = 128;
 
 const MAGIC: &[u8; 6] = b"kvdshm";
 const MESSAGE_BYTES_MAX: usize = 4096;
@@ -60,6 +63,8 @@ pub struct Hello {
     pub staging_bytes: u64,
     /// Whether it wants to fill arena slots in place.
     pub wants_write: bool,
+    /// What operators see. Cut to [`NAME_BYTES_MAX`] on the way.
+    pub name: String,
 }
 
 /// What it gets.
@@ -142,6 +147,9 @@ impl Message {
                 bytes.extend(hello.hazards.to_le_bytes());
                 bytes.extend(hello.ring_entries.to_le_bytes());
                 bytes.extend(hello.staging_bytes.to_le_bytes());
+                let end = hello.name.floor_char_boundary(NAME_BYTES_MAX);
+                bytes.extend((end as u16).to_le_bytes());
+                bytes.extend(&hello.name.as_bytes()[..end]);
             }
             Self::Welcome(welcome) => {
                 bytes.extend([2, 0]);
@@ -200,6 +208,10 @@ impl Message {
             hazards: rest.u32()?,
             ring_entries: rest.u32()?,
             staging_bytes: rest.u64()?,
+            name: {
+                let length = usize::from(rest.u16()?);
+                rest.words(length, NAME_BYTES_MAX)?
+            },
         };
         if version_min > version_max {
             return Err(refuse("the version range is empty"));
@@ -231,11 +243,7 @@ impl Message {
     fn decode_refused(rest: &mut Reader<'_>) -> Result<Refused, Error> {
         let number = rest.u16()?;
         let (length, retry_after_ms) = (usize::from(rest.u16()?), rest.u32()?);
-        if length > WORDS_BYTES_MAX {
-            return Err(refuse("the message is too long"));
-        }
-        let words = rest.split(length)?;
-        let message = std::str::from_utf8(words).map_err(|_| refuse("words are not UTF-8"))?.to_owned();
+        let message = rest.words(length, WORDS_BYTES_MAX)?;
         // A newer daemon may know codes that we do not: its words still say what is wrong.
         let code = Code::from_number(number).unwrap_or(Code::Version);
         Ok(Refused { code, retry_after_ms, message })
@@ -257,6 +265,14 @@ impl<'a> Reader<'a> {
         let (head, rest) = self.0.split_at_checked(bytes).ok_or(refuse("the message is too short"))?;
         self.0 = rest;
         Ok(head)
+    }
+
+    fn words(&mut self, bytes: usize, bytes_max: usize) -> Result<String, Error> {
+        if bytes > bytes_max {
+            return Err(refuse("the message is too long"));
+        }
+        let words = std::str::from_utf8(self.split(bytes)?).map_err(|_| refuse("words are not UTF-8"))?;
+        Ok(words.to_owned())
     }
 
     fn take<const N: usize>(&mut self) -> Result<[u8; N], Error> {
@@ -470,6 +486,7 @@ mod tests {
             ring_entries: 256,
             staging_bytes: 1 << 20,
             wants_write: true,
+            name: "rank 0".into(),
         }
     }
 
@@ -496,7 +513,7 @@ mod tests {
     fn messages() -> Vec<Message> {
         vec![
             Message::Hello(hello()),
-            Message::Hello(Hello { numa_node: None, wants_write: false, ..hello() }),
+            Message::Hello(Hello { numa_node: None, wants_write: false, name: String::new(), ..hello() }),
             Message::Welcome(welcome(1)),
             Message::Welcome(Welcome { may_write: true, ..welcome(SHARDS_MAX as u16) }),
             Message::Refused(refused("uid 7 may not")),
@@ -530,6 +547,11 @@ mod tests {
             panic!();
         };
         assert_eq!(read.message, "é".repeat(512));
+        let named = Hello { name: format!("{}é", "n".repeat(127)), ..hello() };
+        let Message::Hello(read) = Message::decode(&Message::Hello(named).encode()).unwrap() else {
+            panic!()
+        };
+        assert_eq!(read.name, "n".repeat(127));
     }
 
     #[test]
