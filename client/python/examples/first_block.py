@@ -17,5 +17,5 @@ if room := session.reserve(binding, prompt[1]):
 
 found = session.lookup(binding, prompt)
 print(found.prefix, "of", len(prompt), "blocks are here; the next one:", found.miss)
-for block in session.acquire(binding, prompt):
+for block in session.acquire(binding, prompt, wait=1.0):
     print(memoryview(block)[:4].tobytes() if block else f"recompute: {block.reason}")

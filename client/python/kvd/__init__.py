@@ -9,7 +9,7 @@ hashes. Blocks are read where they lie, without a copy; what is not there says w
     binding = session.register(kvd.Scope("m", block_tokens=16, dtype="bf16"), block_bytes=64 << 10)
 
     here = session.lookup(binding, hashes).prefix
-    for block in session.acquire(binding, hashes[:here]):
+    for block in session.acquire(binding, hashes[:here], wait=1.0):
         if block:
             use(memoryview(block))  # read-only, of ``binding.block_bytes`` bytes
         else:

@@ -342,8 +342,9 @@ class Session:
     def acquire(
         self, binding: Binding, hashes: Sequence[_Hash], *, wait: float = 0.0
     ) -> list[Block | Miss]:
-        """Open blocks for reading, one answer for each, in order. Brings them up from slower tiers; waits up to ``wait``
-        seconds for those that others announced and have not stored yet."""
+        """Open blocks for reading, one answer for each, in order: those in host memory at once; those on slower tiers, or
+        announced by others and not stored yet, if they are there within ``wait`` seconds (else they are misses,
+        ``tier_timeout`` and ``not_complete``)."""
 
     def wait(self, binding: Binding, hashes: Sequence[_Hash], timeout: float) -> int:
         """Wait for announced blocks; how many are readable from the first on. Holds nothing afterwards."""
