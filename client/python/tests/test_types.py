@@ -13,7 +13,7 @@ def run(*arguments: str) -> None:
 
 
 def test_the_stubs_say_what_the_module_has():
-    run("mypy.stubtest", "kvd")
+    run("mypy.stubtest", "kvd._native")
 
 
 def test_the_package_and_its_example_are_typed():

@@ -1,0 +1,214 @@
+"""What vLLM's KV cache looks like, and which of it becomes a block of kvd.
+
+vLLM keeps a pool of numbered blocks. Layers that need the same blocks form a group; a layer's tensor is logically
+``[block, head, token, channel]`` with K and V side by side in the last. A kvd block is one numbered block of one group
+on one rank: the bytes of its layers, one after another, each in the order head, token, channel. ::
+
+    group 0, vLLM block 7:   | layer 0: H x N x C | layer 1: H x N x C | ... |
+                               '-- page_bytes[0] -'
+
+Whatever we do not know how to read is refused when the engine starts, by name.
+"""
+
+import hashlib
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from vllm.v1.kv_cache_interface import (
+    AttentionSpec,
+    FullAttentionSpec,
+    KVCacheConfig,
+    KVCacheSpec,
+    KVQuantMode,
+    MLAAttentionSpec,
+    SlidingWindowSpec,
+    UniformTypeKVCacheSpecs,
+)
+
+from kvd._engine import model_name, weights_of
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+
+NULL_BLOCK = 0
+"""vLLM's number for "no block here": what a sliding window has left behind."""
+
+
+@dataclass(frozen=True)
+class Group:
+    """Layers that share a block table, as one rank holds them."""
+
+    index: int
+    """Position in vLLM's list of groups."""
+    layers: tuple[str, ...]
+    page_bytes: tuple[int, ...]
+    """Bytes of one block in each layer."""
+    block_tokens: int
+    hashes_per_block: int
+    """vLLM may hash shorter runs of tokens than this group's blocks hold."""
+    window: int | None
+    """Tokens that a sliding window looks back, itself included; ``None`` when all are needed."""
+    heads: int
+    """Head slots on one rank."""
+    attention: str
+    dtype: str
+
+    @property
+    def block_bytes(self) -> int:
+        return sum(self.page_bytes)
+
+    @property
+    def layout(self) -> str:
+        """For the scope: the order of memory, and which layers these are."""
+        digest = hashlib.blake2b("\n".join(self.layers).encode(), digest_size=8).hexdigest()
+        return f"layer,head,token,kv;layers={digest}"
+
+    def first_needed(self, tokens: int) -> int:
+        """The first block that a request with ``tokens`` computed tokens still reads."""
+        return 0 if self.window is None else max(0, tokens - self.window + 1) // self.block_tokens
+
+    def names(self, hashes: "list[Any]", first: int, end: int) -> list[bytes]:
+        """Names of the blocks ``first..end``, from the hashes of a request."""
+        per = self.hashes_per_block
+        return [bytes(hashes[(block + 1) * per - 1]) for block in range(first, end)]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """All groups, and how ranks share heads."""
+
+    groups: tuple[Group, ...]
+    align_tokens: int
+    """What vLLM takes from us is a multiple of this."""
+    hash_tokens: int
+    """Tokens to a hash of vLLM."""
+    slices: int
+    """Distinct pieces of a block over all ranks."""
+    replicas: int
+    """Consecutive ranks that hold the same piece."""
+    model: str
+    weights: str
+
+    def scope(self, group: Group, tenant: str, lora: str, salt: str, life: str) -> dict[str, Any]:
+        """Arguments of :class:`kvd.Scope`. ``life`` tells weights apart that were exchanged while the engine ran."""
+        return {
+            "model": self.model,
+            "weights": self.weights + life,
+            "tenant": tenant,
+            "block_tokens": group.block_tokens,
+            "dtype": group.dtype,
+            "attention": group.attention,
+            "layout": group.layout,
+            "lora": lora,
+            "salt": salt,
+        }
+
+    def part(self, group: Group, slice_: int) -> tuple[int, int, int, int]:
+        """Layers, heads of all ranks, and the heads of piece ``slice_``."""
+        heads = group.heads
+        return len(group.layers), heads * self.slices, heads * slice_, heads * (slice_ + 1)
+
+
+def layout_of(config: "VllmConfig", cache: KVCacheConfig, model: str = "") -> Layout:
+    """Reads vLLM's configuration. ``model``: what to call the model, if not what vLLM calls it.
+
+    Raises ``ValueError`` that names what is not supported.
+    """
+    parallel = config.parallel_config
+    for field in ("pipeline_parallel_size", "decode_context_parallel_size", "prefill_context_parallel_size"):
+        if (size := getattr(parallel, field, 1)) > 1:
+            raise _unsupported(f"{field} = {size}", "use tensor or data parallelism")
+    if getattr(config.cache_config, "calculate_kv_scales", False):
+        raise _unsupported("calculate_kv_scales", "scales of one engine do not fit another; take them from the checkpoint")
+    replicas = getattr(cache, "kv_tp_replicas", 1)
+    hash_tokens = cache.hash_block_size or config.cache_config.block_size
+    chosen = cache.prefix_cacheable_group_ids
+    if len(chosen) != len(cache.kv_cache_groups):
+        left = sorted(set(range(len(cache.kv_cache_groups))) - set(chosen))
+        raise _unsupported(f"KV cache groups {left}", "their state cannot be found by the hash of a prefix")
+    groups = tuple(
+        _group(index, cache.kv_cache_groups[index].layer_names, cache.kv_cache_groups[index].kv_cache_spec, hash_tokens)
+        for index in chosen
+    )
+    align = cache.cache_hit_alignment_tokens or max(group.block_tokens for group in groups)
+    for group in groups:
+        if align % group.block_tokens:
+            raise _unsupported(f"hits in steps of {align} tokens", f"group {group.index} has blocks of {group.block_tokens}")
+    name = config.model_config.model
+    return Layout(
+        groups=groups,
+        align_tokens=align,
+        hash_tokens=hash_tokens,
+        slices=parallel.tensor_parallel_size // replicas,
+        replicas=replicas,
+        model=model or model_name(name),
+        weights=weights_of(name, config.model_config.revision),
+    )
+
+
+def _group(index: int, layers: list[str], spec: KVCacheSpec, hash_tokens: int) -> Group:
+    each = spec.kv_cache_specs if isinstance(spec, UniformTypeKVCacheSpecs) else dict.fromkeys(layers, spec)
+    specs = [_known(index, layer, each[layer]) for layer in layers]
+    first = specs[0]
+    if first.block_size % hash_tokens:
+        raise _unsupported(f"group {index}: blocks of {first.block_size} tokens", f"hashes are of {hash_tokens}")
+    kinds = {(_attention(one), _dtype(one), one.num_heads, one.block_size) for one in specs}
+    if len(kinds) > 1:
+        raise _unsupported(f"group {index}: layers of several kinds {sorted(kinds)}", "one kind in a group is")
+    return Group(
+        index=index,
+        layers=tuple(layers),
+        page_bytes=tuple(one.unpadded_page_size_bytes for one in specs),
+        block_tokens=first.block_size,
+        hashes_per_block=first.block_size // hash_tokens,
+        window=first.sliding_window if isinstance(first, SlidingWindowSpec) else None,
+        heads=first.num_heads,
+        attention=_attention(first),
+        dtype=_dtype(first),
+    )
+
+
+def _known(index: int, layer: str, spec: KVCacheSpec) -> AttentionSpec:
+    # Exactly these: a subclass may keep something else in the same shape.
+    if type(spec) not in (FullAttentionSpec, MLAAttentionSpec, SlidingWindowSpec):
+        raise _unsupported(f"group {index}, layer {layer}: {type(spec).__name__}", "full, sliding-window and MLA attention are")
+    assert isinstance(spec, AttentionSpec)
+    if spec.tokens_per_state != 1:
+        raise _unsupported(f"group {index}, layer {layer}: tokens_per_state = {spec.tokens_per_state}", "1 is")
+    return spec
+
+
+def _attention(spec: AttentionSpec) -> str:
+    if isinstance(spec, SlidingWindowSpec):
+        return f"sliding:{spec.sliding_window}"
+    return "mla" if isinstance(spec, MLAAttentionSpec) else "full"
+
+
+def _dtype(spec: AttentionSpec) -> str:
+    name = str(spec.dtype).removeprefix("torch.")
+    return name if spec.kv_quant_mode == KVQuantMode.NONE else f"{name}:{spec.kv_quant_mode.name.lower()}"
+
+
+def _unsupported(what: str, instead: str) -> ValueError:
+    return ValueError(f"kvd.vllm does not support {what}: {instead}")
+
+
+def pages_of(group: Group, caches: dict[str, torch.Tensor]) -> list[torch.Tensor]:
+    """The group's tensors as bytes, ``[block, head, token, channel bytes]`` each.
+
+    Raises ``ValueError`` that names the layer when vLLM's tensor is not what its configuration says.
+    """
+    pages = []
+    for layer, page_bytes in zip(group.layers, group.page_bytes, strict=True):
+        if (tensor := caches.get(layer)) is None:
+            raise ValueError(f"kvd.vllm: vLLM registered no KV cache for layer {layer}")
+        seen = f"layer {layer}: tensor {tuple(tensor.shape)}, strides {tensor.stride()}, {tensor.dtype}"
+        if tensor.dim() == 3 and group.attention == "mla":
+            tensor = tensor.unsqueeze(1)
+        if tensor.dim() != 4 or tensor.shape[1:3] != (group.heads, group.block_tokens) or tensor.stride(3) != 1:
+            raise _unsupported(seen, f"[block, {group.heads} heads, {group.block_tokens} tokens, channel] is")
+        pages.append(tensor.view(torch.uint8))
+        if pages[-1][0].numel() != page_bytes:
+            raise _unsupported(seen, f"{page_bytes} bytes a block is what vLLM's configuration says")
+    return pages

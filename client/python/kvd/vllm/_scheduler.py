@@ -1,0 +1,539 @@
+"""The half that runs beside vLLM's scheduler: it finds out what kvd holds, and says what the ranks load and store.
+
+A request is looked up on a thread of its own, while the engine goes on with others; vLLM asks again until the answer is
+there. What is promised to vLLM has been brought up to host memory, read and compared with its checksum, and is pinned
+until the ranks have loaded it.
+"""
+
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Iterable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from vllm.distributed.kv_events import MEDIUM_CPU, MEDIUM_STORAGE, BlockRemoved, BlockStored, KVCacheEvent
+from vllm.logger import init_logger
+from vllm.v1.core.kv_cache_utils import BlockHash, maybe_convert_block_hash
+from vllm.v1.metrics.cache_hit_source import CacheHitSource
+
+import kvd
+from kvd._engine import Link, weights_of
+from kvd.vllm._layout import NULL_BLOCK, Group, Layout
+from kvd.vllm._stats import Stats
+from kvd.vllm._worker import BATCH, Owner, Piece, Step, Work
+
+if TYPE_CHECKING:
+    from vllm.v1.core.kv_cache_manager import KVCacheBlocks
+    from vllm.v1.core.sched.output import SchedulerOutput
+    from vllm.v1.request import Request
+
+logger = init_logger("vllm.kvd")
+
+PIN_SECONDS = 30.0
+"""For how long a promise holds at most. It ends when the ranks have loaded the blocks."""
+GLANCE_SECONDS = 0.002
+"""How long vLLM's scheduler waits for a lookup before it goes on with other requests."""
+POLL_SECONDS = 0.01
+"""How often a request that waits for another engine's blocks looks again."""
+LOOKERS = 64
+"""Requests that are looked up, or wait for another engine's blocks, at once."""
+STORES_PER_STEP = 1024
+"""Blocks of a request that one step may store."""
+EVENTS_KEPT = 1 << 18
+"""Blocks whose hash is remembered, to name them in events."""
+
+_SOURCES = {"host": CacheHitSource.HOST, "disk": CacheHitSource.DISK}
+
+
+@dataclass
+class Found:
+    """What kvd holds for a request."""
+
+    first: int
+    """Tokens that vLLM had itself."""
+    tokens: int = 0
+    """Tokens from the start that are there and checked."""
+    tiers: list[str] = field(default_factory=list)
+    """Where the blocks of the first group were found."""
+    pinned: list[tuple[kvd.Binding, list[bytes]]] = field(default_factory=list)
+    at: float = field(default_factory=time.monotonic)
+
+    def serves(self, computed: int) -> bool:
+        """Whether it still answers the question what there is beyond ``computed`` tokens."""
+        return self.first <= computed and time.monotonic() - self.at < PIN_SECONDS / 2
+
+
+@dataclass
+class _Track:
+    """A request that vLLM works on."""
+
+    request: "Request"
+    owner: Owner
+    wait: float
+    """Seconds to wait for blocks that nobody has announced yet."""
+    looking: "Future[Found] | None" = None
+    found: Found | None = None
+    stored: dict[int, int] = field(default_factory=dict)
+    """For each group, blocks from the start that need no store."""
+    loading: bool = False
+    """In this step."""
+    gave_up: bool = False
+    """A load failed."""
+
+
+class Scheduler:
+    """See the top of the file.
+
+    ``wait``: seconds to wait for blocks that another engine has announced. ``match_seconds``: for how long a request is
+    looked up at most, on top of what it waits. ``loads`` and ``stores``: what this engine does.
+    """
+
+    def __init__(
+        self,
+        link: Link,
+        layout: Layout,
+        tenant: str,
+        *,
+        wait: float,
+        match_seconds: float,
+        loads: bool,
+        stores: bool,
+        events: "Events | None",
+    ):
+        self.link, self.layout, self.tenant = link, layout, tenant
+        self.wait, self.match_seconds = wait, match_seconds
+        self.loads, self.stores = loads, stores
+        self.stats = Stats()
+        self.events = events
+        self._tracks: dict[str, _Track] = {}
+        self._loads: list[Work] = []
+        self._adapters: dict[tuple[str, str], str] = {}
+        self._life = ""
+        self._lookers = ThreadPoolExecutor(LOOKERS, "kvd-look")
+        # One group: vLLM can recompute from a block that failed. Several: only a request that waits may fail.
+        self.waits_for_loads = len(layout.groups) > 1
+
+    # vLLM's questions
+
+    def begin(self, request: "Request") -> None:
+        """A request enters the queue."""
+        self._track(request)
+
+    def matched(self, request: "Request", computed: int) -> int | None:
+        """Tokens beyond ``computed`` that can be loaded; ``None`` while that is not known."""
+        if not self.loads or not self.link.is_up:
+            return 0
+        track = self._track(request)
+        if track.gave_up:
+            return 0
+        # The last token is computed always: vLLM needs its logits.
+        limit = (request.num_tokens - 1) // self.layout.align_tokens * self.layout.align_tokens
+        limit = min(limit, len(request.block_hashes) * self.layout.hash_tokens)
+        if limit <= computed:
+            return 0
+        if track.looking is None or (track.looking.done() and not track.looking.result().serves(computed)):
+            self._let_go(track)
+            hashes = list(request.block_hashes)
+            track.looking = self._lookers.submit(self._look, hashes, track.owner, computed, limit, track.wait)
+            self.stats.add("lookups")
+            until = time.monotonic() + GLANCE_SECONDS
+            while not track.looking.done() and time.monotonic() < until:
+                time.sleep(0.0002)
+        elif not track.looking.done():
+            # Nothing else may be there to do; then this is all that keeps the engine from spinning.
+            time.sleep(0.0005)
+        if not track.looking.done():
+            return None
+        track.found = track.looking.result()
+        more: int = max(0, min(track.found.tokens, limit) - computed)
+        return more
+
+    def sources(self, request: "Request", tokens: int) -> dict[CacheHitSource, int]:
+        """From which tier ``tokens`` come."""
+        track = self._tracks.get(request.request_id)
+        if track is None or track.found is None or not track.found.tiers:
+            return {CacheHitSource.EXTERNAL_UNSPECIFIED: tokens} if tokens else {}
+        block_tokens = self.layout.groups[0].block_tokens
+        counts: dict[CacheHitSource, int] = {}
+        for tier in track.found.tiers[track.found.first // block_tokens :]:
+            source = _SOURCES.get(tier, CacheHitSource.EXTERNAL_UNSPECIFIED)
+            counts[source] = counts.get(source, 0) + block_tokens
+        return counts if sum(counts.values()) == tokens else {CacheHitSource.EXTERNAL_UNSPECIFIED: tokens}
+
+    def allocated(self, request: "Request", blocks: "KVCacheBlocks", tokens: int) -> None:
+        """vLLM has taken ``tokens`` of what was offered, and numbered the blocks to load them into."""
+        track = self._tracks.get(request.request_id)
+        if track is None or track.found is None or tokens == 0:
+            return
+        first, end = track.found.first, track.found.first + tokens
+        numbers = blocks.get_block_ids()
+        pieces = []
+        for group in self.layout.groups:
+            at, to = first // group.block_tokens, -(-end // group.block_tokens)
+            at = max(at, group.first_needed(end))
+            names = group.names(request.block_hashes, at, to)
+            taken = [(name, n) for name, n in zip(names, numbers[group.index][at:to], strict=True) if n != NULL_BLOCK]
+            if taken:
+                pieces.append(Piece(group.index, [name for name, _ in taken], [number for _, number in taken]))
+        self.stats.add("hit_tokens", tokens)
+        track.loading = True
+        self._loads.append(Work(request.request_id, track.owner, pieces))
+
+    def step(self, output: "SchedulerOutput") -> Step:
+        """What the ranks do in this step."""
+        step = Step(later=self._loads) if self.waits_for_loads else Step(loads=self._loads)
+        loading = {work.request for work in self._loads}
+        self._loads = []
+        computed = {new.req_id: new.num_computed_tokens for new in output.scheduled_new_reqs}
+        cached = output.scheduled_cached_reqs
+        computed.update(zip(cached.req_ids, cached.num_computed_tokens, strict=True))
+        for name, tokens in output.num_scheduled_tokens.items():
+            track = self._tracks.get(name)
+            if track is None or name not in computed:
+                continue
+            if name not in loading:
+                track.loading = False
+            if self.stores and self.link.is_up:
+                numbers = output.kv_connector_block_state and output.kv_connector_block_state.get_block_ids(name)
+                if numbers:
+                    self._store(step, track, computed[name], computed[name] + tokens, numbers)
+            if name not in loading and track.looking is not None:
+                # It is computed; what it was promised is loaded.
+                self._let_go(track)
+        return step
+
+    def failed(self, requests: Iterable[str]) -> None:
+        """These were not loaded; they are computed, and not looked up again."""
+        for name in requests:
+            if (track := self._tracks.get(name)) is not None:
+                track.gave_up = True
+
+    def end(self, request: "Request") -> None:
+        """A request is over."""
+        if (track := self._tracks.pop(request.request_id, None)) is not None:
+            self._let_go(track)
+
+    def forget(self) -> None:
+        """The weights may have changed: what was stored so far is not found any more by this engine."""
+        self._life = f"+{time.time_ns():x}"
+        for track in self._tracks.values():
+            self._let_go(track)
+            track.owner = Owner(track.owner.lora, track.owner.salt, self._life)
+            track.stored = {}
+        logger.info("kvd: a new life begins; blocks stored before it are not used by this engine")
+
+    def close(self) -> None:
+        self._lookers.shutdown(wait=False, cancel_futures=True)
+        if self.events is not None:
+            self.events.close()
+
+    # Lookup, on threads of its own
+
+    def _look(self, hashes: list[Any], owner: Owner, computed: int, limit: int, wait: float) -> Found:
+        try:
+            return self._find(hashes, owner, computed, limit, wait)
+        except Exception:
+            logger.exception("kvd: a lookup failed; the engine goes on without it")
+            return Found(computed)
+
+    def _find(self, hashes: list[Any], owner: Owner, computed: int, limit: int, wait: float) -> Found:
+        """As much of the first ``limit`` tokens as is there, in every group and slice, and right."""
+        begun = time.monotonic()
+        # Nobody has to have announced them when the request itself says that they will come.
+        until_announced, until_there = begun + wait, begun + max(wait, self.wait)
+        while True:
+            tokens, tiers, pending = self._held(hashes, owner, limit)
+            now = time.monotonic()
+            if tokens >= limit or now >= (until_there if pending else until_announced):
+                break
+            time.sleep(POLL_SECONDS)
+        found = Found(computed, tiers=tiers)
+        until = time.monotonic() + self.match_seconds
+        while tokens > computed:
+            bad = self._first_bad(hashes, owner, computed, tokens, until, found)
+            if bad is None:
+                found.tokens = tokens
+                break
+            tokens, _, _ = self._held(hashes, owner, bad)
+        found.tiers = found.tiers[: tokens // self.layout.groups[0].block_tokens]
+        return found
+
+    def _bindings(self, session: kvd.Session, owner: Owner, group: Group) -> list[kvd.Binding]:
+        scope = self.layout.scope(group, self.tenant, owner.lora, owner.salt, owner.life)
+        parts = (self.layout.part(group, slice_) for slice_ in range(self.layout.slices))
+        return [self.link.binding(session, scope, group.block_bytes, part) for part in parts]
+
+    def _held(self, hashes: list[Any], owner: Owner, limit: int) -> tuple[int, list[str], bool]:
+        """Tokens from the start that kvd says it has, the tiers of the first group, and whether more is announced."""
+        tiers: list[str] = []
+        pending = False
+
+        def prefix(group: Group, first: int, end: int) -> int:
+            nonlocal tiers, pending
+            if first >= end:
+                return end
+            names = group.names(hashes, first, end)
+            bindings = self.link.ask(lambda s: self._bindings(s, owner, group))
+            if bindings is None:
+                return first
+            for binding in bindings:
+                here = self.link.ask(lambda s: s.lookup(binding, names))
+                if here is None:
+                    return first
+                pending |= here.miss is not None and here.miss.reason == "not_complete"
+                if group is self.layout.groups[0] and first == 0:
+                    tiers = list(here.tiers)
+                names = names[: here.prefix]
+            return first + len(names)
+
+        def aligned(tokens: int) -> int:
+            return tokens // self.layout.align_tokens * self.layout.align_tokens
+
+        tokens = aligned(limit)
+        for group in self.layout.groups:
+            if group.window is None:
+                tokens = min(tokens, aligned(prefix(group, 0, tokens // group.block_tokens) * group.block_tokens))
+        moved = True
+        while moved and tokens:
+            moved = False
+            for group in self.layout.groups:
+                if group.window is not None:
+                    end = tokens // group.block_tokens
+                    here = prefix(group, group.first_needed(tokens), end)
+                    if here < end:
+                        tokens, moved = aligned(here * group.block_tokens), True
+        return tokens, tiers, pending
+
+    def _first_bad(
+        self, hashes: list[Any], owner: Owner, computed: int, tokens: int, until: float, found: Found
+    ) -> int | None:
+        """Reads what would be loaded of the first ``tokens``, and pins it. The token before which the first block begins
+        that is not there or not right; ``None`` when all are."""
+        for group in self.layout.groups:
+            first = max(computed // group.block_tokens, group.first_needed(tokens))
+            end = tokens // group.block_tokens
+            for binding in self.link.ask(lambda s: self._bindings(s, owner, group)) or []:
+                for at in range(first, end, BATCH):
+                    names = group.names(hashes, at, min(at + BATCH, end))
+                    left = until - time.monotonic()
+                    good = self._check(binding, names, left, found) if left > 0 else 0
+                    if good < len(names):
+                        return (at + good) * group.block_tokens
+        return None if self.link.is_up else computed
+
+    def _check(self, binding: kvd.Binding, names: list[bytes], seconds: float, found: Found) -> int:
+        """How many blocks from the first on are there within ``seconds``, and right; they are pinned."""
+
+        def check(session: kvd.Session) -> int:
+            session.pin(binding, names, PIN_SECONDS)
+            found.pinned.append((binding, names))
+            for at, block in enumerate(session.acquire(binding, names, wait=seconds)):
+                if not block:
+                    return at
+                with block:
+                    if not block.verify():
+                        logger.warning("kvd: block %s is damaged; it is evicted and computed again", block.key.hex())
+                        self.stats.add("damaged_blocks")
+                        session.unpin(binding, [names[at]])
+                        session.evict(binding, [names[at]])
+                        return at
+            return len(names)
+
+        return self.link.ask(check) or 0
+
+    def _let_go(self, track: _Track) -> None:
+        """The promise to this request is over."""
+        looking, track.looking, track.found = track.looking, None, None
+
+        def unpin(future: "Future[Found]") -> None:
+            for binding, names in future.result().pinned:
+                self.link.ask(lambda s: s.unpin(binding, names))
+
+        if looking is not None and not looking.cancel():
+            # Behind the engine's back: it need not wait for that.
+            looking.add_done_callback(lambda done: self._lookers.submit(unpin, done))
+
+    # Stores
+
+    def _store(self, step: Step, track: _Track, computed: int, until: int, numbers: Sequence[list[int]]) -> None:
+        """Blocks of a request that are full after this step, and that kvd may lack."""
+        request = track.request
+        full = min(until, len(request.block_hashes) * self.layout.hash_tokens)
+        pieces = []
+        for group in self.layout.groups:
+            if group.index not in track.stored:
+                there = track.found.tokens if track.found is not None else 0
+                track.stored[group.index] = (there if group.window is None else max(there, computed)) // group.block_tokens
+            first = track.stored[group.index]
+            if computed < first * group.block_tokens and not track.loading:
+                # A load failed, and what is computed instead is stored again.
+                first = computed // group.block_tokens
+            end = min(full // group.block_tokens, first + STORES_PER_STEP)
+            if end <= first:
+                continue
+            names = group.names(request.block_hashes, first, end)
+            mine = numbers[group.index][first:end]
+            taken = [(name, number) for name, number in zip(names, mine, strict=False) if number != NULL_BLOCK]
+            track.stored[group.index] = end
+            if taken:
+                pieces.append(Piece(group.index, [name for name, _ in taken], [number for _, number in taken]))
+                if self.events is not None:
+                    self.events.remember(request, group, first, names, track.owner)
+        if pieces:
+            step.stores.append(Work(request.request_id, track.owner, pieces))
+
+    # Requests
+
+    def _track(self, request: "Request") -> _Track:
+        if (track := self._tracks.get(request.request_id)) is None:
+            owner = Owner(self._adapter(request), request.cache_salt or "", self._life)
+            wait = (request.kv_transfer_params or {}).get("kvd_wait", 0)
+            if isinstance(wait, bool) or not isinstance(wait, int | float) or not 0 <= wait <= 600:
+                logger.warning("kvd: kvd_wait = %r is no number of seconds up to 600; taken as 0", wait)
+                wait = 0
+            track = self._tracks[request.request_id] = _Track(request, owner, float(wait))
+        return track
+
+    def _adapter(self, request: "Request") -> str:
+        """The LoRA adapter's name and a digest of its weights."""
+        lora = request.lora_request
+        if lora is None:
+            return ""
+        key = (lora.lora_name, lora.lora_path)
+        if key not in self._adapters:
+            self._adapters[key] = f"{lora.lora_name}@{weights_of(lora.lora_path) or lora.lora_path}"
+        return self._adapters[key]
+
+
+@dataclass(frozen=True)
+class _Named:
+    """What an event says of a block."""
+
+    hash: bytes
+    parent: bytes | None
+    tokens: list[int]
+    block_tokens: int
+    lora: str | None
+    lora_id: int | None
+    group: int
+
+
+class Events:
+    """Says through vLLM's event stream where blocks of this engine went: stored in host memory (medium ``CPU``) or on
+    disk (``STORAGE``), and removed from there.
+
+    It follows the daemon's own events, and names the blocks that this engine has stored; those of the first rank stand
+    for all.
+    """
+
+    _MEDIA = {"host": MEDIUM_CPU, "disk": MEDIUM_STORAGE}
+
+    def __init__(self, link: Link, layout: Layout, tenant: str):
+        self.link, self.layout, self.tenant = link, layout, tenant
+        self._lock = threading.Lock()
+        self._named: OrderedDict[bytes, _Named] = OrderedDict()
+        self._there: dict[int, dict[tuple[bytes, str], _Named]] = {}
+        """By shard: what was said to be where."""
+        self._stale: dict[int, dict[tuple[bytes, str], _Named]] = {}
+        """By shard that is giving its inventory: what was there before, and has not come up yet."""
+        self._ready: list[KVCacheEvent] = []
+        self._closed = threading.Event()
+        self._thread = threading.Thread(target=self._follow, name="kvd-events", daemon=True)
+        self._thread.start()
+
+    def remember(self, request: "Request", group: Group, first: int, names: list[bytes], owner: Owner) -> None:
+        """These blocks are about to be stored."""
+        scope = self.layout.scope(group, self.tenant, owner.lora, owner.salt, owner.life)
+        part = self.layout.part(group, 0)
+        binding = self.link.ask(lambda s: self.link.binding(s, scope, group.block_bytes, part))
+        if binding is None:
+            return
+        lora = request.lora_request
+        hashes = group.names(request.block_hashes, max(first - 1, 0), first + len(names))
+        parents: list[bytes | None] = [*([None] if first == 0 else []), *hashes]
+        with self._lock:
+            for at, name in enumerate(names):
+                begin = (first + at) * group.block_tokens
+                self._named[binding.key(name)] = _Named(
+                    hash=name,
+                    parent=parents[at],
+                    tokens=list(request.all_token_ids[begin : begin + group.block_tokens]),
+                    block_tokens=group.block_tokens,
+                    lora=lora.lora_name if lora else None,
+                    lora_id=lora.lora_int_id if lora else None,
+                    group=group.index,
+                )
+            while len(self._named) > EVENTS_KEPT:
+                self._named.popitem(last=False)
+
+    def take(self) -> Iterable[KVCacheEvent]:
+        """What happened since the last call."""
+        with self._lock:
+            taken, self._ready = self._ready, []
+        return taken
+
+    def close(self) -> None:
+        self._closed.set()
+
+    def _follow(self) -> None:
+        while not self._closed.is_set():
+            try:
+                events = kvd.connect(self.link.endpoint, deadline=self.link.deadline).watch(tenants=[self.tenant])
+                while not self._closed.is_set():
+                    if (batch := events.next(0.5)) is not None:
+                        self._take_in(batch)
+            except kvd.KvdError as error:
+                logger.debug("kvd: no events: %s", error)
+                self._closed.wait(1)
+            except Exception:
+                logger.exception("kvd: events end")
+                return
+
+    def _take_in(self, batch: kvd.EventBatch) -> None:
+        shard = batch.cursor[0]
+        with self._lock:
+            there = self._there.setdefault(shard, {})
+            if batch.snapshot and shard not in self._stale:
+                self._stale[shard] = dict(there)
+            stale = self._stale.get(shard, {})
+            for event in batch.events:
+                if event.key is None:
+                    for gone in [one for one in there if one[1] == event.tier]:
+                        self._removed(there.pop(gone), event.tier)
+                    continue
+                place = (event.key, str(event.tier))
+                if event.kind == "removed":
+                    if (named := there.pop(place, None)) is not None:
+                        self._removed(named, event.tier)
+                elif (known := self._named.get(event.key)) is not None and event.tier in self._MEDIA:
+                    stale.pop(place, None)
+                    if place not in there:
+                        there[place] = known
+                        self._stored(known, event.tier)
+            if batch.snapshot_end:
+                for place, named in self._stale.pop(shard, {}).items():
+                    there.pop(place, None)
+                    self._removed(named, place[1])
+
+    def _stored(self, named: _Named, tier: str) -> None:
+        parent = None if named.parent is None else maybe_convert_block_hash(BlockHash(named.parent))
+        self._ready.append(
+            BlockStored(
+                block_hashes=[maybe_convert_block_hash(BlockHash(named.hash))],
+                parent_block_hash=parent,
+                token_ids=named.tokens,
+                block_size=named.block_tokens,
+                lora_id=named.lora_id,
+                medium=self._MEDIA[tier],
+                lora_name=named.lora,
+                group_idx=named.group,
+            )
+        )
+
+    def _removed(self, named: _Named, tier: str) -> None:
+        hash_ = maybe_convert_block_hash(BlockHash(named.hash))
+        self._ready.append(
+            BlockRemoved(block_hashes=[hash_], medium=self._MEDIA[tier], group_idx=named.group)
+        )

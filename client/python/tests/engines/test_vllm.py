@@ -1,0 +1,303 @@
+"""The vLLM connector's halves on vLLM's own classes, with a real daemon and no engine; ``engines/run`` has whole engines."""
+
+import dataclasses
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+pytest.importorskip("vllm", reason="vLLM is not installed here; engines/install-vllm makes an environment that has it")
+
+import torch
+from conftest import Daemon, soon
+from vllm.v1.kv_cache_interface import (
+    FullAttentionSpec,
+    KVCacheConfig,
+    KVCacheGroupSpec,
+    MambaSpec,
+    SlidingWindowSpec,
+)
+
+from kvd._engine import Link, settings
+from kvd.vllm import Settings, logger
+from kvd.vllm._layout import layout_of, pages_of
+from kvd.vllm._scheduler import Scheduler
+from kvd.vllm._worker import Owner, Piece, Step, Work, Worker
+
+BLOCKS, TOKENS = 64, 16
+FULL = FullAttentionSpec(block_size=TOKENS, num_kv_heads=2, head_size=32, dtype=torch.bfloat16)
+WINDOW = SlidingWindowSpec(block_size=TOKENS, num_kv_heads=2, head_size=32, dtype=torch.bfloat16, sliding_window=40)
+
+
+def cache(*specs: Any, layers: int = 3, **more: Any) -> KVCacheConfig:
+    groups = [
+        KVCacheGroupSpec([f"group{at}.layer{layer}" for layer in range(layers)], spec) for at, spec in enumerate(specs)
+    ]
+    return KVCacheConfig(BLOCKS, [], groups, hash_block_size=TOKENS, **more)
+
+
+def config(tensor_parallel: int = 1, **parallel: int) -> Any:
+    sizes = {"pipeline_parallel_size": 1, "decode_context_parallel_size": 1, "prefill_context_parallel_size": 1}
+    return SimpleNamespace(
+        parallel_config=SimpleNamespace(**{**sizes, "tensor_parallel_size": tensor_parallel, **parallel}),
+        cache_config=SimpleNamespace(block_size=TOKENS, calculate_kv_scales=False),
+        model_config=SimpleNamespace(model="some/model", revision="r1"),
+    )
+
+
+def tensors(layout: Any, seed: int) -> dict[str, torch.Tensor]:
+    torch.manual_seed(seed)
+    return {
+        layer: torch.randn(BLOCKS, group.heads, TOKENS, 64).to(torch.bfloat16)
+        for group in layout.groups
+        for layer in group.layers
+    }
+
+
+def link(daemon: Daemon, name: str = "test") -> Link:
+    return Link(name, endpoint=str(daemon.run), deadline=10, log=logger)
+
+
+def worker(daemon: Daemon, layout: Any, caches: dict[str, torch.Tensor], rank: int = 0, **more: Any) -> Worker:
+    chosen = {"layerwise": True, "load_seconds": 10, "staging_bytes": 1 << 20, **more}
+    made = Worker(link(daemon), layout, "default", rank, **chosen)
+    made.register(caches)
+    return made
+
+
+def scheduler(daemon: Daemon, layout: Any, **more: Any) -> Scheduler:
+    chosen = {"wait": 0.0, "match_seconds": 10, "loads": True, "stores": True, "events": None, **more}
+    return Scheduler(link(daemon), layout, "default", **chosen)
+
+
+def names(count: int, seed: int = 0) -> list[bytes]:
+    return [seed.to_bytes(4, "big") + b"\x07" * 24 + at.to_bytes(4, "big") for at in range(count)]
+
+
+def request(hashes: list[bytes], **more: Any) -> Any:
+    fields = {"lora_request": None, "cache_salt": None, "kv_transfer_params": None, "request_id": "r"}
+    return SimpleNamespace(block_hashes=hashes, num_tokens=len(hashes) * TOKENS + 5, **{**fields, **more})
+
+
+def work(pieces: list[Piece], owner: Owner = Owner()) -> Work:
+    return Work("r", owner, pieces)
+
+
+def store(one: Worker, pieces: list[Piece], owner: Owner = Owner(), hooks: bool = True) -> None:
+    step(one, Step(stores=[work(pieces, owner)]), hooks)
+    soon(lambda: not one._commits or (one._settle(wait=False), not one._commits)[1])
+
+
+def step(one: Worker, what: Step, hooks: bool = True) -> None:
+    """What vLLM does in a step."""
+    one.begin(what)
+    one.load(what)
+    for layer in one.place if hooks else ():
+        one.before_layer(layer)
+        one.after_layer(layer)
+    one.end()
+
+
+def matched(one: Scheduler, asked: Any, computed: int = 0) -> int:
+    answer: list[int | None] = [None]
+
+    def known() -> bool:
+        answer[0] = one.matched(asked, computed)
+        return answer[0] is not None
+
+    soon(known)
+    assert answer[0] is not None
+    return answer[0]
+
+
+@pytest.mark.parametrize("hooks", [True, False], ids=["layer by layer", "vLLM skips its hooks"])
+@pytest.mark.parametrize("specs", [(FULL,), (FULL, WINDOW)], ids=["one group", "two groups"])
+def test_blocks_come_back_as_they_were_on_every_rank(daemon: Daemon, specs: Any, hooks: bool):
+    layout = layout_of(config(tensor_parallel=2), cache(*specs))
+    sources = [tensors(layout, rank) for rank in range(2)]
+    pieces = [Piece(group.index, names(10, group.index), list(range(1, 11))) for group in layout.groups]
+    for rank, caches in enumerate(sources):
+        store(worker(daemon, layout, caches, rank), pieces, hooks=hooks)
+    for rank, caches in enumerate(sources):
+        target = tensors(layout, 99)
+        reader = worker(daemon, layout, target, rank)
+        # Twice: layers are loaded one by one only after vLLM was seen to ask for each.
+        for base in (20, 40):
+            numbers = list(range(base, base + 10))
+            step(reader, Step(loads=[work([dataclasses.replace(p, numbers=numbers) for p in pieces])]), hooks=hooks)
+            assert not reader.take_bad_blocks()
+            for layer, tensor in target.items():
+                assert torch.equal(tensor[base : base + 10], caches[layer][1:11]), layer
+                assert not torch.equal(tensor[base + 10], caches[layer][11])
+        assert reader._hooks_work == hooks
+        reader.close()
+
+
+def test_more_blocks_than_there_is_room_for_are_stored_all(daemon: Daemon):
+    layout = layout_of(config(), cache(FULL))
+    block_bytes = layout.groups[0].block_bytes
+    one = worker(daemon, layout, tensors(layout, 1), staging_bytes=3 * block_bytes)
+    store(one, [Piece(0, names(20), list(range(1, 21)))])
+    assert one.take_stats().data["stored_blocks"] == 20
+    assert matched(scheduler(daemon, layout), request(names(20))) == 20 * TOKENS
+
+
+def test_a_layer_that_did_not_ask_makes_its_step_computed_again(daemon: Daemon):
+    layout = layout_of(config(), cache(FULL))
+    one = worker(daemon, layout, tensors(layout, 1))
+    store(one, [Piece(0, names(4), [1, 2, 3, 4])])
+    assert one._hooks_work
+    step(one, Step(loads=[work([Piece(0, names(4), [11, 12, 13, 14])])]), hooks=False)
+    assert one.take_bad_blocks() == {11, 12, 13, 14}
+    step(one, Step(loads=[work([Piece(0, names(4), [11, 12, 13, 14])])]), hooks=False)
+    assert not one.take_bad_blocks(), "from then on all is loaded before the first layer"
+
+
+def test_only_what_every_rank_has_is_promised(daemon: Daemon):
+    layout = layout_of(config(tensor_parallel=2), cache(FULL))
+    ranks = [worker(daemon, layout, tensors(layout, rank), rank) for rank in range(2)]
+    store(ranks[0], [Piece(0, names(8), list(range(1, 9)))])
+    one = scheduler(daemon, layout)
+    assert matched(one, request(names(8), request_id="a")) == 0
+    store(ranks[1], [Piece(0, names(5), list(range(1, 6)))])
+    assert matched(one, request(names(8), request_id="b")) == 5 * TOKENS
+    assert matched(one, request(names(8), request_id="c"), computed=2 * TOKENS) == 3 * TOKENS
+    assert matched(one, request(names(8), request_id="d"), computed=6 * TOKENS) == 0
+
+
+def test_the_last_token_is_always_left_to_vllm(daemon: Daemon):
+    layout = layout_of(config(), cache(FULL))
+    store(worker(daemon, layout, tensors(layout, 1)), [Piece(0, names(8), list(range(1, 9)))])
+    asked = request(names(8))
+    asked.num_tokens = 8 * TOKENS
+    assert matched(scheduler(daemon, layout), asked) == 7 * TOKENS
+
+
+def test_a_sliding_window_needs_its_last_blocks_alone(daemon: Daemon):
+    layout = layout_of(config(), cache(FULL, WINDOW))
+    one = worker(daemon, layout, tensors(layout, 1))
+    store(one, [Piece(0, names(10), list(range(1, 11)))])
+    # A window of 40 tokens before token 160 reaches into block 7 of 16.
+    store(one, [Piece(1, names(10)[7:10], [21, 22, 23])])
+    assert matched(scheduler(daemon, layout), request(names(10))) == 10 * TOKENS
+    # Ends that need a block of the window which is not there are not offered.
+    assert matched(scheduler(daemon, layout), request(names(9), request_id="b")) == 0
+
+
+def test_salts_adapters_and_lives_never_meet(daemon: Daemon):
+    layout = layout_of(config(), cache(FULL))
+    one = worker(daemon, layout, tensors(layout, 1))
+    store(one, [Piece(0, names(4), [1, 2, 3, 4])], Owner(salt="mine"))
+    asks = scheduler(daemon, layout)
+    assert matched(asks, request(names(4), request_id="a")) == 0
+    assert matched(asks, request(names(4), request_id="b", cache_salt="yours")) == 0
+    lora = SimpleNamespace(lora_name="mine", lora_path="mine")
+    assert matched(asks, request(names(4), request_id="c", lora_request=lora, cache_salt="mine")) == 0
+    assert matched(asks, request(names(4), request_id="d", cache_salt="mine")) == 4 * TOKENS
+    asks.forget()
+    assert matched(asks, request(names(4), request_id="e", cache_salt="mine")) == 0
+
+
+def test_what_is_evicted_between_promise_and_load_is_reported(daemon: Daemon):
+    layout = layout_of(config(), cache(FULL))
+    one = worker(daemon, layout, tensors(layout, 1))
+    store(one, [Piece(0, names(4), [1, 2, 3, 4])])
+    session = daemon.client().session("other")
+    binding = one._binding(session, Owner(), layout.groups[0])
+    assert session.evict(binding, names(4)[2:3]).evicted == 1
+    load = work([Piece(0, names(4), [11, 12, 13, 14])])
+    step(one, Step(loads=[load]))
+    assert one.take_bad_blocks() == {11, 12, 13, 14}
+    step(one, Step(later=[load]))
+    assert one.take_received() == ({"r"}, {"r"})
+    assert one.take_stats().data["failed_blocks"] == 8
+
+
+def test_a_promise_is_pinned_until_the_ranks_have_loaded_it(daemon: Daemon):
+    layout = layout_of(config(), cache(FULL))
+    store(worker(daemon, layout, tensors(layout, 1)), [Piece(0, names(4), [1, 2, 3, 4])])
+    one, asked = scheduler(daemon, layout), request(names(4))
+    assert matched(one, asked) == 4 * TOKENS
+    session = daemon.client().session("other")
+    binding = one._bindings(session, Owner(), layout.groups[0])[0]
+    assert session.evict(binding, names(4)).in_use == 4
+    one.end(asked)
+    soon(lambda: session.evict(binding, names(4)).evicted or session.lookup(binding, names(4)).prefix == 0)
+
+
+def test_announced_blocks_are_waited_for(daemon: Daemon):
+    layout = layout_of(config(), cache(FULL))
+    one = worker(daemon, layout, tensors(layout, 1))
+    one.begin(Step(stores=[work([Piece(0, names(4), [1, 2, 3, 4])])]))
+    asks, asked = scheduler(daemon, layout, wait=20.0), request(names(4))
+    assert asks.matched(asked, 0) is None, "they are on their way"
+    one.end()
+    assert matched(asks, asked) == 4 * TOKENS
+
+
+def test_without_a_daemon_nothing_is_promised_and_nothing_fails(daemon: Daemon):
+    layout = layout_of(config(), cache(FULL))
+    caches = tensors(layout, 1)
+    one, asks = worker(daemon, layout, caches), scheduler(daemon, layout)
+    store(one, [Piece(0, names(4), [1, 2, 3, 4])])
+    assert matched(asks, request(names(4), request_id="a")) == 4 * TOKENS
+    daemon.kill()
+    soon(lambda: matched(asks, request(names(4), request_id="b")) == 0)
+    step(one, Step(loads=[work([Piece(0, names(4), [11, 12, 13, 14])])], stores=[work([Piece(0, names(3, 1), [5, 6, 7])])]))
+    # What lies in shared memory can be read without the daemon; then it is right.
+    if one.take_bad_blocks() != {11, 12, 13, 14}:
+        assert all(torch.equal(tensor[11:15], tensor[1:5]) for tensor in caches.values())
+    assert one.take_stats().data["unstored_blocks"] == 3
+    daemon.start()
+    found = [0]
+
+    def again() -> bool:
+        found[0] += 1
+        return matched(asks, request(names(4), request_id=f"again {found[0]}")) == 4 * TOKENS
+
+    soon(again)
+
+    def loads() -> bool:
+        step(one, Step(loads=[work([Piece(0, names(4), [11, 12, 13, 14])])]))
+        return not one.take_bad_blocks()
+
+    soon(loads)
+    assert all(torch.equal(tensor[11:15], tensor[1:5]) for tensor in caches.values())
+
+
+@pytest.mark.parametrize(
+    ("made", "named"),
+    [
+        (lambda: layout_of(config(pipeline_parallel_size=2), cache(FULL)), "pipeline_parallel_size = 2"),
+        (lambda: layout_of(config(decode_context_parallel_size=2), cache(FULL)), "decode_context_parallel_size"),
+        (lambda: layout_of(config(), cache(dataclasses.replace(FULL, tokens_per_state=4))), "tokens_per_state = 4"),
+        (
+            lambda: layout_of(
+                config(), cache(MambaSpec(block_size=TOKENS, shapes=((2, 2),), dtypes=(torch.float32,)))
+            ),
+            "MambaSpec",
+        ),
+    ],
+)
+def test_what_is_not_understood_is_refused_by_name(made: Any, named: str):
+    with pytest.raises(ValueError, match=named):
+        made()
+
+
+@pytest.mark.parametrize(
+    "shape", [(BLOCKS, TOKENS, 2, 64), (2, BLOCKS, 2, TOKENS, 32), (BLOCKS, 2, TOKENS, 32)], ids=str
+)
+def test_tensors_of_another_layout_are_refused_by_name(shape: tuple[int, ...]):
+    layout = layout_of(config(), cache(FULL, layers=1))
+    with pytest.raises(ValueError, match=r"layer group0\.layer0: tensor"):
+        pages_of(layout.groups[0], {"group0.layer0": torch.zeros(shape, dtype=torch.bfloat16)})
+
+
+def test_settings_are_checked():
+    assert settings(Settings, {"socket": "/x", "wait": 3}, "extra").wait == 3
+    with pytest.raises(ValueError, match="unknown key 'sockt'; did you mean 'socket'"):
+        settings(Settings, {"sockt": "/x"}, "extra")
+    with pytest.raises(ValueError, match="'wait' is 'long'; expected float"):
+        settings(Settings, {"wait": "long"}, "extra")
+    with pytest.raises(ValueError, match="'layerwise' is 1; expected bool"):
+        settings(Settings, {"layerwise": 1}, "extra")
