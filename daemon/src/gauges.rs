@@ -61,6 +61,7 @@ fn publish(node: &Node, reports: &[ShardReport]) {
         set(&m::CATALOG_ENTRIES, &[shard], report.catalog_entries);
         set(&m::QUARANTINED_BLOCKS, &[shard], report.quarantined);
         set(&m::LEASES, &[shard], report.leases);
+        set(&m::READING_BLOCKS, &[shard], report.reading);
         set(&m::TRANSFERS_IN_FLIGHT, &[shard], report.in_flight);
         set(&m::EVENTS_NUMBER, &[shard], report.event_number);
     }

@@ -125,6 +125,8 @@ metrics! {
         "Blocks kept out of service because they failed their checksum";
     LEASES = "kvd_leases", Gauge, Count, ["shard"],
         "Leases held";
+    READING_BLOCKS = "kvd_reading_blocks", Gauge, Count, ["shard"],
+        "Blocks that workers have open in shared memory, without a lease";
     LEASE_RECLAIMS = "kvd_lease_reclaims_total", Counter, Count, ["cause"],
         "Leases taken back, by cause";
     SESSIONS = "kvd_sessions", Gauge, Count, ["door"],

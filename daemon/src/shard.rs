@@ -21,7 +21,7 @@ use crossbeam_queue::ArrayQueue;
 use kv_arena::{Entry, EntryState, HazardFile, HazardSet, Held, ShardMemory, Slab, Slot, TableReader};
 use kv_block::code::Code;
 use kv_block::{BindingId, BlockKey, Checksum, Fault, LeaseId, SessionId, ShardId, SlotId};
-use kv_node::{Brain, Command, Event, Keep, Micros, Now, Op, Origin, Reply, RequestId};
+use kv_node::{Brain, Command, Event, Keep, Micros, Now, Op, Origin, Reply, RequestId, ShardReport};
 use kv_shm::{Completion, Outcome, Place, Request, ShardEnd, Submission};
 use kv_tiers::store::{BlockStore, StoreDone, StoreOp};
 use rustix::event::epoll::{self, EventData, EventFlags};
@@ -697,7 +697,12 @@ impl Shard {
             let mut doing = std::mem::replace(&mut self.commands, std::mem::take(&mut self.doing));
             for command in doing.drain(..) {
                 match command {
-                    Command::Reply { to, reply } => self.answer(to, reply),
+                    Command::Reply { to, mut reply } => {
+                        if let Reply::Report(report) = &mut reply {
+                            count_reads(&self.hazards, report);
+                        }
+                        self.answer(to, reply);
+                    }
                     Command::Fill { fill, from, source, bytes, key, mut slot } => {
                         let checksum = self.copy(from, source, bytes, &key, &mut slot);
                         self.brain.handle(now, Event::Filled { fill, slot, checksum }, &mut self.commands);
@@ -873,6 +878,16 @@ fn outcome(reply: Reply) -> Outcome {
 fn fault_outcome(fault: &Fault) -> Outcome {
     let retry_after_ms = fault.retry_after.map_or(0, |wait| wait.as_millis().clamp(1, 60_000) as u32);
     Outcome::Fault { code: fault.code, retry_after_ms }
+}
+
+/// Adds what workers read by themselves, which the brain does not see.
+fn count_reads(hazards: &HazardSet, report: &mut ShardReport) {
+    for (session, reading) in hazards.reading() {
+        report.reading += u64::from(reading);
+        if let Some(row) = report.sessions.iter_mut().find(|row| row.session == session.0) {
+            row.reading += reading;
+        }
+    }
 }
 
 #[cfg(test)]

@@ -340,6 +340,24 @@ fn operators_see_workers_by_name_whatever_their_door() {
 }
 
 #[test]
+fn blocks_open_in_shared_memory_are_counted_until_they_are_let_go() {
+    let home = Home::new("open");
+    let _daemon = home.start();
+    let (worker, binding) = worker(&home);
+    put(&worker, &binding, 0..10, &PutOptions::default());
+    let door = Door::of(&home);
+    let open = || {
+        let listed = door.runtime.block_on(door.admin().list_clients(v1::ListClientsRequest {})).unwrap();
+        (door.status().reading, listed.into_inner().clients[0].reading)
+    };
+    let blocks = worker.acquire_many(&binding, &hashes(0..7), Duration::ZERO).unwrap();
+    assert!(blocks.iter().all(|got| matches!(got, Got::Block(block) if block.is_zero_copy())));
+    assert_eq!(open(), (7, 7));
+    drop(blocks);
+    assert_eq!(open(), (0, 0));
+}
+
+#[test]
 fn a_worker_without_shared_memory_gets_the_same_answers_over_grpc() {
     let home = Home::new("grpc-only");
     let _daemon = home.start();

@@ -82,6 +82,9 @@ pub struct ShardReport {
     pub leases: u64,
     /// Bytes under lease.
     pub leased_bytes: u64,
+    /// Blocks that workers have open in shared memory, without a lease. The brain does not see them: its shard
+    /// fills this in.
+    pub reading: u64,
     /// Bytes under pin.
     pub pinned_bytes: u64,
     /// Disk operations and copies under way.
@@ -126,6 +129,8 @@ pub struct SessionReport {
     pub leases: u32,
     /// Bytes under lease.
     pub leased_bytes: u64,
+    /// Blocks open in shared memory, as [`ShardReport::reading`].
+    pub reading: u32,
     /// Blocks announced and not stored.
     pub pending: u32,
     /// Blocks stored.

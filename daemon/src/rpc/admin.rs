@@ -322,6 +322,7 @@ impl v1::admin_server::Admin for AdminService {
             disk_bytes_hit: total(|report| report.counters.onboard_bytes),
             operations_in_flight: total(|report| report.in_flight),
             rss_bytes: rss_bytes(),
+            reading: total(|report| report.reading),
         }))
     }
 
@@ -354,6 +355,7 @@ impl v1::admin_server::Admin for AdminService {
             for row in rows {
                 client.leases += row.leases;
                 client.leased_bytes += row.leased_bytes;
+                client.reading += row.reading;
                 client.pending += row.pending;
                 client.puts += row.puts;
                 client.gets += row.gets;

@@ -357,6 +357,14 @@ impl HazardSet {
         Ok(named)
     }
 
+    /// For each session's file how many reads are under way. Costs a look at every slot of every file.
+    pub fn reading(&self) -> Vec<(SessionId, u32)> {
+        let mut named = Vec::new();
+        // What cannot be read any more names nothing that we could count.
+        let mut count = |file: &HazardFile| file.scan(&mut named).unwrap_or(0) as u32;
+        self.files.iter().map(|file| (file.owner.session, count(file))).collect()
+    }
+
     /// The named slots, sorted.
     pub(crate) fn scan_slots(&self) -> Result<Vec<SlotId>, Error> {
         let mut slots: Vec<SlotId> = self.scan()?.into_iter().map(|(slot, _)| slot).collect();

@@ -205,6 +205,7 @@ fn client_fields(client: &v1::ClientInfo) -> String {
         ("Principal", client.principal.clone()),
         ("Connected", format!("for {}", seconds(client.connected_s))),
         ("Leases", format!("{} on {}", count(client.leases.into()), bytes(client.leased_bytes))),
+        ("Open", format!("{} in shared memory", count(client.reading.into()))),
         ("Pending", count(client.pending.into())),
         ("Puts", count(client.puts)),
         ("Gets", count(client.gets)),

@@ -287,6 +287,7 @@ const CLIENTS: Kind<v1::ClientInfo> = Kind {
         column("AGE", |client, _| Cell::seconds(client.connected_s)),
         column("LEASES", |client, _| Cell::count(client.leases)),
         column("LEASED", |client, _| Cell::bytes(client.leased_bytes)),
+        column("OPEN", |client, _| Cell::count(client.reading)),
         column("PENDING", |client, _| Cell::count(client.pending)),
         wide("PRINCIPAL", |client, _| Cell::text(&client.principal)),
         wide("UID", |client, _| Cell::count(client.uid)),

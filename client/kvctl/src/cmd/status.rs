@@ -96,9 +96,10 @@ fn page(status: &v1::StatusResponse, lines_max: usize, columns: usize, paint: Pa
     rest.push(Line::new(
         "workers",
         format!(
-            "{} with {}; {} in flight",
+            "{} with {} and {} open; {} in flight",
             counted(status.clients.into(), "client"),
             counted(status.leases.into(), "lease"),
+            counted(status.reading, "block"),
             counted(status.operations_in_flight, "operation")
         ),
     ));
@@ -248,6 +249,7 @@ pub(crate) mod tests {
             shards: 2,
             clients: 4,
             leases: 1,
+            reading: 12,
             blocks: 24_068,
             pending: 3,
             operations_in_flight: 3,
@@ -277,7 +279,7 @@ node     gpu-a  WARN  kvd 0.1.0, up 3d4h, epoch 7, 2 shards, rss 90.0MiB
 tiers    host      3.7GiB of 4.0GiB    92.8%  ok        12,034 blocks
          disk      2.0TiB of 8.0TiB    25.0%  degraded  12,034 blocks
 blocks   24,068 here, 3 arriving; pinned 64.0MiB
-workers  4 clients with 1 lease; 3 operations in flight
+workers  4 clients with 1 lease and 12 blocks open; 3 operations in flight
 hits     host 610  disk 221
 misses   of what kvd was asked: never_stored 121  evicted_capacity 48
 puts     30,000 blocks, 15.0GiB
