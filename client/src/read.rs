@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 use kv_api::{convert, v1};
 use kv_arena::{Absent, ReadGuard};
 use kv_block::code::Code;
-use kv_block::{BlockKey, Checksum, Epoch, Fault, MissReason, SequenceHash, Tier};
+use kv_block::{BlockKey, Checksum, Epoch, Fault, MissReason, SequenceHash, Summer, Tier};
 use kv_shm::{Outcome, Request};
 
 use crate::binding::Binding;
@@ -17,6 +17,9 @@ use crate::hub::{Hold, Ticket};
 use crate::options::DEADLINE_MAX;
 use crate::session::{Known, Life, Link, Shm, Way, unix_now};
 use crate::worker::{Worker, miss, names_of};
+
+/// Bytes that are copied and summed at a time: little enough to stay in the nearest caches in between.
+pub(crate) const PIECE_BYTES: usize = 128 << 10;
 
 /// What is here of a sequence of blocks.
 #[derive(Clone, Debug, PartialEq, Eq, Default)]
@@ -99,6 +102,18 @@ impl BlockGuard {
     /// Reads all bytes and compares them with the checksum.
     pub fn verify(&self) -> bool {
         self.checksum().matches(&self.key(), self)
+    }
+
+    /// Hands all bytes to `write` piece by piece (offset, bytes), in order, and says whether they were those
+    /// that the checksum is of: what was written is good only when they were.
+    pub fn copy_with<E>(&self, mut write: impl FnMut(usize, &[u8]) -> Result<(), E>) -> Result<bool, E> {
+        let mut summer = Summer::new(self.key());
+        for (index, piece) in self.chunks(PIECE_BYTES).enumerate() {
+            // The sum brings the piece near; the write finds it there.
+            summer.update(piece);
+            write(index * PIECE_BYTES, piece)?;
+        }
+        Ok(summer.finish() == self.checksum())
     }
 
     /// Whether this still is what the daemon would give. False once it was evicted; the bytes stay readable

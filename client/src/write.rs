@@ -9,14 +9,14 @@ use kv_api::{convert, v1};
 use kv_arena::FillGuard;
 use kv_arena::copy::copy_and_sum;
 use kv_block::code::Code;
-use kv_block::{BindingId, BlockKey, Checksum, Fault, FaultKind, SequenceHash};
+use kv_block::{BindingId, BlockKey, Checksum, Fault, FaultKind, SequenceHash, Summer};
 use kv_shm::{Outcome, Place, Request, StagingSlot};
 
 use crate::binding::Binding;
 use crate::error::{Error, bug, timed_out};
 use crate::hub::{Hold, Ticket};
 use crate::options::{DEADLINE_MAX, PutOptions};
-use crate::read::fault;
+use crate::read::{PIECE_BYTES, fault};
 use crate::session::{Known, Life, Link, Shm, Way, unix_now};
 use crate::worker::Worker;
 
@@ -355,6 +355,20 @@ impl Reservation {
             }
             _ => self[..bytes.len()].copy_from_slice(bytes),
         }
+    }
+
+    /// Lets `read` bring all bytes of the block piece by piece (offset, piece to fill), in order; in place,
+    /// they are summed on their way. The sum is of what landed, whatever the source does meanwhile.
+    pub fn fill_with<E>(&mut self, mut read: impl FnMut(usize, &mut [u8]) -> Result<(), E>) -> Result<(), E> {
+        let mut summer = Summer::new(self.key);
+        for (index, piece) in self.chunks_mut(PIECE_BYTES).enumerate() {
+            read(index * PIECE_BYTES, piece)?;
+            summer.update(piece);
+        }
+        if let Some(Room::InPlace(_, _, sum)) = &mut self.room {
+            *sum = Some(summer.finish());
+        }
+        Ok(())
     }
 
     /// Stores the bytes; whoever waits for the block gets it.

@@ -50,6 +50,16 @@ pub fn report(loaded: &Loaded, topology: &Topology, resources: &Resources, plan:
     let secure = if config.listen.tls.client_ca.get().is_some() { "  mutual TLS" } else { "" };
     say(format!("tcp       {}{secure}", config.listen.tcp));
     say(format!("http      {}", config.listen.http));
+    let lmcache = &config.lmcache;
+    match lmcache.listen.get() {
+        None => say("lmcache   off".into()),
+        Some(place) => say(format!(
+            "lmcache   {place}  chunks of {} tokens, pools {} in /dev/shm/lmcache_l1_pool_{}_*",
+            lmcache.chunk_tokens,
+            lmcache.pool_bytes,
+            config.lmcache_shm_name()
+        )),
+    }
 
     say(String::new());
     let nodes = topology.nodes.iter().map(|node| {

@@ -22,8 +22,8 @@ use serde::{Deserialize, Serialize};
 
 pub use layer::{ConfigError, Facts, Loaded, Origin, Problem, Sources};
 use units::{
-    Address, Admission, Engine, FilePath, HugePages, Label, LogFormat, Mode, OrAuto, OrOff, Policy, Share,
-    Size, SizeOrShare, Span, Sync, UidRule,
+    Address, Admission, Engine, FilePath, HugePages, Label, LogFormat, Mode, OrAuto, OrOff, Place, Policy,
+    Share, Size, SizeOrShare, Span, Sync, UidRule,
 };
 
 /// Status with which the daemon ends when its configuration is refused (`EX_CONFIG`).
@@ -75,6 +75,8 @@ pub struct Config {
     pub limits: Limits,
     /// Users whose blocks lie apart.
     pub principals: BTreeMap<String, Principal>,
+    /// The door for engines that speak LMCache's protocol.
+    pub lmcache: Lmcache,
     /// Quotas by tenant.
     pub tenants: BTreeMap<String, Tenant>,
     /// Log lines.
@@ -92,6 +94,7 @@ impl Config {
         ("disk", Disk::DOCS),
         ("catalog", Catalog::DOCS),
         ("limits", Limits::DOCS),
+        ("lmcache", Lmcache::DOCS),
         ("principals.*", Principal::DOCS),
         ("tenants.*", Tenant::DOCS),
         ("log", Log::DOCS),
@@ -240,6 +243,32 @@ section! {
 }
 
 section! {
+    /// The door for engines that speak LMCache's protocol: kvd in the place of `lmcache server`.
+    Lmcache {
+        /// Where they connect: an address and port such as 127.0.0.1:6555, or unix:/path/of/a/socket. The protocol
+        /// knows no authentication, so beyond this machine it needs `listen.insecure`.
+        listen: OrOff<Place> = OrOff::Off,
+        /// Tokens of a chunk, which is one block; a multiple of the engine's own block.
+        chunk_tokens: u32 = 256,
+        /// Length of the file through which one engine worker hands over chunks: what one request may load or
+        /// store at a time.
+        pool_bytes: Size = Size::gib(1),
+        /// Permission bits of those files. An engine of another user needs more than its owner's.
+        pool_mode: Mode = Mode(0o600),
+        /// What those files are called: `/dev/shm/lmcache_l1_pool_<this>_<number>`. auto: kvd-<node>.
+        shm_name: OrAuto<Label> = OrAuto::Auto,
+        /// Engine workers registered at one moment.
+        instances_max: u32 = 8,
+        /// Tenant that all of their blocks belong to.
+        tenant: String = "default".into(),
+        /// How long a lookup waits for chunks that another engine has announced and not stored yet.
+        pending_wait: Span = Span::seconds(1),
+        /// How long chunks that a lookup found are held for the engine to load them.
+        hold_ttl: Span = Span::seconds(300),
+    }
+}
+
+section! {
     /// Users whose blocks lie apart from everybody else's: `[principals.<name>]`.
     Principal {
         /// Its users, by number. They may store and read blocks as those of `workers.uids` may, who are the
@@ -296,6 +325,11 @@ impl Config {
     /// Directory of the shared memory files. Settled by [`Config::load`].
     pub fn memory_dir(&self) -> PathBuf {
         self.host.memory_dir.get().map_or_else(|| "/dev/shm/kvd".into(), |path| path.0.clone())
+    }
+
+    /// What the pools of the LMCache door are called. Settled by [`Config::load`].
+    pub fn lmcache_shm_name(&self) -> &str {
+        self.lmcache.shm_name.get().map_or("kvd", |label| &label.0)
     }
 
     /// Directory of the disk tier, where that is on.

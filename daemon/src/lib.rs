@@ -4,7 +4,8 @@
 //!   config, topology --> plan --> compose --> shard threads (brain + memory + rings + disk)
 //!                                    |------> growth: host memory gets its pages meanwhile
 //!                                    |------> worker_door: shared memory for engine workers
-//!                                    '------> serve: gRPC (rpc), health and metrics (http, gauges)
+//!                                    '------> serve: gRPC (rpc), health and metrics (http, gauges),
+//!                                                     engines that speak LMCache's protocol (lmcache)
 //! ```
 
 pub mod beats;
@@ -18,6 +19,8 @@ pub mod gauges;
 pub mod growth;
 pub mod http;
 pub mod listen;
+#[cfg(feature = "lmcache")]
+pub mod lmcache;
 pub mod logging;
 pub mod metrics;
 pub mod node;

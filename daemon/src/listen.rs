@@ -17,7 +17,7 @@ use rustix::fs::FlockOperation;
 use rustix::io::Errno;
 use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
 
-use crate::config::units::{Address, OrOff};
+use crate::config::units::{Address, OrOff, Place};
 use crate::config::{Config, ConfigError, Origin, Problem};
 
 /// Longest path of a Unix socket, in bytes: `sun_path` less its closing zero.
@@ -75,6 +75,26 @@ pub(crate) fn refusals(config: &Config) -> Vec<(&'static str, String)> {
                  may read health and metrics"
             ),
         ));
+    }
+    match config.lmcache.listen.get() {
+        Some(Place::Tcp(address)) if !address.ip().to_canonical().is_loopback() && !listen.insecure => {
+            found.push((
+                "lmcache.listen",
+                format!(
+                    "{address} can be reached from other machines, and LMCache's protocol knows no authentication: \
+                     listen on 127.0.0.1, or set listen.insecure = true (--insecure) where the network itself is \
+                     trusted"
+                ),
+            ));
+        }
+        Some(Place::Unix(path)) if path.as_os_str().len() > SOCKET_PATH_BYTES_MAX => {
+            let bytes = path.as_os_str().len();
+            found.push((
+                "lmcache.listen",
+                format!("the socket path has {bytes} bytes; the kernel takes {SOCKET_PATH_BYTES_MAX}"),
+            ));
+        }
+        _ => {}
     }
     let longest = config.run_dir().join(WORKER_SOCKET.max(GRPC_SOCKET)).as_os_str().len();
     if longest > SOCKET_PATH_BYTES_MAX {
@@ -321,6 +341,29 @@ mod tests {
         assert_eq!(refusals(&config)[0].0, "listen.http");
         config.listen.http_public = true;
         assert_eq!(allow_listen(&config), Ok(()));
+    }
+
+    #[test]
+    fn the_door_of_lmcache_stays_on_this_machine_without_a_word() {
+        let rows = [
+            ("off", false, true),
+            ("127.0.0.1:6555", false, true),
+            ("[::1]:6555", false, true),
+            ("unix:/run/kvd/lmcache.sock", false, true),
+            ("0.0.0.0:6555", false, false),
+            ("10.0.0.1:6555", false, false),
+            ("10.0.0.1:6555", true, true),
+        ];
+        for (text, insecure, allowed) in rows {
+            let mut config = Config::default();
+            config.lmcache.listen = OrOff::parse(text).unwrap();
+            config.listen.insecure = insecure;
+            assert_eq!(allow_listen(&config).is_ok(), allowed, "{text} insecure={insecure}");
+            assert!(allowed || refusals(&config)[0].0 == "lmcache.listen");
+        }
+        let mut config = Config::default();
+        config.lmcache.listen = OrOff::parse(&format!("unix:/{}", "s".repeat(200))).unwrap();
+        assert_eq!(refusals(&config)[0].0, "lmcache.listen");
     }
 
     #[test]

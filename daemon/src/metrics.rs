@@ -141,6 +141,12 @@ metrics! {
     REQUEST_SECONDS = "kvd_request_seconds", Histogram, Seconds, ["method"],
         "Time from a gRPC request to its answer";
 
+    #[experimental]
+    LMCACHE_INSTANCES = "kvd_lmcache_instances", Gauge, Count, [],
+        "Engine workers that are registered by LMCache's protocol";
+    #[experimental]
+    LMCACHE_CHUNKS = "kvd_lmcache_chunks_total", Counter, Count, ["what"],
+        "Chunks by what became of them: promised to a lookup or missed, loaded, stored, or failed to be";
     EVENTS_NUMBER = "kvd_events_number", Gauge, Count, ["shard"],
         "Number of the last event";
     #[experimental]

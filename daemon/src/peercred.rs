@@ -114,10 +114,13 @@ impl Caller {
                 UidRule::Uid(listed) => uid == *listed,
             })
         };
-        let blocks = uid == 0 || listed(&config.workers.uids) || config.principal_listing(uid).is_some();
+        // The LMCache door is a worker inside the daemon, whose own memory this is.
+        let ourselves = self.pid() == std::process::id();
+        let blocks =
+            uid == 0 || ourselves || listed(&config.workers.uids) || config.principal_listing(uid).is_some();
         Rights {
             blocks,
-            in_place: blocks && listed(&config.workers.trusted_uids),
+            in_place: ourselves || (blocks && listed(&config.workers.trusted_uids)),
             admin: uid == 0 || listed(&config.listen.admin_uids),
         }
     }

@@ -576,7 +576,7 @@ fn budget(config: &Config, shards: &[ShardPlan], homes: u64, bounds: &Bounds) ->
     let events = u64::from(bounds.events_max) * count;
     let (in_flight, message) = (limits.in_flight_bytes_max, limits.message_bytes_max);
     let line = |owner, how, bytes| BudgetLine { owner, how, bytes };
-    vec![
+    let mut lines = vec![
         line(
             "host arenas",
             format!("{count} shard(s), blocks of callers; {} each are there at start", Size(READY_BYTES)),
@@ -611,5 +611,14 @@ fn budget(config: &Config, shards: &[ShardPlan], homes: u64, bounds: &Bounds) ->
         line("blocks coming over gRPC", "limits.in_flight_bytes_max".into(), in_flight.0),
         line("requests", format!("{sessions} messages of {message}"), sessions.saturating_mul(message.0)),
         line("events", format!("{events} kept, 48B each"), events * 48),
-    ]
+    ];
+    if config.lmcache.listen.get().is_some() {
+        let (instances, pool) = (config.lmcache.instances_max, config.lmcache.pool_bytes);
+        lines.push(line(
+            "lmcache pools",
+            format!("{instances} engine workers of {pool}, each made when it registers"),
+            u64::from(instances).saturating_mul(pool.0),
+        ));
+    }
+    lines
 }

@@ -51,7 +51,7 @@ pub fn run(loaded: &Loaded, plan: &Plan, plan_text: String) -> anyhow::Result<()
     let running = compose::start(loaded, plan)?;
     let node = Arc::clone(&running.node);
     let listener = running.grpc.try_clone().context("sharing the gRPC socket")?;
-    let served = runtime.block_on(serve(loaded, plan_text, node, listener, signals));
+    let served = runtime.block_on(serve(loaded, plan, plan_text, node, listener, signals));
     systemd::stopping("stopping shards");
     running.stop();
     // Calls that waited for a shard hear that it stopped.
@@ -87,6 +87,7 @@ impl Signals {
 
 async fn serve(
     loaded: &Loaded,
+    plan: &Plan,
     plan_text: String,
     node: Arc<Node>,
     listener: std::os::unix::net::UnixListener,
@@ -156,6 +157,13 @@ async fn serve(
         let tcp = connections.admit(TcpListenerStream::new(tcp));
         servers.spawn(router.serve_with_incoming_shutdown(tcp, end(stopped.clone())));
     }
+    #[cfg(feature = "lmcache")]
+    if let Some((door, listener)) = crate::lmcache::open(&config, plan, &node).await? {
+        tokio::spawn(crate::lmcache::follow(Arc::clone(&door)));
+        servers.spawn(kv_lmcache::serve(door, listener, end(stopped.clone())));
+    }
+    #[cfg(not(feature = "lmcache"))]
+    let _ = plan;
     let source = Arc::new(Health { node: Arc::clone(&node), beats: std::sync::Mutex::default() });
     if let Some(address) = config.listen.http.get() {
         let http = http::listen(address.0).await.with_context(|| {

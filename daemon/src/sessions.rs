@@ -93,6 +93,15 @@ impl Sessions {
         Ok(info)
     }
 
+    /// Says what a session is called, where it could not say so itself.
+    pub fn name(&self, id: SessionId, name: &str) {
+        if let Some(info) = self.lock().get_mut(&id)
+            && info.name != name
+        {
+            name.clone_into(&mut info.name);
+        }
+    }
+
     /// Forgets a session; says whether it was there.
     pub fn close(&self, id: SessionId) -> bool {
         self.lock().remove(&id).is_some()

@@ -57,7 +57,9 @@ const ARROWS: &[(&str, &[&str])] = &[
     ("kvctl", &["kv-api", "kv-block", "kv-client"]),
     ("kv-python", &["kv-client"]),
     ("kv-node", &["kv-arena", "kv-block", "kv-tiers"]),
-    ("kvd", &["kv-api", "kv-arena", "kv-block", "kv-node", "kv-shm", "kv-ssd", "kv-tiers"]),
+    // A worker like any other, only inside the daemon: it opens sessions at the daemon's own socket.
+    ("kv-lmcache", &["kv-client"]),
+    ("kvd", &["kv-api", "kv-arena", "kv-block", "kv-lmcache", "kv-node", "kv-shm", "kv-ssd", "kv-tiers"]),
     ("kv-block", &[]),
     ("kv-arena", &["kv-block"]),
     ("kv-tiers", &["kv-arena", "kv-block"]),

@@ -50,6 +50,9 @@ pub struct Flags {
     /// Metrics and health, or off [listen.http]
     #[arg(long, value_name = "ADDRESS")]
     pub http: Option<String>,
+    /// Engines that speak LMCache's protocol, or off [lmcache.listen]
+    #[arg(long, value_name = "ADDRESS")]
+    pub lmcache_listen: Option<String>,
     /// Allow TCP without mutual TLS [listen.insecure]
     #[arg(long)]
     pub insecure: bool,
@@ -65,6 +68,7 @@ impl Flags {
             ("--host-bytes", "host.bytes_max", &self.host_bytes),
             ("--disk-bytes", "disk.bytes_max", &self.disk_bytes),
             ("--http", "listen.http", &self.http),
+            ("--lmcache-listen", "lmcache.listen", &self.lmcache_listen),
         ];
         let named = named.into_iter().filter_map(|(flag, key, value)| Some((flag, key, value.as_deref()?)));
         let insecure = self.insecure.then_some(("--insecure", "listen.insecure", "true"));

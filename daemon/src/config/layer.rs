@@ -595,5 +595,9 @@ fn settle(mut config: Config, facts: &Facts) -> Config {
         let name = if *uid == 0 { format!("kvd-{node}") } else { format!("kvd-{uid}-{node}") };
         config.host.memory_dir = OrAuto::Set(FilePath(Path::new("/dev/shm").join(name)));
     }
+    if config.lmcache.shm_name == OrAuto::Auto {
+        let name = format!("kvd-{}", config.node_name()).chars().take(63).collect();
+        config.lmcache.shm_name = OrAuto::Set(Label(name));
+    }
     config
 }

@@ -59,6 +59,7 @@ serde_by_text!(
     [] Share,
     [] SizeOrShare,
     [] Address,
+    [] Place,
     [] Mode,
     [] UidRule,
     [] FilePath,
@@ -288,6 +289,36 @@ impl Text for Address {
     fn parse(text: &str) -> Option<Self> {
         let port = || text.parse().ok().map(|port| SocketAddr::new(IpAddr::V4(Ipv4Addr::LOCALHOST), port));
         text.parse().ok().or_else(port).map(Self)
+    }
+}
+
+/// Where something listens: on TCP, or on a Unix socket.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub enum Place {
+    /// An address and port; a port alone is one of this machine.
+    Tcp(SocketAddr),
+    /// The path of a socket, `unix:/...`.
+    Unix(std::path::PathBuf),
+}
+
+impl fmt::Display for Place {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Tcp(address) => address.fmt(f),
+            Self::Unix(path) => write!(f, "unix:{}", path.display()),
+        }
+    }
+}
+
+impl Text for Place {
+    fn expected() -> String {
+        "an address and port such as 127.0.0.1:6555, or unix: and the path of a socket".into()
+    }
+    fn parse(text: &str) -> Option<Self> {
+        match text.strip_prefix("unix:") {
+            Some(path) => FilePath::parse(path).map(|path| Self::Unix(path.0)),
+            None => Address::parse(text).map(|address| Self::Tcp(address.0)),
+        }
     }
 }
 

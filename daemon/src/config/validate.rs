@@ -11,31 +11,36 @@ use super::{Config, PRINCIPAL_DEFAULT};
 pub(super) fn problems(config: &Config) -> Vec<(String, String)> {
     let mut found = Vec::new();
     let mut refuse = |key: &str, message: String| found.push((key.to_owned(), message));
-    let Config { workers, host, disk, catalog, limits, .. } = config;
+    let Config { workers, host, disk, catalog, limits, lmcache, .. } = config;
 
-    let numbers: [(&str, u32, RangeInclusive<u32>); 6] = [
+    let numbers: [(&str, u32, RangeInclusive<u32>); 8] = [
         ("workers.ring_entries", workers.ring_entries, 8..=65536),
         ("workers.hazards_max", workers.hazards_max, 1..=1 << 20),
         ("disk.queue_depth", disk.queue_depth, 1..=4096),
         ("limits.sessions_max", limits.sessions_max, 1..=65535),
         ("limits.leases_per_session_max", limits.leases_per_session_max, 1..=1 << 24),
         ("limits.keys_per_request_max", limits.keys_per_request_max, 1..=65536),
+        ("lmcache.chunk_tokens", lmcache.chunk_tokens, 1..=65536),
+        ("lmcache.instances_max", lmcache.instances_max, 1..=256),
     ];
     for (key, value, range) in numbers {
         outside(value, range).into_iter().for_each(|message| refuse(key, message));
     }
-    let sizes: [(&str, Size, RangeInclusive<Size>); 4] = [
+    let sizes: [(&str, Size, RangeInclusive<Size>); 5] = [
         ("workers.staging_bytes_max", workers.staging_bytes_max, Size::kib(4)..=Size::gib(64)),
         ("disk.segment_bytes", disk.segment_bytes, Size::mib(4)..=Size::gib(4)),
         ("limits.message_bytes_max", limits.message_bytes_max, Size::kib(64)..=Size::mib(256)),
         ("limits.in_flight_bytes_max", limits.in_flight_bytes_max, Size::mib(1)..=Size::gib(1024)),
+        ("lmcache.pool_bytes", lmcache.pool_bytes, Size::kib(64)..=Size::gib(1024)),
     ];
     for (key, value, range) in sizes {
         outside(value, range).into_iter().for_each(|message| refuse(key, message));
     }
-    let spans: [(&str, Span, RangeInclusive<Span>); 2] = [
+    let spans: [(&str, Span, RangeInclusive<Span>); 4] = [
         ("disk.slow_limit", disk.slow_limit, Span::millis(1)..=Span::seconds(600)),
         ("limits.pending_ttl", limits.pending_ttl, Span::millis(10)..=Span::seconds(86400)),
+        ("lmcache.pending_wait", lmcache.pending_wait, Span::millis(0)..=Span::seconds(60)),
+        ("lmcache.hold_ttl", lmcache.hold_ttl, Span::seconds(1)..=Span::seconds(86400)),
     ];
     for (key, value, range) in spans {
         outside(value, range).into_iter().for_each(|message| refuse(key, message));
@@ -44,9 +49,11 @@ pub(super) fn problems(config: &Config) -> Vec<(String, String)> {
     if !workers.ring_entries.is_power_of_two() {
         refuse("workers.ring_entries", format!("{} is not a power of two", workers.ring_entries));
     }
-    for (key, size) in
-        [("workers.staging_bytes_max", workers.staging_bytes_max), ("disk.segment_bytes", disk.segment_bytes)]
-    {
+    for (key, size) in [
+        ("workers.staging_bytes_max", workers.staging_bytes_max),
+        ("disk.segment_bytes", disk.segment_bytes),
+        ("lmcache.pool_bytes", lmcache.pool_bytes),
+    ] {
         if !size.0.is_multiple_of(4096) {
             refuse(key, format!("{size} is not a multiple of 4KiB"));
         }
@@ -73,6 +80,16 @@ pub(super) fn problems(config: &Config) -> Vec<(String, String)> {
         }
     }
     principals(config, &mut refuse);
+    if !kv_block::Scope::is_tenant(&lmcache.tenant) {
+        let tenant = &lmcache.tenant;
+        refuse(
+            "lmcache.tenant",
+            format!("`{tenant}` cannot name a tenant: expected 1 to 63 of a-z, 0-9 and '-'"),
+        );
+    }
+    if lmcache.listen.get().is_some() && cfg!(not(feature = "lmcache")) {
+        refuse("lmcache.listen", "this kvd was built without its feature `lmcache`".into());
+    }
     if let Err(error) = crate::logging::check_level(&config.log.level) {
         refuse("log.level", error);
     }
