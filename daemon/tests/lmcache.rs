@@ -653,6 +653,23 @@ fn an_engine_finds_what_another_is_still_storing() {
 }
 
 #[test]
+fn an_engine_that_cannot_map_its_pool_fails_its_stores_and_nothing_else() {
+    let home = home("pickle");
+    let _daemon = home.start();
+    let engine = Engine::of(&home);
+    engine.register(registration(1)).unwrap();
+    for bytes in [1, 1 << 20, 40 << 20] {
+        let mut client = EngineDrivenServiceClient::new(engine.channel.clone());
+        let request =
+            wire::CommitStoreRequest { key: Some(key("a", 0, 3)), instance_id: 1, data: vec![7; bytes] };
+        let answer = engine.runtime.block_on(client.commit_store(request));
+        assert!(!answer.expect("an answer, not an error").into_inner().success, "{bytes} bytes in the call");
+    }
+    until("the log says what to do", || home.log().contains("lmcache.pool_mode"));
+    assert_eq!(engine.lookup(&key("a", 0, 3)), 0);
+}
+
+#[test]
 fn an_instance_that_is_not_known_is_told_so_once_and_misses_until_it_registers_again() {
     let home = home("unknown");
     let daemon = home.start();

@@ -11,7 +11,10 @@ use std::time::Duration;
 
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
-use tokio_stream::{Stream, StreamExt as _};
+use tokio_stream::Stream;
+use tonic::body::Body;
+use tonic::codec::EncodeBody;
+use tonic::codegen::http;
 use tonic::transport::Server;
 use tonic::transport::server::Connected;
 use tonic::{Request, Response, Status};
@@ -212,6 +215,7 @@ pub async fn serve(
         .max_concurrent_streams(STREAMS_MAX)
         .initial_stream_window_size(WINDOW_BYTES)
         .initial_connection_window_size(WINDOW_BYTES)
+        .layer(Oversize)
         .add_service(controller_service_server::ControllerServiceServer::new(service()))
         .add_service(debug_service_server::DebugServiceServer::new(service()))
         .add_service(
@@ -230,11 +234,65 @@ pub async fn serve(
         .add_service(q_store_service_server::QStoreServiceServer::new(service()))
         .add_service(blend_service_server::BlendServiceServer::new(service()))
         .add_service(p2p_service_server::P2pServiceServer::new(service()))
-        .serve_with_incoming_shutdown(incoming(Arc::clone(&door), listener, closed).map(|io| io), stop)
+        .serve_with_incoming_shutdown(incoming(Arc::clone(&door), listener, closed), stop)
         .await;
     keeper.abort();
     let _ = tokio::task::spawn_blocking(move || door.close()).await;
     served
+}
+
+/// Answers a store whose bytes come in the call, and are more than one message may have, like a shorter one: a
+/// failed store. As an error it would end the engine.
+#[derive(Clone)]
+struct Oversize;
+
+#[derive(Clone)]
+struct OversizeService<S>(S);
+
+impl<S> tower::Layer<S> for Oversize {
+    type Service = OversizeService<S>;
+    fn layer(&self, inner: S) -> OversizeService<S> {
+        OversizeService(inner)
+    }
+}
+
+impl<S, B> tower::Service<http::Request<Body>> for OversizeService<S>
+where
+    S: tower::Service<http::Request<Body>, Response = http::Response<B>> + Clone + Send + 'static,
+    S::Future: Send + 'static,
+    B: Send,
+{
+    type Response = S::Response;
+    type Error = S::Error;
+    type Future = Pin<Box<dyn Future<Output = Result<S::Response, S::Error>> + Send>>;
+
+    fn poll_ready(&mut self, context: &mut Context<'_>) -> Poll<Result<(), S::Error>> {
+        self.0.poll_ready(context)
+    }
+
+    fn call(&mut self, request: http::Request<Body>) -> Self::Future {
+        let uri = request.uri().clone();
+        let again = uri.path().ends_with("/CommitStore").then(|| self.0.clone());
+        let answer = self.0.call(request);
+        Box::pin(async move {
+            let answer = answer.await?;
+            let status =
+                answer.headers().get("grpc-status").map(|code| tonic::Code::from_bytes(code.as_bytes()));
+            let Some(mut again) = again.filter(|_| status == Some(tonic::Code::OutOfRange)) else {
+                return Ok(answer);
+            };
+            let short = CommitStoreRequest { data: vec![0], ..CommitStoreRequest::default() };
+            let short = tokio_stream::once(Ok(short));
+            let body = EncodeBody::new_client(tonic_prost::ProstEncoder::default(), short, None, None);
+            let mut request = http::Request::new(Body::new(body));
+            *request.method_mut() = http::Method::POST;
+            *request.version_mut() = http::Version::HTTP_2;
+            *request.uri_mut() = uri;
+            request.headers_mut().insert("content-type", http::HeaderValue::from_static("application/grpc"));
+            std::future::poll_fn(|context| again.poll_ready(context)).await?;
+            again.call(request).await
+        })
+    }
 }
 
 struct Service(Arc<Door>);
