@@ -233,7 +233,7 @@ mod tests {
             (
                 |said| {
                     (said.num_layers, said.num_physical_slots, said.hidden_dim_size) =
-                        (4096, Some(1 << 20), 1 << 20)
+                        (4096, Some(1 << 20), 1 << 20);
                 },
                 "lmcache.chunk_tokens",
             ),
