@@ -154,25 +154,65 @@ impl Worker {
             in_place: shm.may_write,
         };
         let ticket = link.hub.submit(request, Hold::Nothing, until)?;
-        let place = match ticket.wait(asked, until)? {
-            Outcome::AlreadyThere => return Ok(None),
-            Outcome::Reserved { place } => place,
-            Outcome::Fault { code, retry_after_ms } => return Err(fault(code, retry_after_ms)),
-            other => return Err(bug(format!("a reserve was answered with {other:?}"))),
-        };
-        let room = match (staged, place) {
-            (Some(slot), _) => Room::Staging(link_at, slot),
-            (None, Some(Place { slot, generation, .. })) => match link.view.fill(slot, generation, bytes) {
-                Ok(guard) => Room::InPlace(link_at, guard, None),
-                Err(absent) => {
-                    link.hub.post(Request::Abort { key });
-                    let text = format!("the reserved slot cannot be opened: {absent:?}");
-                    return Err(Fault::new(Code::QueueFull, text).into());
-                }
-            },
-            (None, None) => return Err(bug("a reservation in place without a place")),
+        let Some(place) = reserved(ticket.wait(asked, until)?)? else { return Ok(None) };
+        let room = match staged {
+            Some(slot) => Room::Staging(link_at, slot),
+            None => lent(link, link_at, place, &key, bytes)?,
         };
         Ok(Some(announced(room)))
+    }
+
+    /// [`Worker::reserve_with`] for many blocks, all under way at once; one answer per block, in order. The error
+    /// is for all.
+    pub fn reserve_many(
+        &self,
+        binding: &Binding,
+        hashes: &[SequenceHash],
+        options: &PutOptions,
+    ) -> Result<Vec<Result<Option<Reservation>, Error>>, Error> {
+        let life = self.life();
+        life.check()?;
+        let number = self.number(&life, binding)?;
+        let shm = match &life.way {
+            Way::Shm(shm) if shm.may_write => shm,
+            _ => return Ok(hashes.iter().map(|hash| self.reserve_with(binding, hash, options)).collect()),
+        };
+        let keys = binding.keys(hashes);
+        let places = shm.locate_each(&keys, unix_now());
+        let asked = Instant::now();
+        let until = asked + self.deadline();
+        let submit = |(key, (at, known)): (&BlockKey, &(usize, Known))| {
+            if matches!(known, Known::Host | Known::Disk | Known::Pending) {
+                return Ok(None);
+            }
+            let request = Request::Reserve {
+                key: *key,
+                binding: number,
+                priority: options.priority,
+                ttl_s: options.ttl_s(),
+                in_place: true,
+            };
+            let link = &shm.links[*at];
+            link.hub.submit(request, Hold::Nothing, until).map(|ticket| Some((*at, ticket)))
+        };
+        let tickets: Vec<_> = keys.iter().zip(&places).map(submit).collect();
+        let finish = |(ticket, (key, hash)): (
+            Result<Option<(usize, Ticket<'_>)>, Error>,
+            (&BlockKey, &SequenceHash),
+        )| {
+            let Some((at, ticket)) = ticket? else { return Ok(None) };
+            let Some(place) = reserved(ticket.wait(asked, until)?)? else { return Ok(None) };
+            Ok(Some(Reservation {
+                worker: self.clone(),
+                life: Arc::clone(&life),
+                number,
+                hash: *hash,
+                key: *key,
+                options: *options,
+                room: Some(lent(&shm.links[at], at, place, key, binding.block_bytes())?),
+            }))
+        };
+        Ok(tickets.into_iter().zip(keys.iter().zip(hashes)).map(finish).collect())
     }
 
     fn put_over_grpc(
@@ -312,6 +352,28 @@ fn stored(outcome: Outcome) -> Result<Stored, Error> {
     }
 }
 
+/// The place of what was reserved, where it has one; `None` when there was nothing to reserve.
+fn reserved(outcome: Outcome) -> Result<Option<Option<Place>>, Error> {
+    match outcome {
+        Outcome::AlreadyThere => Ok(None),
+        Outcome::Reserved { place } => Ok(Some(place)),
+        Outcome::Fault { code, retry_after_ms } => Err(fault(code, retry_after_ms)),
+        other => Err(bug(format!("a reserve was answered with {other:?}"))),
+    }
+}
+
+/// Opens the arena slot that was lent for an announced block.
+fn lent(link: &Link, at: usize, place: Option<Place>, key: &BlockKey, bytes: u32) -> Result<Room, Error> {
+    let Some(Place { slot, generation, .. }) = place else {
+        return Err(bug("a reservation in place without a place"));
+    };
+    link.view.fill(slot, generation, bytes).map(|guard| Room::InPlace(at, guard, None)).map_err(|absent| {
+        link.hub.post(Request::Abort { key: *key });
+        let text = format!("the reserved slot cannot be opened: {absent:?}");
+        Fault::new(Code::QueueFull, text).into()
+    })
+}
+
 /// Room for one announced block; dereferences to its bytes. Fill it, then commit. Dropping takes the
 /// announcement back.
 #[derive(Debug)]
@@ -394,6 +456,39 @@ impl Reservation {
         self.life.check()?;
         let ticket = link.hub.submit(request, hold, until)?;
         stored(ticket.wait(asked, until)?)
+    }
+
+    /// [`Reservation::commit`] for many, all under way at once; one answer for each, in order.
+    pub fn commit_many(all: Vec<Self>) -> Vec<Result<Stored, Error>> {
+        let asked = Instant::now();
+        // Whose session each belongs to outlives its commit.
+        let lives: Vec<_> = all.iter().map(|one| Arc::clone(&one.life)).collect();
+        type UnderWay<'a> = Result<Stored, (Ticket<'a>, Instant)>;
+        fn submit(mut one: Reservation, life: &Life, asked: Instant) -> Result<UnderWay<'_>, Error> {
+            let until = asked + one.worker.deadline();
+            match one.room.take() {
+                Some(Room::InPlace(at, guard, sum)) => {
+                    life.check()?;
+                    let (key, durable) = (one.key, one.options.durable);
+                    let checksum = sum.unwrap_or_else(|| Checksum::of(&key, &guard));
+                    let (slot, generation) = guard.slot();
+                    let request = Request::CommitInPlace { key, slot, generation, checksum, durable };
+                    let hub = &shm_of(life)?.links[at].hub;
+                    hub.submit(request, Hold::InPlace(guard), until).map(|ticket| Err((ticket, until)))
+                }
+                room => {
+                    one.room = room;
+                    one.commit().map(Ok)
+                }
+            }
+        }
+        let under_way: Vec<_> =
+            all.into_iter().zip(&lives).map(|(one, life)| submit(one, life, asked)).collect();
+        let finish = |one: Result<UnderWay<'_>, Error>| match one? {
+            Ok(done) => Ok(done),
+            Err((ticket, until)) => stored(ticket.wait(asked, until)?),
+        };
+        under_way.into_iter().map(finish).collect()
     }
 
     fn commit_over_grpc(&self, bytes: &[u8]) -> Result<Stored, Error> {

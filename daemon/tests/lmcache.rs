@@ -27,16 +27,37 @@ const BYTES: usize = 4 * 64 * 256 * 4;
 /// Longest that anything is waited for.
 const LIMIT: Duration = Duration::from_secs(30);
 
-fn home(name: &str) -> Home {
+/// A home whose daemon has the door; its pools go with it, also those of lives that were killed.
+struct Story {
+    home: Home,
+    name: &'static str,
+}
+
+impl std::ops::Deref for Story {
+    type Target = Home;
+    fn deref(&self) -> &Home {
+        &self.home
+    }
+}
+
+impl Drop for Story {
+    fn drop(&mut self) {
+        pools(self.name).iter().for_each(|pool| drop(std::fs::remove_file(pool)));
+    }
+}
+
+fn home(name: &'static str) -> Story {
     with_door(Home::new(name), name)
 }
 
-fn with_door(home: Home, name: &str) -> Home {
-    home.set("lmcache.listen=127.0.0.1:0")
+fn with_door(home: Home, name: &'static str) -> Story {
+    let home = home
+        .set("lmcache.listen=127.0.0.1:0")
         .set("lmcache.chunk_tokens=64")
         .set("lmcache.pool_bytes=8MiB")
         .set("lmcache.pending_wait=20s")
-        .set(&format!("lmcache.shm_name=story-{name}-{}", std::process::id()))
+        .set(&format!("lmcache.shm_name=story-{name}-{}", std::process::id()));
+    Story { home, name }
 }
 
 /// The pools that this story's daemon has made.
@@ -537,7 +558,7 @@ fn every_rank_must_have_a_chunk_before_it_is_promised_and_gets_its_own_bytes() {
 
 #[test]
 fn what_cannot_be_served_is_refused_at_registration_with_the_field_and_what_to_do() {
-    let home = home("refused").set("lmcache.instances_max=1");
+    let home = with_door(Home::new("refused").set("lmcache.instances_max=1"), "refused");
     let _daemon = home.start();
     let engine = Engine::of(&home);
     type Change = fn(&mut wire::RegisterKvCacheEngineDrivenContextRequest);

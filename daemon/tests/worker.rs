@@ -385,3 +385,41 @@ fn a_worker_without_shared_memory_gets_the_same_answers_over_grpc() {
     let (near, theirs) = worker(&home);
     check(near.acquire(&theirs, &SequenceHash::from(50)).unwrap());
 }
+
+#[test]
+fn many_blocks_are_announced_and_committed_at_once_in_place_and_not() {
+    let home = Home::new("many").set("workers.trusted_uids=[\"self\"]");
+    let _daemon = home.start();
+    for (trusted, first) in [(true, 0), (false, 1000)] {
+        let worker = connect(&home, WorkerOptions { trusted, ..WorkerOptions::default() });
+        assert_eq!(worker.doors(), Doors::SharedMemory { in_place: trusted });
+        let binding = worker.register(scope("a"), slice(), BYTES).wait().unwrap();
+        put(&worker, &binding, first + 3..first + 5, &PutOptions::default());
+        let all = hashes(first..first + 40);
+        let reserved = worker.reserve_many(&binding, &all, &PutOptions::default()).unwrap();
+        let mut reserved: Vec<_> = reserved.into_iter().map(Result::unwrap).collect();
+        let missing = reserved.iter().filter(|one| one.is_some()).count();
+        assert_eq!((missing, reserved[3].is_none(), reserved[4].is_none()), (38, true, true));
+        drop(reserved[7].take());
+        for one in reserved.iter_mut().flatten() {
+            let bytes = body(&one.key());
+            let filled: Result<(), ()> = one.fill_with(|at, piece| {
+                piece.copy_from_slice(&bytes[at..at + piece.len()]);
+                Ok(())
+            });
+            filled.unwrap();
+        }
+        let committed = kv_client::Reservation::commit_many(reserved.into_iter().flatten().collect());
+        assert!(committed.len() == 37 && committed.iter().all(|one| !one.as_ref().unwrap().already));
+        for (at, hash) in all.iter().enumerate().filter(|(at, _)| *at != 7) {
+            let block = check(worker.acquire(&binding, hash).unwrap());
+            let mut copy = Vec::new();
+            let right: Result<bool, ()> = block.copy_with(|_, piece| {
+                copy.extend_from_slice(piece);
+                Ok(())
+            });
+            assert!(right.unwrap() && copy == *block, "block {at}");
+        }
+        assert!(worker.acquire(&binding, &all[7]).unwrap().miss().is_some(), "it was taken back");
+    }
+}

@@ -6,7 +6,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use kv_client::{Client, ClientOptions, Doors, FaultKind, Got, PutOptions, SessionId, WorkerOptions};
+use kv_client::{Client, ClientOptions, Doors, Got, PutOptions, Reservation, SessionId, WorkerOptions};
 use lru::LruCache;
 use tokio::sync::{OnceCell, Semaphore};
 use tonic::Status;
@@ -46,6 +46,8 @@ const STRANGERS_MAX: std::num::NonZeroUsize = std::num::NonZeroUsize::new(1024).
 /// Bytes for which another thread is worth it.
 const BYTES_PER_THREAD: usize = 4 << 20;
 const THREADS_MAX: usize = 4;
+/// Chunks announced at a time.
+const ANNOUNCED_AT_A_TIME: usize = 64;
 
 /// Tells an operator's list what a session is called.
 pub type NameSession = Box<dyn Fn(SessionId, &str) + Send + Sync>;
@@ -601,7 +603,7 @@ impl Door {
         let copied = each(slots.iter().zip(blocks.iter().flatten()).collect(), bytes, |(slot, block)| {
             matches!(block.block().copy_with(|at, bytes| slot.write(at, bytes)), Ok(true))
         });
-        if copied.contains(&false) {
+        if copied.len() < keys.len() || copied.contains(&false) {
             return Err("a block is damaged, or the pool cannot be written");
         }
         let context = pack::retrieve(&words(&slots, instance));
@@ -653,31 +655,37 @@ impl Door {
             }
         };
         let (mut slots, mut announced, mut chunks) = (Vec::new(), Vec::new(), Vec::new());
-        let mut spare = None;
-        for (at, name) in names.iter().enumerate() {
-            let slot = spare.take().or_else(|| instance.pool.take(instance.layout.bytes.into()));
-            let Some(slot) = slot else {
-                tracing::debug!(
-                    instance = id,
-                    left_out = names.len() - at,
-                    "the pool has no room for a store"
-                );
+        let mut spare: Vec<Slot> = Vec::new();
+        let mut next = 0;
+        while next < names.len() {
+            while spare.len() < ANNOUNCED_AT_A_TIME.min(names.len() - next) {
+                let Some(slot) = instance.pool.take(instance.layout.bytes.into()) else { break };
+                spare.push(slot);
+            }
+            let first = next;
+            next += spare.len().min(names.len() - next);
+            let names = &names[first..next];
+            if names.is_empty() {
+                tracing::debug!(instance = id, "the pool has no room for a store");
                 break;
-            };
-            match instance.worker.reserve_with(&binding, name, &PutOptions::default()) {
-                Ok(Some(reservation)) => {
-                    slots.push(slot);
-                    announced.push(reservation);
-                    chunks.push(at);
-                }
-                Ok(None) => spare = Some(slot),
-                Err(error) => {
-                    tracing::debug!(%error, instance = id, "kvd has no room for a store");
-                    if error.kind() != FaultKind::Busy {
-                        break;
+            }
+            let reserved = instance.worker.reserve_many(&binding, names, &PutOptions::default());
+            let reserved = reserved.unwrap_or_else(|error| vec![Err(error)]);
+            let mut failed = None;
+            for (at, one) in reserved.into_iter().enumerate() {
+                match one {
+                    Ok(Some(reservation)) => {
+                        slots.extend(spare.pop());
+                        announced.push(reservation);
+                        chunks.push(first + at);
                     }
-                    spare = Some(slot);
+                    Ok(None) => {}
+                    Err(error) => failed = Some(error),
                 }
+            }
+            if let Some(error) = failed {
+                tracing::debug!(%error, instance = id, "kvd has no room for a store");
+                break;
             }
         }
         drop(spare);
@@ -694,20 +702,23 @@ impl Door {
         let Some((instance, transfer)) = self.take_transfer(id, key, true) else { return false };
         let Transfer { slots, announced, .. } = transfer;
         let pairs: Vec<_> = slots.iter().zip(announced).collect();
-        let stored = each(pairs, instance.layout.bytes as usize, |(slot, mut reservation)| {
-            if let Err(error) = reservation.fill_with(|at, piece| slot.read(at, piece)) {
-                tracing::warn!(%error, instance = id, "the pool cannot be read");
-                return false;
-            }
-            let stored = reservation.commit();
-            stored
-                .inspect_err(|error| tracing::debug!(%error, instance = id, "a chunk was not stored"))
-                .is_ok()
-        });
-        let good = stored.iter().filter(|stored| **stored).count();
+        let fill = |(slot, mut reservation): (&Slot, Reservation)| {
+            let filled = reservation.fill_with(|at, piece| slot.read(at, piece));
+            filled
+                .inspect_err(|error| tracing::warn!(%error, instance = id, "the pool cannot be read"))
+                .ok()?;
+            Some(reservation)
+        };
+        let asked = pairs.len();
+        let filled = each(pairs, instance.layout.bytes as usize, fill);
+        let stored = Reservation::commit_many(filled.into_iter().flatten().collect());
+        if let Some(error) = stored.iter().find_map(|stored| stored.as_ref().err()) {
+            tracing::debug!(%error, instance = id, "a chunk was not stored");
+        }
+        let good = stored.iter().filter(|stored| stored.is_ok()).count();
         add(&self.counts.stored, good);
-        add(&self.counts.store_failed, stored.len() - good);
-        good == stored.len()
+        add(&self.counts.store_failed, asked - good);
+        good == asked
     }
 
     /// An engine sends the bytes of a store in the call: it could not map its pool.
@@ -747,23 +758,25 @@ fn words<'a>(slots: &[Slot], instance: &'a Instance) -> Vec<SlotWords<'a>> {
 }
 
 /// Does `work` for each of the jobs, which move `bytes` each, on as many threads as are worth it. In order.
-fn each<T: Send>(jobs: Vec<T>, bytes: usize, work: impl Fn(T) -> bool + Sync) -> Vec<bool> {
+fn each<T: Send, R: Send>(jobs: Vec<T>, bytes: usize, work: impl Fn(T) -> R + Sync) -> Vec<R> {
     let cores = std::thread::available_parallelism().map_or(1, std::num::NonZeroUsize::get);
     let worth = (jobs.len() * bytes).div_ceil(BYTES_PER_THREAD);
     let threads = cores.min(THREADS_MAX).min(worth).max(1);
     if threads == 1 {
         return jobs.into_iter().map(work).collect();
     }
-    let each = jobs.len().div_ceil(threads).max(1);
+    let share = jobs.len().div_ceil(threads).max(1);
     let mut jobs = jobs.into_iter();
     let work = &work;
     std::thread::scope(|scope| {
         let parts = (0..threads).map(|_| {
-            let part: Vec<T> = jobs.by_ref().take(each).collect();
-            scope.spawn(move || part.into_iter().map(work).collect::<Vec<bool>>())
+            let part: Vec<T> = jobs.by_ref().take(share).collect();
+            scope.spawn(move || part.into_iter().map(work).collect::<Vec<R>>())
         });
         let parts: Vec<_> = parts.collect();
-        parts.into_iter().flat_map(|part| part.join().unwrap_or_default()).collect()
+        // One that panicked leaves its jobs undone, and the answer shorter: none of it counts then.
+        let done = parts.into_iter().map(|part| part.join().ok()).collect::<Option<Vec<Vec<R>>>>();
+        done.unwrap_or_default().into_iter().flatten().collect()
     })
 }
 
