@@ -599,7 +599,7 @@ fn what_cannot_be_served_is_refused_at_registration_with_the_field_and_what_to_d
 #[test]
 fn what_an_engine_held_is_back_when_its_connection_closes_in_the_middle() {
     let home = home("dropped");
-    let _daemon = home.start();
+    let daemon = home.start();
     let door = Door::of(&home);
     let clients = || {
         let all =
@@ -642,6 +642,46 @@ fn what_an_engine_held_is_back_when_its_connection_closes_in_the_middle() {
     let request = wire::UnregisterKvCacheEngineDrivenContextRequest { instance_id: 1 };
     engine.runtime.block_on(client.unregister_kv_cache_engine_driven_context(request)).unwrap();
     nothing_held();
+
+    // And when the daemon stops, with an engine connected.
+    engine.register(registration(1)).unwrap();
+    assert_eq!(pools("dropped").len(), 1);
+    assert!(daemon.terminate().success());
+    assert!(pools("dropped").is_empty(), "nothing is left in /dev/shm");
+}
+
+#[test]
+fn the_plan_shows_the_door_and_an_open_one_is_refused() {
+    let check = |listen: &str, more: &[&str]| {
+        let dirs = ["--run-dir", "/tmp/kvd-story-check", "--memory-dir", "/dev/shm/kvd-story-check"];
+        let checked = std::process::Command::new(env!("CARGO_BIN_EXE_kvd"))
+            .args(["--check", "--host-bytes", "64MiB"])
+            .args(dirs)
+            .args(more)
+            .env("KVD_LMCACHE__LISTEN", listen)
+            .output()
+            .unwrap();
+        let text = [checked.stdout, checked.stderr].concat();
+        (checked.status.code(), String::from_utf8(text).unwrap())
+    };
+    let (status, plan) = check("127.0.0.1:6555", &["--set", "lmcache.pool_bytes=3MiB"]);
+    assert_eq!(status, Some(0), "{plan}");
+    let row = plan.lines().find(|line| line.starts_with("lmcache pools")).expect("a row of the budget");
+    assert!(row.contains("24MiB") && plan.contains("lmcache   127.0.0.1:6555"), "{plan}");
+    assert!(!check("off", &[]).1.contains("lmcache pools"));
+    for (listen, more) in [
+        ("0.0.0.0:6555", &[][..]),
+        ("somewhere", &[]),
+        ("6555", &["--set", "lmcache.chunk_tokens=0"]),
+        ("6555", &["--set", "lmcache.tenant=A"]),
+        ("6555", &["--set", "lmcache.pool_bytes=5000000"]),
+    ] {
+        let (status, words) = check(listen, more);
+        assert_eq!(status, Some(78), "{listen} {more:?}: {words}");
+        assert!(words.contains("lmcache."), "{words}");
+    }
+    assert_eq!(check("0.0.0.0:6555", &["--insecure"]).0, Some(0));
+    assert_eq!(check("unix:/tmp/lmcache.sock", &["--lmcache-listen", "off"]).0, Some(0));
 }
 
 #[test]

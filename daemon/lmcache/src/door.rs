@@ -24,7 +24,7 @@ use crate::wire::{IpcCacheServerKey, RegisterKvCacheEngineDrivenContextRequest a
 /// Requests that are remembered at one moment.
 const REQUESTS_MAX: usize = 4096;
 /// Lookups that run at one moment; the others wait their turn.
-const LOOKUPS_MAX: usize = 16;
+const LOOKUPS_MAX: usize = 64;
 /// Transfers that are prepared or committed at one moment.
 const TRANSFERS_MAX: usize = 16;
 /// Tokens of kept chains, all together.
