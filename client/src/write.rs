@@ -196,23 +196,23 @@ impl Worker {
             link.hub.submit(request, Hold::Nothing, until).map(|ticket| Some((*at, ticket)))
         };
         let tickets: Vec<_> = keys.iter().zip(&places).map(submit).collect();
-        let finish = |(ticket, (key, hash)): (
-            Result<Option<(usize, Ticket<'_>)>, Error>,
-            (&BlockKey, &SequenceHash),
-        )| {
-            let Some((at, ticket)) = ticket? else { return Ok(None) };
-            let Some(place) = reserved(ticket.wait(asked, until)?)? else { return Ok(None) };
-            Ok(Some(Reservation {
-                worker: self.clone(),
-                life: Arc::clone(&life),
-                number,
-                hash: *hash,
-                key: *key,
-                options: *options,
-                room: Some(lent(&shm.links[at], at, place, key, binding.block_bytes())?),
-            }))
-        };
-        Ok(tickets.into_iter().zip(keys.iter().zip(hashes)).map(finish).collect())
+        let mut answers = Vec::with_capacity(tickets.len());
+        for (ticket, (key, hash)) in tickets.into_iter().zip(keys.iter().zip(hashes)) {
+            let finish = |(at, ticket): (usize, Ticket<'_>)| {
+                let Some(place) = reserved(ticket.wait(asked, until)?)? else { return Ok(None) };
+                Ok(Some(Reservation {
+                    worker: self.clone(),
+                    life: Arc::clone(&life),
+                    number,
+                    hash: *hash,
+                    key: *key,
+                    options: *options,
+                    room: Some(lent(&shm.links[at], at, place, key, binding.block_bytes())?),
+                }))
+            };
+            answers.push(ticket.and_then(|ticket| ticket.map_or(Ok(None), finish)));
+        }
+        Ok(answers)
     }
 
     fn put_over_grpc(
