@@ -50,8 +50,8 @@ pub struct Flags {
     /// Metrics and health, or off [listen.http]
     #[arg(long, value_name = "ADDRESS")]
     pub http: Option<String>,
-    /// Engines that speak LMCache's protocol, or off [lmcache.listen]
-    #[arg(long, value_name = "ADDRESS")]
+    /// LMCache's protocol, or off [lmcache.listen]
+    #[arg(long, value_name = "ADDR")]
     pub lmcache_listen: Option<String>,
     /// Allow TCP without mutual TLS [listen.insecure]
     #[arg(long)]
