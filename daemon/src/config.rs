@@ -245,8 +245,9 @@ section! {
 section! {
     /// The door for engines that speak LMCache's protocol: kvd in the place of `lmcache server`.
     Lmcache {
-        /// Where they connect: an address and port such as 127.0.0.1:6555, or unix:/path/of/a/socket. The protocol
-        /// knows no authentication, so beyond this machine it needs `listen.insecure`.
+        /// Where they connect: an address and port such as 127.0.0.1:6555, or unix:/path/of/a/socket, which LMCache's
+        /// own client cannot use. The protocol knows no authentication, so beyond this machine it needs
+        /// `listen.insecure`.
         listen: OrOff<Place> = OrOff::Off,
         /// Tokens of a chunk, which is one block; a multiple of the engine's own block.
         chunk_tokens: u32 = 256,
