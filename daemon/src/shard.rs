@@ -33,6 +33,9 @@ const TAKE_MAX: usize = 64;
 const SPIN: Duration = Duration::from_micros(20);
 /// How often the brain sees time pass while nothing else happens that it waits for.
 const TICK: Duration = Duration::from_millis(20);
+/// How often hazards of sessions that are over are looked at while there are any, and otherwise.
+const REAP_SOON: Duration = Duration::from_millis(100);
+const REAP: Duration = Duration::from_secs(1);
 /// A deadline of zero still lets the shard do what takes no waiting.
 const DEADLINE_US_MIN: u32 = 1_000;
 const MAILBOX: u64 = 0;
@@ -456,8 +459,8 @@ impl Shard {
             self.hear_touches(now);
             self.look_at_room();
             if at >= self.reap_due {
-                self.reap_due = at + Duration::from_secs(1);
-                self.hazards.reap();
+                let waiting = self.hazards.reap();
+                self.reap_due = at + if waiting > 0 { REAP_SOON } else { REAP };
                 self.stop_unheard(now);
             }
             self.brain.handle(now, Event::Tick, &mut self.commands);
@@ -532,6 +535,8 @@ impl Shard {
             self.turns.retain(|other| *other != session);
             let _ = epoll::delete(&self.epoll, worker.end.ring.bell().as_fd());
             self.hazards.remove(session);
+            // Its process may take a moment to die: then what it read is given back on the next look.
+            self.reap_due = Instant::now();
         }
         self.brain.handle(now, Event::Closed { session }, &mut self.commands);
     }

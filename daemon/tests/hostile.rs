@@ -296,13 +296,14 @@ fn wait_for_no_leases(door: &Door, who: &str) {
     let limit = Instant::now() + Duration::from_secs(1);
     loop {
         let status = door.status();
-        if (status.leases, status.pending, status.clients) == (0, 0, 0) {
+        if (status.leases, status.reading, status.pending, status.clients) == (0, 0, 0, 0) {
             return;
         }
         assert!(
             Instant::now() < limit,
-            "a second after the end of {who}: {} leases, {} pending, {} clients",
+            "a second after the end of {who}: {} leases, {} open, {} pending, {} clients",
             status.leases,
+            status.reading,
             status.pending,
             status.clients
         );
