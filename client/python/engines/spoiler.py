@@ -1,0 +1,30 @@
+"""A connector that stores wrong bytes with right checksums, so that the stories can show that they would notice.
+
+It is :class:`kvd.vllm.KvdConnector` until the file named by ``KVD_SPOIL`` exists; from then on what it stores is zeroes.
+"""
+
+import os
+from typing import TYPE_CHECKING
+
+from kvd.vllm import KvdConnector
+from kvd.vllm._worker import _Room
+
+if TYPE_CHECKING:
+    import torch
+
+
+class SpoilingConnector(KvdConnector):
+    """See above."""
+
+    def register_kv_caches(self, kv_caches: "dict[str, torch.Tensor]") -> None:
+        super().register_kv_caches(kv_caches)
+        worker = self._there(self._worker)
+        copy = worker._save_layer
+
+        def spoil(room: "_Room", at: int) -> None:
+            copy(room, at)
+            if os.path.exists(os.environ["KVD_SPOIL"]):
+                for reservation in room.reservations:
+                    reservation.write(bytes(len(reservation)))
+
+        worker._save_layer = spoil  # type: ignore[method-assign]
