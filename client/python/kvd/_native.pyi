@@ -1,5 +1,6 @@
 """What is written in Rust. This file is its reference."""
 
+import sys
 from collections.abc import Sequence
 from os import PathLike
 from types import TracebackType
@@ -220,6 +221,9 @@ class Block(Buffer):
     Released by :meth:`release`, at the end of ``with``, or when nobody refers to it or to a view of it.
     """
 
+    if sys.version_info >= (3, 12):
+        def __buffer__(self, flags: int, /) -> memoryview: ...
+
     @property
     def key(self) -> bytes: ...
     @property
@@ -256,6 +260,9 @@ class Reservation(Buffer):
 
     From the announcement on, others can wait for the block. The bytes are undefined until they are written.
     """
+
+    if sys.version_info >= (3, 12):
+        def __buffer__(self, flags: int, /) -> memoryview: ...
 
     @property
     def key(self) -> bytes: ...
