@@ -10,7 +10,7 @@ import os
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
 from logging import Logger, LoggerAdapter
 from pathlib import Path
@@ -25,6 +25,8 @@ PAUSE_SECONDS = (0.1, 3.0)
 """How long a link asks nothing after the first failed call, and after many."""
 BINDINGS = 512
 """Bindings that a link keeps: one for each group and slice of each adapter and salt in use."""
+LOOKUP = 64
+"""Blocks to a lookup of those that may have gaps."""
 
 
 class Link:
@@ -104,6 +106,55 @@ class Link:
             if self._failures > 1:
                 return
         self.log.warning("kvd is away; the engine computes what it would have loaded: %s", error)
+
+
+def held(session: kvd.Session, binding: kvd.Binding, names: Sequence[bytes | str], seconds: float) -> list[bool]:
+    """For each block whether it is here, beyond gaps too. What was not asked within ``seconds`` counts as absent."""
+    until = time.monotonic() + seconds
+    found: list[bool] = []
+    while len(found) < len(names) and time.monotonic() < until:
+        asked = names[len(found) : len(found) + LOOKUP]
+        prefix = session.lookup(binding, asked).prefix
+        found += [True] * prefix
+        if prefix < len(asked):
+            found.append(False)
+    return found + [False] * (len(names) - len(found))
+
+
+def checked(
+    session: kvd.Session, binding: kvd.Binding, names: Sequence[bytes | str], log: _Log
+) -> list[kvd.Block | None]:
+    """Blocks open for reading, of which every byte has been checked; ``None`` where one is absent or damaged.
+
+    Waits for the disk, and for who has announced a block and is about to store it, as long as a call may take.
+    """
+    try:
+        answers = session.acquire(binding, names, wait=session.deadline)
+    except kvd.Corrupt as error:
+        if len(names) == 1:
+            _discard(session, binding, names[0], error, log)
+            return [None]
+        # One that came as a copy was damaged, and spoilt the answer for all.
+        return [block for name in names for block in checked(session, binding, [name], log)]
+    blocks: list[kvd.Block | None] = []
+    for name, answer in zip(names, answers, strict=True):
+        if isinstance(answer, kvd.Miss):
+            log.debug("kvd: a block is not there: %s", answer.reason)
+            blocks.append(None)
+        elif answer.verify():
+            blocks.append(answer)
+        else:
+            key = answer.key.hex()
+            answer.release()
+            _discard(session, binding, name, key, log)
+            blocks.append(None)
+    return blocks
+
+
+def _discard(session: kvd.Session, binding: kvd.Binding, name: bytes | str, what: object, log: _Log) -> None:
+    """Host memory gives a damaged block up, so that it can come from disk, or be stored again."""
+    log.warning("kvd: a damaged block is not used, but removed from host memory: %s", what)
+    session.evict(binding, [name], tier="host")
 
 
 def settings(kind: type[T], given: Mapping[str, Any], where: str) -> T:

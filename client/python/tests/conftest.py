@@ -1,5 +1,7 @@
 """A daemon of its own for each test that asks for one: real processes, real memory, directories that go away."""
 
+import contextlib
+import mmap
 import os
 import signal
 import subprocess
@@ -56,6 +58,31 @@ class Daemon:
             self.process.send_signal(how)
             self.process.wait(60)
             self.process = None
+
+    @contextlib.contextmanager
+    def standing_still(self):
+        """None of its threads runs; they go on afterwards."""
+        self.process.send_signal(signal.SIGSTOP)
+        tasks = Path(f"/proc/{self.process.pid}/task")
+        soon(lambda: all((task / "stat").read_text().rpartition(")")[2].split()[0] == "T" for task in tasks.iterdir()))
+        try:
+            yield
+        finally:
+            self.process.send_signal(signal.SIGCONT)
+
+    def damage(self, data: bytes) -> int:
+        """Turns a byte over in the middle of every copy of ``data`` in host memory; how many there were."""
+        found = 0
+        for path in (self.memory / "m").rglob("*"):
+            if not path.is_file() or path.stat().st_size < len(data):
+                continue
+            with path.open("r+b") as file, mmap.mmap(file.fileno(), 0) as memory:
+                at = memory.find(data)
+                while at >= 0:
+                    memory[at + len(data) // 2] ^= 0xFF
+                    found += 1
+                    at = memory.find(data, at + 1)
+        return found
 
     def client(self) -> kvd.Client:
         return kvd.connect(self.run, deadline=20)
