@@ -410,7 +410,7 @@ def prefill_engine_and_decode_engine(world: World) -> None:
     if world.door.name == "connector":
         # Asked first: it waits for what nobody has begun to compute.
         threading.Timer(0.3, asked.start).start()
-        answer = decode.ask(prompt, tokens=32, kv_transfer_params={"kvd_wait": 60})
+        answer = decode.ask(prompt, tokens=32, kv_transfer_params={"kvd": {"wait": 60}})
     else:
         asked.start()
 

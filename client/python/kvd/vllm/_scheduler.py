@@ -389,11 +389,7 @@ class Scheduler:
     def _track(self, request: "Request") -> _Track:
         if (track := self._tracks.get(request.request_id)) is None:
             owner = Owner(self._adapter(request), request.cache_salt or "", self._life)
-            wait = (request.kv_transfer_params or {}).get("kvd_wait", 0)
-            if isinstance(wait, bool) or not isinstance(wait, int | float) or not 0 <= wait <= 600:
-                logger.warning("kvd: kvd_wait = %r is no number of seconds up to 600; taken as 0", wait)
-                wait = 0
-            track = self._tracks[request.request_id] = _Track(request, owner, float(wait))
+            track = self._tracks[request.request_id] = _Track(request, owner, _wait_of(request))
         return track
 
     def _adapter(self, request: "Request") -> str:
@@ -405,6 +401,16 @@ class Scheduler:
         if key not in self._adapters:
             self._adapters[key] = f"{lora.lora_name}@{weights_of(lora.lora_path) or lora.lora_path}"
         return self._adapters[key]
+
+
+def _wait_of(request: "Request") -> float:
+    """What the request says of itself: ``{"kvd": {"wait": SECONDS}}``."""
+    said = (request.kv_transfer_params or {}).get("kvd", {})
+    wait = said.get("wait", 0) if isinstance(said, dict) and said.keys() <= {"wait"} else None
+    if isinstance(wait, bool) or not isinstance(wait, int | float) or not 0 <= wait <= 600:
+        logger.warning('kvd: kv_transfer_params["kvd"] is %r; expected {"wait": SECONDS}, up to 600', said)
+        return 0.0
+    return float(wait)
 
 
 @dataclass(frozen=True)

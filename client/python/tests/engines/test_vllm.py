@@ -235,6 +235,18 @@ def test_announced_blocks_are_waited_for(daemon: Daemon):
     assert matched(asks, asked) == 4 * TOKENS
 
 
+def test_a_request_that_says_so_waits_for_blocks_nobody_has_announced(daemon: Daemon):
+    layout = layout_of(config(), cache(FULL))
+    asks = scheduler(daemon, layout)
+    asked = request(names(4), kv_transfer_params={"kvd": {"wait": 20}})
+    assert asks.matched(asked, 0) is None
+    store(worker(daemon, layout, tensors(layout, 1)), [Piece(0, names(4), [1, 2, 3, 4])])
+    assert matched(asks, asked) == 4 * TOKENS
+    for wrong in ({"wait": -1}, {"wait": "long"}, {"weight": 1}, 7.5, True):
+        odd = request(names(9, 5), request_id=str(wrong), kv_transfer_params={"kvd": wrong})
+        assert asks._track(odd).wait == 0
+
+
 def test_without_a_daemon_nothing_is_promised_and_nothing_fails(daemon: Daemon):
     layout = layout_of(config(), cache(FULL))
     caches = tensors(layout, 1)
