@@ -833,3 +833,23 @@ fn blocks_come_up_from_disk_and_damaged_ones_are_not_promised() {
     assert_eq!(loaded(&engine, &pool), 0, "every block has a wrong bit");
     assert!(Door::of(&home).status().checksum_failures > 0);
 }
+
+#[test]
+fn a_store_waits_for_room_that_is_being_made() {
+    // Full after four prompts: from then on each needs as much room as a quarter of all there is.
+    let home = with_door(Home::sized("room", "16MiB", Some("512MiB")).set("disk.admission=all"), "room");
+    let _daemon = home.start();
+    let engine = Engine::of(&home);
+    let pool = engine.register(registration(1)).unwrap();
+    let prompts = 60;
+    let whole = (0..prompts)
+        .filter(|number| {
+            let prompt = key(&format!("r{number}"), number * 10_000, 8);
+            let stored = engine.store(&pool, 1, &prompt, *number as u8).len();
+            engine.end(&format!("r{number}"));
+            stored == 8
+        })
+        .count();
+    // A disk that is slow for longer than an engine may stand still makes some of them short.
+    assert!(whole as i64 > prompts * 9 / 10, "{whole} of {prompts} were stored whole");
+}

@@ -80,6 +80,7 @@ class Lmcache(Door):
                 "lmcache.mp.port": self.port,
                 "lmcache.mp.mq_timeout": 5.0,
                 "lmcache.mp.heartbeat_interval": 1.0,
+                "lmcache.mp.save_decode_cache": True,
                 **extra,
             },
         }
@@ -243,13 +244,13 @@ def comes_back(world: World, engine: Vllm) -> None:
 def one_stored_block_damaged_on_disk(world: World) -> None:
     engine, prompt = world.engines["A"], world.prompt()
     # So little host memory that blocks have to go to disk.
-    world.kvd.begin_anew(host="8MiB")
+    world.kvd.begin_anew(host="16MiB")
     comes_back(world, engine)
     before = set(world.disk_places())
     cold = world.cold(engine, prompt)
     mine = sorted(set(world.disk_places()) - before)
     while not all(world.disk_places()[key] for key in mine):
-        world.cold(engine, world.prompt(1000), tokens=1)
+        world.cold(engine, world.prompt(400), tokens=1)
     world.kvd.kill(signal.SIGTERM)
     world.kvd.forget_memory()
     world.kvd.start()

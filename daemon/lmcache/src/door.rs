@@ -1,12 +1,15 @@
 //! All that the door keeps, by the calls of the protocol.
 
-use std::collections::{HashMap, HashSet};
+use std::collections::{HashMap, HashSet, VecDeque};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use kv_client::{Client, ClientOptions, Doors, Got, PutOptions, Reservation, SessionId, WorkerOptions};
+use kv_client::{
+    Binding, Client, ClientOptions, Doors, Got, PutOptions, Reservation, SequenceHash, SessionId,
+    WorkerOptions,
+};
 use lru::LruCache;
 use tokio::sync::{OnceCell, Semaphore};
 use tonic::Status;
@@ -46,6 +49,9 @@ const STRANGERS_MAX: std::num::NonZeroUsize = std::num::NonZeroUsize::new(1024).
 /// Bytes for which another thread is worth it.
 const BYTES_PER_THREAD: usize = 4 << 20;
 const THREADS_MAX: usize = 4;
+/// How long a store waits for room that kvd is making, and how often it looks.
+const ROOM_WAIT: Duration = Duration::from_millis(250);
+const ROOM_LOOK: Duration = Duration::from_millis(2);
 /// Chunks announced at a time.
 const ANNOUNCED_AT_A_TIME: usize = 64;
 
@@ -654,47 +660,70 @@ impl Door {
                 return nothing();
             }
         };
-        let (mut slots, mut announced, mut chunks) = (Vec::new(), Vec::new(), Vec::new());
-        let mut spare: Vec<Slot> = Vec::new();
-        let mut next = 0;
-        while next < names.len() {
-            while spare.len() < ANNOUNCED_AT_A_TIME.min(names.len() - next) {
-                let Some(slot) = instance.pool.take(instance.layout.bytes.into()) else { break };
-                spare.push(slot);
-            }
-            let first = next;
-            next += spare.len().min(names.len() - next);
-            let names = &names[first..next];
-            if names.is_empty() {
-                tracing::debug!(instance = id, "the pool has no room for a store");
-                break;
-            }
-            let reserved = instance.worker.reserve_many(&binding, names, &PutOptions::default());
-            let reserved = reserved.unwrap_or_else(|error| vec![Err(error)]);
-            let mut failed = None;
-            for (at, one) in reserved.into_iter().enumerate() {
-                match one {
-                    Ok(Some(reservation)) => {
-                        slots.extend(spare.pop());
-                        announced.push(reservation);
-                        chunks.push(first + at);
-                    }
-                    Ok(None) => {}
-                    Err(error) => failed = Some(error),
-                }
-            }
-            if let Some(error) = failed {
-                tracing::debug!(%error, instance = id, "kvd has no room for a store");
-                break;
-            }
+        let mut announced = self.announce(&instance, &binding, names);
+        announced.sort_by_key(|(chunk, ..)| *chunk);
+        let (mut slots, mut reservations, mut chunks) = (Vec::new(), Vec::new(), Vec::new());
+        for (chunk, slot, reservation) in announced {
+            chunks.push(chunk);
+            slots.push(slot);
+            reservations.push(reservation);
         }
-        drop(spare);
         let context = pack::store(&words(&slots, &instance), &chunks);
         if slots.is_empty() {
             return context;
         }
-        let transfer = Transfer { until: Instant::now() + TRANSFER_TTL, slots, announced };
+        let transfer = Transfer { until: Instant::now() + TRANSFER_TTL, slots, announced: reservations };
         if instance.begin(key, transfer) { context } else { nothing() }
+    }
+
+    /// Announces those of the chunks that kvd lacks, as far as there is room in the pool and in kvd, and gives
+    /// each a slot. Room that is being made is waited for, a little: the engine stands still meanwhile.
+    fn announce(
+        &self,
+        instance: &Instance,
+        binding: &Binding,
+        names: &[SequenceHash],
+    ) -> Vec<(usize, Slot, Reservation)> {
+        let until = Instant::now() + ROOM_WAIT;
+        let mut announced = Vec::new();
+        let mut left: VecDeque<usize> = (0..names.len()).collect();
+        let mut spare: Vec<Slot> = Vec::new();
+        while !left.is_empty() {
+            while spare.len() < ANNOUNCED_AT_A_TIME.min(left.len()) {
+                let Some(slot) = instance.pool.take(instance.layout.bytes.into()) else { break };
+                spare.push(slot);
+            }
+            let turn: Vec<usize> = left.drain(..spare.len().min(left.len())).collect();
+            if turn.is_empty() {
+                tracing::debug!(instance = instance.id, "the pool has no room for a store");
+                break;
+            }
+            let asked: Vec<SequenceHash> = turn.iter().map(|chunk| names[*chunk]).collect();
+            let reserved = instance.worker.reserve_many(binding, &asked, &PutOptions::default());
+            let reserved = reserved.unwrap_or_else(|error| vec![Err(error)]);
+            let (mut again, mut failed) = (Vec::new(), None);
+            for (chunk, one) in turn.into_iter().zip(reserved) {
+                match one {
+                    Ok(Some(reservation)) => {
+                        announced.extend(spare.pop().map(|slot| (chunk, slot, reservation)));
+                    }
+                    Ok(None) => {}
+                    Err(error) if error.retry_after().is_some() && Instant::now() < until => {
+                        again.push(chunk)
+                    }
+                    Err(error) => failed = Some(error),
+                }
+            }
+            if let Some(error) = failed {
+                tracing::debug!(%error, instance = instance.id, "kvd has no room for a store");
+                break;
+            }
+            if !again.is_empty() {
+                std::thread::sleep(ROOM_LOOK);
+                again.into_iter().rev().for_each(|chunk| left.push_front(chunk));
+            }
+        }
+        announced
     }
 
     /// Stores what the engine has copied into its slots; whether all of it is stored.
