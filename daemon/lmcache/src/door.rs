@@ -709,7 +709,7 @@ impl Door {
                     }
                     Ok(None) => {}
                     Err(error) if error.retry_after().is_some() && Instant::now() < until => {
-                        again.push(chunk)
+                        again.push(chunk);
                     }
                     Err(error) => failed = Some(error),
                 }
