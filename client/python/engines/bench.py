@@ -1,6 +1,6 @@
 """Conversations under load, in one run: vLLM alone, on kvd by both ways in, and on ``lmcache server``.
 
-    bench.py [--conversations 12] [--turns 4] [--concurrency 4]
+    bench.py [--conversations 24] [--turns 4] [--concurrency 12]
 
 aiperf asks; the engines run one after another on one core each, with so little KV cache of their own that a conversation
 has left it when its next turn comes. Prints a row for each: time to first token, throughput, and where the KV of prompt
@@ -39,8 +39,8 @@ def load(vllm: Vllm, model: Path, folder: Path, given: argparse.Namespace) -> di
     command += ["--url", f"http://127.0.0.1:{vllm.port}", "--endpoint-type", "chat", "--streaming"]
     command += ["--conversation-num", str(given.conversations), "--conversation-turn-mean", str(given.turns)]
     command += ["--conversation-turn-stddev", "0", "--concurrency", str(given.concurrency), "--random-seed", "7"]
-    command += ["--synthetic-input-tokens-mean", "300", "--synthetic-input-tokens-stddev", "0"]
-    command += ["--output-tokens-mean", "24", "--extra-inputs", "ignore_eos:true", "--extra-inputs", "min_tokens:24"]
+    command += ["--synthetic-input-tokens-mean", "400", "--synthetic-input-tokens-stddev", "0"]
+    command += ["--output-tokens-mean", "8", "--extra-inputs", "ignore_eos:true", "--extra-inputs", "min_tokens:8"]
     command += ["--ui-type", "none", "--artifact-dir", str(folder / "aiperf"), "--no-gpu-telemetry"]
     with (folder / "aiperf.log").open("wb") as log:
         subprocess.run(command, stdout=log, stderr=log, timeout=900, check=True)
@@ -87,9 +87,9 @@ def measure(name: str, door: Door | None, folder: Path, model: Path, given: argp
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--conversations", type=int, default=12)
+    parser.add_argument("--conversations", type=int, default=24)
     parser.add_argument("--turns", type=int, default=4)
-    parser.add_argument("--concurrency", type=int, default=4)
+    parser.add_argument("--concurrency", type=int, default=12)
     parser.add_argument("--only", nargs="*", default=[])
     given = parser.parse_args()
     folder = Path(tempfile.mkdtemp(prefix="kvd-engines-bench-"))

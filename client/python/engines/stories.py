@@ -497,9 +497,9 @@ STORIES: list[Callable[[World], None]] = [
     damage_that_keeps_checksums_right_changes_the_text,
     prefill_engine_and_decode_engine,
     an_engine_killed_in_mid_load,
+    two_models_with_equal_token_ids,
 ]
 LONG: list[Callable[[World], None]] = [
-    two_models_with_equal_token_ids,
     several_groups_of_kv_cache,
     adapters_do_not_share,
     two_tensor_parallel_ranks,
