@@ -35,8 +35,8 @@ PIN_SECONDS = 30.0
 """For how long a promise holds at most. It ends when the ranks have loaded the blocks."""
 GLANCE_SECONDS = 0.002
 """How long vLLM's scheduler waits for a lookup before it goes on with other requests."""
-POLL_SECONDS = 0.01
-"""How often a request that waits for another engine's blocks looks again."""
+POLL_SECONDS = (0.005, 0.05)
+"""How soon a request that waits for another engine's blocks looks again at first, and later."""
 LOOKERS = 64
 """Requests that are looked up, or wait for another engine's blocks, at once."""
 STORES_PER_STEP = 1024
@@ -73,6 +73,8 @@ class _Track:
     owner: Owner
     wait: float
     """Seconds to wait for blocks that nobody has announced yet."""
+    gone: threading.Event = field(default_factory=threading.Event)
+    """The request is over: nobody waits for what is being looked up."""
     looking: "Future[Found] | None" = None
     found: Found | None = None
     stored: dict[int, int] = field(default_factory=dict)
@@ -136,7 +138,7 @@ class Scheduler:
         if track.looking is None or (track.looking.done() and not track.looking.result().serves(computed)):
             self._let_go(track)
             hashes = list(request.block_hashes)
-            track.looking = self._lookers.submit(self._look, hashes, track.owner, computed, limit, track.wait)
+            track.looking = self._lookers.submit(self._look, track, hashes, computed, limit)
             self.stats.add("lookups")
             until = time.monotonic() + GLANCE_SECONDS
             while not track.looking.done() and time.monotonic() < until:
@@ -213,6 +215,7 @@ class Scheduler:
     def end(self, request: "Request") -> None:
         """A request is over."""
         if (track := self._tracks.pop(request.request_id, None)) is not None:
+            track.gone.set()
             self._let_go(track)
 
     def forget(self) -> None:
@@ -225,33 +228,36 @@ class Scheduler:
         logger.info("kvd: a new life begins; blocks stored before it are not used by this engine")
 
     def close(self) -> None:
+        for track in self._tracks.values():
+            track.gone.set()
         self._lookers.shutdown(wait=False, cancel_futures=True)
         if self.events is not None:
             self.events.close()
 
     # Lookup, on threads of its own
 
-    def _look(self, hashes: list[Any], owner: Owner, computed: int, limit: int, wait: float) -> Found:
+    def _look(self, track: _Track, hashes: list[Any], computed: int, limit: int) -> Found:
         try:
-            return self._find(hashes, owner, computed, limit, wait)
+            return self._find(track, hashes, computed, limit)
         except Exception:
             logger.exception("kvd: a lookup failed; the engine goes on without it")
             return Found(computed)
 
-    def _find(self, hashes: list[Any], owner: Owner, computed: int, limit: int, wait: float) -> Found:
+    def _find(self, track: _Track, hashes: list[Any], computed: int, limit: int) -> Found:
         """As much of the first ``limit`` tokens as is there, in every group and slice, and right."""
-        begun = time.monotonic()
+        owner, begun = track.owner, time.monotonic()
         # Nobody has to have announced them when the request itself says that they will come.
-        until_announced, until_there = begun + wait, begun + max(wait, self.wait)
+        until_announced, until_there = begun + track.wait, begun + max(track.wait, self.wait)
+        pause, longest = POLL_SECONDS
         while True:
             tokens, tiers, pending = self._held(hashes, owner, limit)
             now = time.monotonic()
-            if tokens >= limit or now >= (until_there if pending else until_announced):
+            if tokens >= limit or now >= (until_there if pending else until_announced) or track.gone.wait(pause):
                 break
-            time.sleep(POLL_SECONDS)
+            pause = min(pause * 1.5, longest)
         found = Found(computed, tiers=tiers)
         until = time.monotonic() + self.match_seconds
-        while tokens > computed:
+        while tokens > computed and not track.gone.is_set():
             bad = self._first_bad(hashes, owner, computed, tokens, until, found)
             if bad is None:
                 found.tokens = tokens
@@ -314,14 +320,17 @@ class Scheduler:
         for group in self.layout.groups:
             first = max(computed // group.block_tokens, group.first_needed(tokens))
             end = tokens // group.block_tokens
-            for binding in self.link.ask(lambda s: self._bindings(s, owner, group)) or []:
+            bindings = self.link.ask(lambda s: self._bindings(s, owner, group))
+            if bindings is None:
+                return computed
+            for binding in bindings:
                 for at in range(first, end, BATCH):
                     names = group.names(hashes, at, min(at + BATCH, end))
                     left = until - time.monotonic()
                     good = self._check(binding, names, left, found) if left > 0 else 0
                     if good < len(names):
                         return (at + good) * group.block_tokens
-        return None if self.link.is_up else computed
+        return None
 
     def _check(self, binding: kvd.Binding, names: list[bytes], seconds: float, found: Found) -> int:
         """How many blocks from the first on are there within ``seconds``, and right; they are pinned."""

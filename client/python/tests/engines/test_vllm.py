@@ -242,6 +242,12 @@ def test_a_request_that_says_so_waits_for_blocks_nobody_has_announced(daemon: Da
     assert asks.matched(asked, 0) is None
     store(worker(daemon, layout, tensors(layout, 1)), [Piece(0, names(4), [1, 2, 3, 4])])
     assert matched(asks, asked) == 4 * TOKENS
+    # One that is aborted waits no more.
+    lost = request(names(4, 9), request_id="lost", kv_transfer_params={"kvd": {"wait": 600}})
+    assert asks.matched(lost, 0) is None
+    looking = asks._tracks["lost"].looking
+    asks.end(lost)
+    soon(looking.done)
     for wrong in ({"wait": -1}, {"wait": "long"}, {"weight": 1}, 7.5, True):
         odd = request(names(9, 5), request_id=str(wrong), kv_transfer_params={"kvd": wrong})
         assert asks._track(odd).wait == 0
