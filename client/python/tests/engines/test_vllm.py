@@ -1,6 +1,7 @@
 """The vLLM connector's halves on vLLM's own classes, with a real daemon and no engine; ``engines/run`` has whole engines."""
 
 import dataclasses
+import shutil
 from types import SimpleNamespace
 from typing import Any
 
@@ -10,6 +11,7 @@ pytest.importorskip("vllm", reason="vLLM is not installed here; engines/install-
 
 import torch
 from conftest import Daemon, soon
+from vllm.distributed.kv_events import BlockRemoved, BlockStored
 from vllm.v1.kv_cache_interface import (
     FullAttentionSpec,
     KVCacheConfig,
@@ -21,7 +23,7 @@ from vllm.v1.kv_cache_interface import (
 from kvd._engine import Link, settings
 from kvd.vllm import Settings, logger
 from kvd.vllm._layout import layout_of, pages_of
-from kvd.vllm._scheduler import Scheduler
+from kvd.vllm._scheduler import Events, Scheduler
 from kvd.vllm._worker import Owner, Piece, Step, Work, Worker
 
 BLOCKS, TOKENS = 64, 16
@@ -251,6 +253,42 @@ def test_a_request_that_says_so_waits_for_blocks_nobody_has_announced(daemon: Da
     for wrong in ({"wait": -1}, {"wait": "long"}, {"weight": 1}, 7.5, True):
         odd = request(names(9, 5), request_id=str(wrong), kv_transfer_params={"kvd": wrong})
         assert asks._track(odd).wait == 0
+
+
+def test_events_say_where_blocks_of_this_engine_went(daemon: Daemon):
+    layout = layout_of(config(), cache(FULL))
+    events = Events(link(daemon), layout, "default")
+    one, hashes = worker(daemon, layout, tensors(layout, 1)), names(3)
+    asked = request(hashes, all_token_ids=list(range(3 * TOKENS + 5)))
+    events.remember(asked, layout.groups[0], 1, hashes[1:], Owner())
+    store(one, [Piece(0, hashes, [1, 2, 3])])
+    seen: list[Any] = []
+
+    def seen_all(count: int) -> bool:
+        seen.extend(events.take())
+        return len(seen) >= count
+
+    soon(lambda: seen_all(2))
+    assert all(isinstance(event, BlockStored) and event.medium == "CPU" for event in seen), seen
+    first = seen[0]
+    assert (first.block_hashes, first.parent_block_hash) == ([number(hashes[1])], number(hashes[0]))
+    assert (first.token_ids, first.block_size) == (list(range(TOKENS, 2 * TOKENS)), TOKENS)
+    session = daemon.client().session("other")
+    assert session.evict(one._binding(session, Owner(), layout.groups[0]), hashes[2:]).evicted == 1
+    soon(lambda: seen_all(3))
+    # A life of the daemon that lacks blocks says so by its inventory.
+    daemon.kill()
+    shutil.rmtree(daemon.memory / "m")
+    daemon.start()
+    soon(lambda: seen_all(4))
+    assert [type(event) for event in seen[2:]] == [BlockRemoved] * 2
+    assert [event.block_hashes for event in seen[2:]] == [[number(hashes[2])], [number(hashes[1])]]
+    events.close()
+
+
+def number(hash_: bytes) -> int:
+    """How vLLM's events name it."""
+    return int.from_bytes(hash_[-8:], "big")
 
 
 def test_without_a_daemon_nothing_is_promised_and_nothing_fails(daemon: Daemon):
