@@ -98,7 +98,7 @@ class Kvd:
     def start(self) -> None:
         arguments = [str(ROOT / "target/release/kvd"), "--run-dir", str(self.run), "--data-dir", str(self.data)]
         arguments += ["--memory-dir", str(self.memory / "m"), "--host-bytes", self.host, "--disk-bytes", "1GiB"]
-        arguments += ["--http", "off", "--set", "disk.admission=all"]
+        arguments += ["--http", "off", "--set", "disk.admission=all", "--set", "disk.slow_limit=30s"]
         for setting in self.settings:
             arguments += ["--set", setting]
         process = Process("kvd", arguments, self.folder / "kvd.log")

@@ -36,6 +36,8 @@ impl Home {
         if let Some(bytes) = disk {
             let dir = root.path().join("data").display().to_string();
             args.extend(["--data-dir".into(), dir, "--disk-bytes".into(), bytes.into()]);
+            // A build beside the tests can keep a disk busy for seconds; that is none of their business.
+            args.extend(["--set", "disk.slow_limit=30s"].map(String::from));
         }
         Self { root, memory, args }
     }
