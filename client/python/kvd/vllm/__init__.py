@@ -63,10 +63,14 @@ class Settings:
     """Who pays for the blocks: ``[a-z0-9-]{1,63}``."""
     model: str = ""
     """What the model is called in names of blocks. Empty: as vLLM calls it, a directory by its last part."""
+    weights: str = ""
+    """Which weights these are, in names of blocks. Empty: a digest of the files, or the revision."""
     deadline: float = 1.0
     """Seconds that one call to the daemon may take."""
     wait: float = 2.0
     """Seconds that a request waits for blocks which another engine has announced and not yet stored."""
+    request_wait_max: float = 60.0
+    """Seconds that a request may say it waits for blocks which nobody has announced."""
     match_seconds: float = 2.0
     """Seconds in which the blocks of a request must have been brought up and checked; what is not is computed."""
     load_seconds: float = 5.0
@@ -105,7 +109,7 @@ class KvdConnector(KVConnectorBase_V1, SupportsHMA):
         transfer = vllm_config.kv_transfer_config
         assert transfer is not None, "vLLM made a connector without a configuration for it"
         chosen = settings(Settings, transfer.kv_connector_extra_config, "kv_connector_extra_config")
-        layout = layout_of(vllm_config, kv_cache_config, chosen.model)
+        layout = layout_of(vllm_config, kv_cache_config, chosen.model, chosen.weights)
         # vLLM's default is to fail the request; a cache must not do that.
         transfer.kv_load_failure_policy = "recompute"
         rank = get_tensor_model_parallel_rank() if role == KVConnectorRole.WORKER else 0
@@ -127,6 +131,7 @@ class KvdConnector(KVConnectorBase_V1, SupportsHMA):
                 chosen.tenant,
                 wait=chosen.wait,
                 match_seconds=chosen.match_seconds,
+                request_wait_max=chosen.request_wait_max,
                 loads=transfer.is_kv_consumer,
                 stores=transfer.is_kv_producer,
                 events=Events(link, layout, chosen.tenant) if wants_events else None,
@@ -196,7 +201,8 @@ class KvdConnector(KVConnectorBase_V1, SupportsHMA):
 
     @_nothing
     def update_connector_output(self, connector_output: "KVConnectorOutput") -> None:
-        self._there(self._scheduler).failed(connector_output.failed_recving or ())
+        failed = connector_output.failed_recving or ()
+        self._there(self._scheduler).failed(failed, bool(connector_output.invalid_block_ids))
 
     def request_finished(self, request: "Request", block_ids: list[int]) -> tuple[bool, dict[str, Any] | None]:
         return self.request_finished_all_groups(request, (block_ids,))

@@ -11,6 +11,7 @@ Whatever we do not know how to read is refused when the engine starts, by name.
 """
 
 import hashlib
+import json
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -110,8 +111,8 @@ class Layout:
         return len(group.layers), heads * self.slices, heads * slice_, heads * (slice_ + 1)
 
 
-def layout_of(config: "VllmConfig", cache: KVCacheConfig, model: str = "") -> Layout:
-    """Reads vLLM's configuration. ``model``: what to call the model, if not what vLLM calls it.
+def layout_of(config: "VllmConfig", cache: KVCacheConfig, model: str = "", weights: str = "") -> Layout:
+    """Reads vLLM's configuration. ``model`` and ``weights``: what to call them, if not what is found out.
 
     Raises ``ValueError`` that names what is not supported.
     """
@@ -136,6 +137,7 @@ def layout_of(config: "VllmConfig", cache: KVCacheConfig, model: str = "") -> La
         if align % group.block_tokens:
             raise _unsupported(f"hits in steps of {align} tokens", f"group {group.index} has blocks of {group.block_tokens}")
     name = config.model_config.model
+    weights = weights or _weights(config)
     return Layout(
         groups=groups,
         align_tokens=align,
@@ -143,8 +145,30 @@ def layout_of(config: "VllmConfig", cache: KVCacheConfig, model: str = "") -> La
         slices=parallel.tensor_parallel_size // replicas,
         replicas=replicas,
         model=model or model_name(name),
-        weights=weights_of(name, config.model_config.revision),
+        weights=f"{weights}:{_computed_as(config)}",
     )
+
+
+def _weights(config: "VllmConfig") -> str:
+    model = config.model_config
+    found = weights_of(model.model, model.revision or getattr(model.hf_config, "_commit_hash", None))
+    if not found:
+        raise _unsupported(f"model {model.model} of unknown revision", 'say which weights: "weights" in the extra config')
+    return found
+
+
+def _computed_as(config: "VllmConfig") -> str:
+    """A digest of what else of the configuration changes keys and values: overrides of the model's, quantisation."""
+    model = config.model_config
+    read = {key: value for key, value in model.hf_config.to_dict().items() if key not in _NOT_COMPUTED}
+    read["quantization"] = model.quantization
+    if config.load_config.load_format == "dummy":
+        read["dummy"] = model.seed
+    text = json.dumps(read, sort_keys=True, default=str)
+    return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
+
+
+_NOT_COMPUTED = frozenset({"_name_or_path", "_commit_hash", "transformers_version"})
 
 
 def _group(index: int, layers: list[str], spec: KVCacheSpec, hash_tokens: int) -> Group:

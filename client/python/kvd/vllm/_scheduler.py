@@ -5,6 +5,7 @@ there. What is promised to vLLM has been brought up to host memory, read and com
 until the ranks have loaded it.
 """
 
+import contextlib
 import threading
 import time
 from collections import OrderedDict
@@ -19,7 +20,7 @@ from vllm.v1.core.kv_cache_utils import BlockHash, maybe_convert_block_hash
 from vllm.v1.metrics.cache_hit_source import CacheHitSource
 
 import kvd
-from kvd._engine import Link, weights_of
+from kvd._engine import Link, files_of, weights_of
 from kvd.vllm._layout import NULL_BLOCK, Group, Layout
 from kvd.vllm._stats import Stats
 from kvd.vllm._worker import BATCH, Owner, Piece, Step, Work
@@ -36,11 +37,15 @@ PIN_SECONDS = 30.0
 GLANCE_SECONDS = 0.002
 """How long vLLM's scheduler waits for a lookup before it goes on with other requests."""
 POLL_SECONDS = (0.005, 0.05)
-"""How soon a request that waits for another engine's blocks looks again at first, and later."""
-LOOKERS = 64
-"""Requests that are looked up, or wait for another engine's blocks, at once."""
+"""How soon a request that waits for another engine's blocks is looked up again at first, and later."""
+IDLE_SECONDS = 0.0005
+"""How long a step that has nothing else to do than to wait for lookups stands still."""
+LOOKERS = 16
+"""Requests that are looked up at once. Those that wait hold no thread."""
 STORES_PER_STEP = 1024
 """Blocks of a request that one step may store."""
+ADAPTERS_KEPT = 1024
+"""LoRA adapters whose digest is remembered."""
 EVENTS_KEPT = 1 << 18
 """Blocks whose hash is remembered, to name them in events."""
 
@@ -58,6 +63,8 @@ class Found:
     tiers: list[str] = field(default_factory=list)
     """Where the blocks of the first group were found."""
     pinned: list[tuple[kvd.Binding, list[bytes]]] = field(default_factory=list)
+    waiting: bool = False
+    """More may come: it is to be looked up again."""
     at: float = field(default_factory=time.monotonic)
 
     def serves(self, computed: int) -> bool:
@@ -77,6 +84,13 @@ class _Track:
     """The request is over: nobody waits for what is being looked up."""
     looking: "Future[Found] | None" = None
     found: Found | None = None
+    asked: int = 0
+    """Tokens that vLLM had itself when it was last told what can be loaded: the load begins there."""
+    begun: float | None = None
+    """When it was first looked up."""
+    look_at: float = 0.0
+    """When it is looked up again, while it waits; and how long it waits then."""
+    pause: float = POLL_SECONDS[0]
     stored: dict[int, int] = field(default_factory=dict)
     """For each group, blocks from the start that need no store."""
     loading: bool = False
@@ -100,22 +114,26 @@ class Scheduler:
         *,
         wait: float,
         match_seconds: float,
+        request_wait_max: float,
         loads: bool,
         stores: bool,
         events: "Events | None",
     ):
         self.link, self.layout, self.tenant = link, layout, tenant
-        self.wait, self.match_seconds = wait, match_seconds
+        self.wait, self.match_seconds, self.request_wait_max = wait, match_seconds, request_wait_max
         self.loads, self.stores = loads, stores
         self.stats = Stats()
         self.events = events
         self._tracks: dict[str, _Track] = {}
         self._loads: list[Work] = []
-        self._adapters: dict[tuple[str, str], str] = {}
+        self._adapters: dict[tuple[Any, ...], str] = {}
         self._life = ""
         self._lookers = ThreadPoolExecutor(LOOKERS, "kvd-look")
         # One group: vLLM can recompute from a block that failed. Several: only a request that waits may fail.
-        self.waits_for_loads = len(layout.groups) > 1
+        # Several ranks: what one of them could not load, all would compute with, and store.
+        self.waits_for_loads = len(layout.groups) > 1 or layout.slices * layout.replicas > 1
+        self._failures_seen = 0
+        self._idle, self._may_wait = True, True
 
     # vLLM's questions
 
@@ -128,29 +146,45 @@ class Scheduler:
         if not self.loads or not self.link.is_up:
             return 0
         track = self._track(request)
-        if track.gave_up:
+        if track.gave_up or track.owner.life != self._life:
             return 0
         # The last token is computed always: vLLM needs its logits.
         limit = (request.num_tokens - 1) // self.layout.align_tokens * self.layout.align_tokens
         limit = min(limit, len(request.block_hashes) * self.layout.hash_tokens)
         if limit <= computed:
             return 0
-        if track.looking is None or (track.looking.done() and not track.looking.result().serves(computed)):
-            self._let_go(track)
+        if track.looking is not None and track.looking.done():
+            found = track.looking.result()
+            if found.waiting:
+                if time.monotonic() < track.look_at:
+                    self._stand_still(track)
+                    return None
+                track.looking = None
+            elif not found.serves(computed):
+                self._let_go(track)
+        if track.looking is None:
+            if track.begun is None:
+                track.begun = time.monotonic()
+                self.stats.add("lookups")
             hashes = list(request.block_hashes)
             track.looking = self._lookers.submit(self._look, track, hashes, computed, limit)
-            self.stats.add("lookups")
-            until = time.monotonic() + GLANCE_SECONDS
-            while not track.looking.done() and time.monotonic() < until:
-                time.sleep(0.0002)
-        elif not track.looking.done():
-            # Nothing else may be there to do; then this is all that keeps the engine from spinning.
-            time.sleep(0.0005)
         if not track.looking.done():
+            self._stand_still(track)
+        if not track.looking.done() or track.looking.result().waiting:
             return None
-        track.found = track.looking.result()
+        track.found, track.asked = track.looking.result(), computed
         more: int = max(0, min(track.found.tokens, limit) - computed)
         return more
+
+    def _stand_still(self, track: _Track) -> None:
+        """Waits a little for a lookup, once a step: long enough for most when the engine has nothing else to do."""
+        if self._may_wait and track.looking is not None:
+            self._may_wait = False
+            until = time.monotonic() + (GLANCE_SECONDS if not track.looking.done() else IDLE_SECONDS)
+            while time.monotonic() < until and self._idle | (not track.looking.done()):
+                time.sleep(0.0002)
+                if track.looking.done() and not track.looking.result().waiting:
+                    return
 
     def sources(self, request: "Request", tokens: int) -> dict[CacheHitSource, int]:
         """From which tier ``tokens`` come."""
@@ -159,7 +193,7 @@ class Scheduler:
             return {CacheHitSource.EXTERNAL_UNSPECIFIED: tokens} if tokens else {}
         block_tokens = self.layout.groups[0].block_tokens
         counts: dict[CacheHitSource, int] = {}
-        for tier in track.found.tiers[track.found.first // block_tokens :]:
+        for tier in track.found.tiers[track.asked // block_tokens : (track.asked + tokens) // block_tokens]:
             source = _SOURCES.get(tier, CacheHitSource.EXTERNAL_UNSPECIFIED)
             counts[source] = counts.get(source, 0) + block_tokens
         return counts if sum(counts.values()) == tokens else {CacheHitSource.EXTERNAL_UNSPECIFIED: tokens}
@@ -169,7 +203,8 @@ class Scheduler:
         track = self._tracks.get(request.request_id)
         if track is None or track.found is None or tokens == 0:
             return
-        first, end = track.found.first, track.found.first + tokens
+        first, end = track.asked, track.asked + tokens
+        assert end <= track.found.tokens, f"{end} tokens taken of {track.found.tokens}"
         numbers = blocks.get_block_ids()
         pieces = []
         for group in self.layout.groups:
@@ -186,6 +221,8 @@ class Scheduler:
     def step(self, output: "SchedulerOutput") -> Step:
         """What the ranks do in this step."""
         step = Step(later=self._loads) if self.waits_for_loads else Step(loads=self._loads)
+        step.failures_seen = self._failures_seen
+        self._idle, self._may_wait = not output.num_scheduled_tokens, True
         loading = {work.request for work in self._loads}
         self._loads = []
         computed = {new.req_id: new.num_computed_tokens for new in output.scheduled_new_reqs}
@@ -197,7 +234,7 @@ class Scheduler:
                 continue
             if name not in loading:
                 track.loading = False
-            if self.stores and self.link.is_up:
+            if self.stores and self.link.is_up and track.owner.life == self._life:
                 numbers = output.kv_connector_block_state and output.kv_connector_block_state.get_block_ids(name)
                 if numbers:
                     self._store(step, track, computed[name], computed[name] + tokens, numbers)
@@ -206,11 +243,17 @@ class Scheduler:
                 self._let_go(track)
         return step
 
-    def failed(self, requests: Iterable[str]) -> None:
-        """These were not loaded; they are computed, and not looked up again."""
+    def failed(self, requests: Iterable[str], blocks: bool) -> None:
+        """These requests were not loaded; they are computed, and not looked up again. ``blocks``: of a step that
+        computed with its loads, some failed."""
         for name in requests:
             if (track := self._tracks.get(name)) is not None:
                 track.gave_up = True
+        if blocks:
+            # From now on what the ranks compute is sound again. What they did not store meanwhile is offered anew.
+            self._failures_seen += 1
+            for track in self._tracks.values():
+                track.stored = dict.fromkeys(track.stored, 0)
 
     def end(self, request: "Request") -> None:
         """A request is over."""
@@ -220,11 +263,10 @@ class Scheduler:
 
     def forget(self) -> None:
         """The weights may have changed: what was stored so far is not found any more by this engine."""
+        # Requests that are under way keep the old one: they load and store no more.
         self._life = f"+{time.time_ns():x}"
         for track in self._tracks.values():
             self._let_go(track)
-            track.owner = Owner(track.owner.lora, track.owner.salt, self._life)
-            track.stored = {}
         logger.info("kvd: a new life begins; blocks stored before it are not used by this engine")
 
     def close(self) -> None:
@@ -245,16 +287,15 @@ class Scheduler:
 
     def _find(self, track: _Track, hashes: list[Any], computed: int, limit: int) -> Found:
         """As much of the first ``limit`` tokens as is there, in every group and slice, and right."""
-        owner, begun = track.owner, time.monotonic()
+        owner, now = track.owner, time.monotonic()
+        begun = now if track.begun is None else track.begun
+        tokens, tiers, pending = self._held(hashes, owner, limit)
         # Nobody has to have announced them when the request itself says that they will come.
-        until_announced, until_there = begun + track.wait, begun + max(track.wait, self.wait)
-        pause, longest = POLL_SECONDS
-        while True:
-            tokens, tiers, pending = self._held(hashes, owner, limit)
-            now = time.monotonic()
-            if tokens >= limit or now >= (until_there if pending else until_announced) or track.gone.wait(pause):
-                break
-            pause = min(pause * 1.5, longest)
+        until = begun + (max(track.wait, self.wait) if pending else track.wait)
+        if tokens < limit and now < until and self.link.is_up:
+            track.look_at = now + track.pause
+            track.pause = min(track.pause * 1.5, POLL_SECONDS[1])
+            return Found(computed, waiting=True)
         found = Found(computed, tiers=tiers)
         until = time.monotonic() + self.match_seconds
         while tokens > computed and not track.gone.is_set():
@@ -356,13 +397,17 @@ class Scheduler:
         """The promise to this request is over."""
         looking, track.looking, track.found = track.looking, None, None
 
-        def unpin(future: "Future[Found]") -> None:
-            for binding, names in future.result().pinned:
+        def unpin(done: "Future[Found]") -> None:
+            for binding, names in done.result().pinned:
                 self.link.ask(lambda s: s.unpin(binding, names))
 
+        def unpin_later(done: "Future[Found]") -> None:
+            # Behind the engine's back: it need not wait for that. At the very end pins lapse by themselves.
+            with contextlib.suppress(RuntimeError):
+                self._lookers.submit(unpin, done)
+
         if looking is not None and not looking.cancel():
-            # Behind the engine's back: it need not wait for that.
-            looking.add_done_callback(lambda done: self._lookers.submit(unpin, done))
+            looking.add_done_callback(unpin_later)
 
     # Stores
 
@@ -398,7 +443,7 @@ class Scheduler:
     def _track(self, request: "Request") -> _Track:
         if (track := self._tracks.get(request.request_id)) is None:
             owner = Owner(self._adapter(request), request.cache_salt or "", self._life)
-            track = self._tracks[request.request_id] = _Track(request, owner, _wait_of(request))
+            track = self._tracks[request.request_id] = _Track(request, owner, min(_wait_of(request), self.request_wait_max))
         return track
 
     def _adapter(self, request: "Request") -> str:
@@ -406,8 +451,11 @@ class Scheduler:
         lora = request.lora_request
         if lora is None:
             return ""
-        key = (lora.lora_name, lora.lora_path)
+        # Files that were exchanged have other times; see `reset_external` for weights exchanged in memory.
+        key = (lora.lora_name, lora.lora_path, *files_of(lora.lora_path))
         if key not in self._adapters:
+            if len(self._adapters) >= ADAPTERS_KEPT:
+                self._adapters.clear()
             self._adapters[key] = f"{lora.lora_name}@{weights_of(lora.lora_path) or lora.lora_path}"
         return self._adapters[key]
 

@@ -72,6 +72,8 @@ class Step(KVConnectorMetadata):
     later: list[Work] = field(default_factory=list)
     """Loads of requests that wait until they are done."""
     stores: list[Work] = field(default_factory=list)
+    failures_seen: int = 0
+    """Steps with failed loads that the scheduler knew of when it planned this one."""
 
 
 @dataclass
@@ -129,6 +131,9 @@ class Worker:
         self._rooms: list[_Room] = []
         self._left: list[Work] = []
         self._saves: list[Future[None]] = []
+        self._failed = False
+        self._failures = 0
+        """Steps in which a load failed, ever."""
         # Until they are told:
         self._bad_blocks: set[int] = set()
         self._received: set[str] = set()
@@ -157,23 +162,27 @@ class Worker:
         """Announces what the step will fill."""
         self._layers, self._asked, self._loading, self._saves = {}, set(), [], []
         self._settle(wait=False)
-        if self.stores_blocks:
-            self._rooms, self._left = [], step.stores
+        self._rooms, self._left, self._failed = [], [], False
+        # After a failed load, what is computed is garbage until the scheduler has planned anew: vLLM computes it
+        # again, and it must not be found by anybody meanwhile.
+        if self.stores_blocks and self._failures <= step.failures_seen:
+            self._left = step.stores
             self._announce()
 
     def load(self, step: Step) -> None:
         """Starts the loads. vLLM calls it before the first layer when the step computes with them, else after the last."""
+        until = time.monotonic() + self.load_seconds
         for work in step.loads:
-            opened = self._open(work)
+            opened = self._open(work, until)
             if opened is None:
-                self._bad_blocks.update(number for piece in work.pieces for number in piece.numbers)
+                self._give_up(number for piece in work.pieces for number in piece.numbers)
             else:
                 self._loading += opened
         if self._loading:
             self._load()
         for work in step.later:
             begun = time.perf_counter()
-            opened = self._open(work)
+            opened = self._open(work, until)
             if opened is None:
                 self._not_received.add(work.request)
             else:
@@ -186,7 +195,7 @@ class Worker:
     def fail(self, step: Step) -> None:
         """The step's loads are given up."""
         logger.exception("kvd: a defect of the connector; what it had to load is computed. Please report it")
-        self._bad_blocks.update(n for work in step.loads for piece in work.pieces for n in piece.numbers)
+        self._give_up(n for work in step.loads for piece in work.pieces for n in piece.numbers)
         self._received.update(work.request for work in step.later)
         self._not_received.update(work.request for work in step.later)
 
@@ -215,13 +224,13 @@ class Worker:
         if not done or not self._asked.issuperset(self._layers):
             # Some layer computed without having asked, perhaps before its bytes were there.
             logger.error("kvd: vLLM skipped its hooks, or a copy failed; what this step loaded is computed again")
-            self._bad_blocks.update(number for one in self._loading for number in one.numbers)
+            self._give_up(number for one in self._loading for number in one.numbers)
             self._hooks_work, self.layerwise = False, False
         elif self.layerwise and not self._hooks_work:
             self._hooks_work = self._asked.issuperset(self.place)
         self._loading = []
         begun = time.perf_counter()
-        if not all([self._await(future) for future in self._saves]):
+        if not all([self._await(future) for future in self._saves]) or self._failed:
             # Nobody may read them: announced blocks that are let go are taken back.
             self._rooms, self._left = [], []
         if self._rooms or self._left:
@@ -255,9 +264,15 @@ class Worker:
         scope = self.layout.scope(group, self.tenant, owner.lora, owner.salt, owner.life)
         return self.link.binding(session, scope, group.block_bytes, self.layout.part(group, self.slice))
 
-    def _open(self, work: Work) -> list[_Opened] | None:
+    def _give_up(self, numbers: Iterable[int]) -> None:
+        """These were to be computed with and are not there: whatever the step computes is not stored."""
+        if not self._failed:
+            self._failures += 1
+        self._failed = True
+        self._bad_blocks.update(numbers)
+
+    def _open(self, work: Work, until: float) -> list[_Opened] | None:
         """All blocks of a request, checked; or ``None``, and why is in the log."""
-        until = time.monotonic() + self.load_seconds
         opened = []
         for piece in work.pieces:
             group = self.groups[piece.group]

@@ -11,6 +11,7 @@ pytest.importorskip("vllm", reason="vLLM is not installed here; engines/install-
 
 import torch
 from conftest import Daemon, soon
+from safetensors.torch import save_file
 from vllm.distributed.kv_events import BlockRemoved, BlockStored
 from vllm.v1.kv_cache_interface import (
     FullAttentionSpec,
@@ -20,7 +21,7 @@ from vllm.v1.kv_cache_interface import (
     SlidingWindowSpec,
 )
 
-from kvd._engine import Link, settings
+from kvd._engine import Link, settings, weights_of
 from kvd.vllm import Settings, logger
 from kvd.vllm._layout import layout_of, pages_of
 from kvd.vllm._scheduler import Events, Scheduler
@@ -38,12 +39,21 @@ def cache(*specs: Any, layers: int = 3, **more: Any) -> KVCacheConfig:
     return KVCacheConfig(BLOCKS, [], groups, hash_block_size=TOKENS, **more)
 
 
-def config(tensor_parallel: int = 1, **parallel: int) -> Any:
+def config(
+    tensor_parallel: int = 1, revision: str | None = "r1", overrides: dict[str, Any] | None = None, **parallel: int
+) -> Any:
     sizes = {"pipeline_parallel_size": 1, "decode_context_parallel_size": 1, "prefill_context_parallel_size": 1}
     return SimpleNamespace(
         parallel_config=SimpleNamespace(**{**sizes, "tensor_parallel_size": tensor_parallel, **parallel}),
         cache_config=SimpleNamespace(block_size=TOKENS, calculate_kv_scales=False),
-        model_config=SimpleNamespace(model="some/model", revision="r1"),
+        model_config=SimpleNamespace(
+            model="some/model",
+            revision=revision,
+            hf_config=SimpleNamespace(to_dict=lambda: dict(overrides or {})),
+            quantization=None,
+            seed=0,
+        ),
+        load_config=SimpleNamespace(load_format="auto"),
     )
 
 
@@ -68,7 +78,7 @@ def worker(daemon: Daemon, layout: Any, caches: dict[str, torch.Tensor], rank: i
 
 
 def scheduler(daemon: Daemon, layout: Any, **more: Any) -> Scheduler:
-    chosen = {"wait": 0.0, "match_seconds": 10, "loads": True, "stores": True, "events": None, **more}
+    chosen = {"wait": 0.0, "match_seconds": 10, "request_wait_max": 60, "loads": True, "stores": True, "events": None, **more}
     return Scheduler(link(daemon), layout, "default", **chosen)
 
 
@@ -255,6 +265,92 @@ def test_a_request_that_says_so_waits_for_blocks_nobody_has_announced(daemon: Da
         assert asks._track(odd).wait == 0
 
 
+def test_a_load_begins_where_vllm_was_last_told_that_it_begins(daemon: Daemon):
+    layout = layout_of(config(), cache(FULL))
+    store(worker(daemon, layout, tensors(layout, 1)), [Piece(0, names(8), list(range(1, 9)))])
+    one, asked = scheduler(daemon, layout), request(names(8))
+    assert matched(one, asked) == 8 * TOKENS
+    # Meanwhile another request has brought three blocks of the prefix into vLLM's own cache.
+    assert matched(one, asked, computed=3 * TOKENS) == 5 * TOKENS
+    table = SimpleNamespace(get_block_ids=lambda: ([30 + at for at in range(9)],))
+    one.allocated(asked, table, 5 * TOKENS)
+    (load,) = one._loads
+    assert load.pieces == [Piece(0, names(8)[3:], [33, 34, 35, 36, 37])]
+    assert sum(one.sources(asked, 5 * TOKENS).values()) == 5 * TOKENS
+
+
+def test_what_was_computed_with_a_failed_load_is_never_stored(daemon: Daemon):
+    layout = layout_of(config(), cache(FULL))
+    one = worker(daemon, layout, tensors(layout, 1))
+    here = scheduler(daemon, layout)
+    absent, garbage = work([Piece(0, names(2, 9), [11, 12])]), names(6)
+
+    def stored(first: int, numbers: list[int]) -> list[Work]:
+        return [work([Piece(0, garbage[first : first + 2], numbers)])]
+
+    step(one, Step(loads=[absent], stores=stored(0, [13, 14])))
+    assert one.take_bad_blocks() == {11, 12}
+    # Planned before the scheduler knew.
+    step(one, Step(stores=stored(2, [15, 16])))
+    assert matched(here, request(garbage, request_id="a")) == 0
+    assert not here._held(garbage, Owner(), 6 * TOKENS)[2], "nor is it announced any more"
+    step(one, Step(stores=stored(0, [17, 18]), failures_seen=1))
+    soon(lambda: here._held(garbage, Owner(), 6 * TOKENS)[0] == 2 * TOKENS)
+
+
+def test_a_new_life_takes_nothing_along(daemon: Daemon):
+    layout = layout_of(config(), cache(FULL))
+    one, running = scheduler(daemon, layout), request(names(8))
+    one.begin(running)
+    state = SimpleNamespace(get_block_ids=lambda name: (list(range(1, 9)),))
+    new = SimpleNamespace(req_id="r", num_computed_tokens=0)
+    cached = SimpleNamespace(req_ids=[], num_computed_tokens=[])
+    output = SimpleNamespace(
+        num_scheduled_tokens={"r": 8 * TOKENS},
+        scheduled_new_reqs=[new],
+        scheduled_cached_reqs=cached,
+        kv_connector_block_state=state,
+    )
+    assert one.step(output).stores, "it would be stored"
+    one._tracks["r"].stored = {}
+    one.forget()
+    assert not one.step(output).stores
+    assert one.matched(running, 0) == 0
+
+
+def test_requests_that_wait_are_in_nobodys_way(daemon: Daemon):
+    layout = layout_of(config(), cache(FULL))
+    store(worker(daemon, layout, tensors(layout, 1)), [Piece(0, names(4), [1, 2, 3, 4])])
+    one = scheduler(daemon, layout)
+    patient = [
+        request(names(4, 5), request_id=str(at), kv_transfer_params={"kvd": {"wait": 500}}) for at in range(200)
+    ]
+    for asked in patient:
+        assert one.matched(asked, 0) is None
+    assert matched(one, request(names(4))) == 4 * TOKENS
+    assert all(one.matched(asked, 0) is None for asked in patient)
+    assert {one._tracks[asked.request_id].wait for asked in patient} == {60.0}, "no longer than the operator allows"
+
+
+def test_models_that_compute_differently_have_names_of_their_own(tmp_path: Any):
+    def named(**more: Any) -> str:
+        return layout_of(config(**more), cache(FULL)).weights
+
+    assert len({named(), named(revision="r2"), named(overrides={"rope_theta": 100})}) == 3
+    assert named(overrides={"_name_or_path": "a"}) == named(overrides={"_name_or_path": "b"})
+    with pytest.raises(ValueError, match="model some/model of unknown revision"):
+        named(revision=None)
+
+    tensors = {"a": torch.zeros(1 << 20), "b": torch.zeros(3), "c": torch.zeros(1 << 16)}
+    digests = set()
+    for changed in (None, "a", "b", "c"):
+        folder = tmp_path / str(changed)
+        folder.mkdir()
+        save_file({name: one + (name == changed) for name, one in tensors.items()}, folder / "model.safetensors")
+        digests.add(weights_of(str(folder)))
+    assert len(digests) == 4
+
+
 def test_events_say_where_blocks_of_this_engine_went(daemon: Daemon):
     layout = layout_of(config(), cache(FULL))
     events = Events(link(daemon), layout, "default")
@@ -299,10 +395,11 @@ def test_without_a_daemon_nothing_is_promised_and_nothing_fails(daemon: Daemon):
     assert matched(asks, request(names(4), request_id="a")) == 4 * TOKENS
     daemon.kill()
     soon(lambda: matched(asks, request(names(4), request_id="b")) == 0)
-    step(one, Step(loads=[work([Piece(0, names(4), [11, 12, 13, 14])])], stores=[work([Piece(0, names(3, 1), [5, 6, 7])])]))
+    step(one, Step(loads=[work([Piece(0, names(4), [11, 12, 13, 14])])]))
     # What lies in shared memory can be read without the daemon; then it is right.
     if one.take_bad_blocks() != {11, 12, 13, 14}:
         assert all(torch.equal(tensor[11:15], tensor[1:5]) for tensor in caches.values())
+    step(one, Step(stores=[work([Piece(0, names(3, 1), [5, 6, 7])])], failures_seen=1))
     assert one.take_stats().data["unstored_blocks"] == 3
     daemon.start()
     found = [0]
