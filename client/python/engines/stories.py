@@ -202,6 +202,33 @@ def the_same_prompt_again_after_the_prefix_cache_was_reset(world: World) -> None
     assert longer.external >= world.whole(cold) + 64, "decoded blocks were not found"
 
 
+def many_at_once_with_a_common_prefix(world: World) -> None:
+    """They are looked up while each fills vLLM's own cache under the others."""
+    engine, common = world.engines["A"], world.prompt(350)
+    prompts = [f"{common} {world.prompt(60)}" for _ in range(6)]
+    cold = [world.cold(engine, prompts[0])] + [engine.ask(prompt) for prompt in prompts[1:]]
+    world.nothing_held()
+    for _ in range(3):
+        engine.reset()
+        before, answers = engine.sources(), {}
+
+        def ask(at: int, into: dict[int, Answer] = answers) -> None:
+            into[at] = engine.send(prompts[at])
+
+        busy = threading.Thread(target=engine.send, args=(world.prompt(600),), kwargs={"tokens": 1})
+        asking = [threading.Thread(target=ask, args=(at,)) for at in range(len(prompts))]
+        for thread in [busy, *asking]:
+            thread.start()
+        for thread in [busy, *asking]:
+            thread.join()
+        for at, answer in sorted(answers.items()):
+            same(answer, cold[at])
+        assert len(answers) == len(prompts)
+        loaded = engine.sources()["external_kv_transfer"] - before["external_kv_transfer"]
+        assert loaded, "none of it came from kvd"
+    world.tell(f"{len(prompts)} at once, three times: the same text each time; {loaded:.0f} tokens from kvd the last time")
+
+
 def kvd_killed_between_the_two(world: World) -> None:
     engine, prompt = world.engines["A"], world.prompt()
     cold = world.cold(engine, prompt)
@@ -489,6 +516,7 @@ def two_tensor_parallel_ranks(world: World) -> None:
 
 STORIES: list[Callable[[World], None]] = [
     the_same_prompt_again_after_the_prefix_cache_was_reset,
+    many_at_once_with_a_common_prefix,
     kvd_killed_between_the_two,
     kvd_down_while_the_engine_runs,
     one_stored_block_damaged_on_disk,
