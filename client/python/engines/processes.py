@@ -40,6 +40,19 @@ def free_port() -> int:
         return port
 
 
+def is_mapped(path: Path) -> bool:
+    """Whether some process has it open in memory; what we may not look at counts."""
+    for maps in Path("/proc").glob("[0-9]*/maps"):
+        try:
+            if str(path) in maps.read_text():
+                return True
+        except (FileNotFoundError, ProcessLookupError):
+            continue
+        except PermissionError:
+            return True
+    return False
+
+
 class Process:
     """A process in a group of its own, which ends with us."""
 
@@ -177,7 +190,7 @@ class Vllm:
         core: int = 0,
         environment: dict[str, str] | None = None,
     ):
-        self.name, self.port = name, free_port()
+        self.name, self.port, self.begun = name, free_port(), time.time()
         programs = Path(sys.executable).parent
         command = [str(programs / "vllm"), "serve", str(model), "--served-model-name", "tiny", "--host", "127.0.0.1"]
         command += ["--port", str(self.port), "--dtype", "float32", "--max-model-len", "4096", "--max-num-seqs", "8"]
@@ -271,6 +284,10 @@ class Vllm:
 
     def end(self, how: signal.Signals = signal.SIGTERM) -> None:
         self.process.end(how)
+        # What an engine that was killed leaves in shared memory, Python does not collect.
+        for path in Path("/dev/shm").glob("psm_*"):
+            if path.stat().st_uid == os.getuid() and path.stat().st_mtime >= self.begun and not is_mapped(path):
+                path.unlink()
 
     def _get(self, path: str) -> str:
         with urllib.request.urlopen(f"http://127.0.0.1:{self.port}{path}", timeout=30) as answer:

@@ -73,7 +73,8 @@ impl Home {
         // The original may lie where only we can go.
         let copy = self.root.path().join(format!("as-{uid}-{role}"));
         std::fs::copy(std::env::current_exe().unwrap(), &copy).expect("a copy of this binary");
-        let out = Command::new(&copy)
+        let mut command = Command::new(&copy);
+        command
             .args([test, "--exact", "--nocapture", "--test-threads=1"])
             .env("KVD_STORY_HOME", self.root.path())
             .env("KVD_STORY_ROLE", role)
@@ -81,9 +82,19 @@ impl Home {
             .current_dir("/")
             .uid(uid)
             .gid(uid)
-            .stdin(Stdio::null())
-            .output()
-            .expect("a process of another user");
+            .stdin(Stdio::null());
+        let limit = Instant::now() + Duration::from_secs(10);
+        let out = loop {
+            match command.output() {
+                // Another story's child was forked while the copy was open for writing, and has not begun yet.
+                Err(error)
+                    if error.kind() == std::io::ErrorKind::ExecutableFileBusy && Instant::now() < limit =>
+                {
+                    std::thread::sleep(Duration::from_millis(10));
+                }
+                out => break out.expect("a process of another user"),
+            }
+        };
         let _ = std::fs::remove_file(&copy);
         let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
         let words = format!("{}{}", text(&out.stdout), text(&out.stderr));
