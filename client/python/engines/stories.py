@@ -35,6 +35,8 @@ class Door:
     name: str
     step: int
     """Prompt tokens that are found or not together."""
+    notices: float
+    """Seconds in which an engine must not store after kvd went away, or it ends."""
     settings: list[str]
     """Of kvd."""
 
@@ -47,6 +49,7 @@ class Door:
 class Connector(Door):
     name: str = "connector"
     step: int = 32
+    notices: float = 0
     settings: list[str] = field(default_factory=list)
     module: str = "kvd.vllm"
     connector: str = "KvdConnector"
@@ -64,6 +67,8 @@ class Connector(Door):
 class Lmcache(Door):
     name: str = "lmcache"
     step: int = 64
+    # Until two heartbeats have failed, LMCache's connector goes on, and lets a broken call end the engine.
+    notices: float = 3
     settings: list[str] = field(default_factory=list)
     port: int = field(default_factory=free_port)
 
@@ -133,6 +138,10 @@ class World:
     def whole(self, answer: Answer) -> int:
         """Prompt tokens that can be loaded: the last one is computed always."""
         return (answer.tokens - 1) // self.door.step * self.door.step
+
+    def stop_kvd(self, how: signal.Signals) -> None:
+        self.kvd.kill(how)
+        time.sleep(self.door.notices)
 
     def tell(self, words: str) -> None:
         self.rows.append(("", words))
@@ -232,7 +241,7 @@ def many_at_once_with_a_common_prefix(world: World) -> None:
 def kvd_killed_between_the_two(world: World) -> None:
     engine, prompt = world.engines["A"], world.prompt()
     cold = world.cold(engine, prompt)
-    world.kvd.kill(signal.SIGKILL)
+    world.stop_kvd(signal.SIGKILL)
     world.kvd.start()
     comes_back(world, engine)
     world.again(engine, prompt, cold, "after kill -9 of kvd")
@@ -241,7 +250,7 @@ def kvd_killed_between_the_two(world: World) -> None:
 def kvd_down_while_the_engine_runs(world: World) -> None:
     engine, prompt, other = world.engines["A"], world.prompt(), world.prompt()
     cold = world.cold(engine, prompt)
-    world.kvd.kill(signal.SIGKILL)
+    world.stop_kvd(signal.SIGKILL)
     engine.reset()
     without = engine.ask(prompt)
     world.told("kvd is down", without)
@@ -271,6 +280,7 @@ def comes_back(world: World, engine: Vllm) -> None:
 def one_stored_block_damaged_on_disk(world: World) -> None:
     engine, prompt = world.engines["A"], world.prompt()
     # So little host memory that blocks have to go to disk.
+    world.stop_kvd(signal.SIGTERM)
     world.kvd.begin_anew(host="16MiB")
     comes_back(world, engine)
     before = set(world.disk_places())
@@ -278,13 +288,13 @@ def one_stored_block_damaged_on_disk(world: World) -> None:
     mine = sorted(set(world.disk_places()) - before)
     while not all(world.disk_places()[key] for key in mine):
         world.cold(engine, world.prompt(400), tokens=1)
-    world.kvd.kill(signal.SIGTERM)
+    world.stop_kvd(signal.SIGTERM)
     world.kvd.forget_memory()
     world.kvd.start()
     comes_back(world, engine)
     world.again(engine, prompt, cold, "after a restart that lost host memory")
     places = world.disk_places()
-    world.kvd.kill(signal.SIGTERM)
+    world.stop_kvd(signal.SIGTERM)
     world.kvd.forget_memory()
     damage(world.kvd.data, places[mine[len(mine) // 2]])
     world.kvd.start()
@@ -298,6 +308,7 @@ def one_stored_block_damaged_on_disk(world: World) -> None:
     # It was computed again, and stored again.
     world.nothing_held()
     world.again(engine, prompt, cold, "after it was computed again")
+    world.stop_kvd(signal.SIGTERM)
     world.kvd.begin_anew(host="256MiB")
     comes_back(world, engine)
 
