@@ -219,7 +219,8 @@ def many_at_once_with_a_common_prefix(world: World) -> None:
     world.nothing_held()
     for _ in range(3):
         engine.reset()
-        before, answers = engine.sources(), {}
+        before = engine.sources()
+        answers: dict[int, Answer] = {}
 
         def ask(at: int, into: dict[int, Answer] = answers) -> None:
             into[at] = engine.send(prompts[at])
