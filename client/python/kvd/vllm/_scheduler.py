@@ -181,7 +181,7 @@ class Scheduler:
         if self._may_wait and track.looking is not None:
             self._may_wait = False
             until = time.monotonic() + (GLANCE_SECONDS if not track.looking.done() else IDLE_SECONDS)
-            while time.monotonic() < until and self._idle | (not track.looking.done()):
+            while time.monotonic() < until and (self._idle or not track.looking.done()):
                 time.sleep(0.0002)
                 if track.looking.done() and not track.looking.result().waiting:
                     return
@@ -200,11 +200,12 @@ class Scheduler:
 
     def allocated(self, request: "Request", blocks: "KVCacheBlocks", tokens: int) -> None:
         """vLLM has taken ``tokens`` of what was offered, and numbered the blocks to load them into."""
-        track = self._tracks.get(request.request_id)
-        if track is None or track.found is None or tokens == 0:
+        if tokens == 0:
             return
+        track = self._tracks[request.request_id]
         first, end = track.asked, track.asked + tokens
-        assert end <= track.found.tokens, f"{end} tokens taken of {track.found.tokens}"
+        # Better no answer than one computed with what nobody loads.
+        assert track.found is not None and end <= track.found.tokens, f"{end} tokens were not offered"
         numbers = blocks.get_block_ids()
         pieces = []
         for group in self.layout.groups:
