@@ -277,11 +277,6 @@ class Vllm:
         pattern = re.compile(r'^vllm:prompt_tokens_by_source_total\{.*source="(\w+)".*\} (\S+)$', re.M)
         return {source: float(count) for source, count in pattern.findall(self._get("/metrics"))}
 
-    def counter(self, name: str) -> float:
-        """A counter of the connector, such as ``kvd_stored_blocks``."""
-        found = re.findall(rf"^vllm:{name}_total\{{.*\}} (\S+)$", self._get("/metrics"), re.M)
-        return sum(map(float, found))
-
     def end(self, how: signal.Signals = signal.SIGTERM) -> None:
         self.process.end(how)
         # What an engine that was killed leaves in shared memory, Python does not collect.

@@ -98,7 +98,6 @@ class World:
         self.door, self.folder, self.models = door, folder, models
         self.kvd = Kvd(folder / "kvd", *door.settings)
         self.engines: dict[str, Vllm] = {}
-        self.rows: list[tuple[str, str]] = []
         self._prompts = 100
 
     def prompt(self, count: int = 250) -> str:
@@ -144,7 +143,6 @@ class World:
         time.sleep(self.door.notices)
 
     def tell(self, words: str) -> None:
-        self.rows.append(("", words))
         print(f"    {words}", flush=True)
 
     def told(self, what: str, answer: Answer) -> None:
