@@ -74,13 +74,8 @@ impl Memory {
         let mut base = 1 << 40;
         let arenas = slabs.iter().map(|slab| {
             let address = slab.data_range().cast::<u8>().as_ptr() as usize;
-            let arena = Arena {
-                slab: slab.clone(),
-                address,
-                base,
-                done: AtomicU64::new(0),
-                seen: AtomicU64::new(0),
-            };
+            let arena =
+                Arena { slab: slab.clone(), address, base, done: AtomicU64::new(0), seen: AtomicU64::new(0) };
             base += (slab.data_bytes() + PIECE_BYTES).next_multiple_of(PIECE_BYTES);
             arena
         });

@@ -177,9 +177,9 @@ impl fmt::Display for Rail {
         }
         match (&self.usable, self.capabilities.map(|capabilities| capabilities.exposure)) {
             (Ok(()), Some(Exposure::Windows)) => f.write_str(": used, blocks are exposed by memory windows"),
-            (Ok(()), _) => {
-                f.write_str(": used, blocks are exposed by a region each (the device has no windows of type 2)")
-            }
+            (Ok(()), _) => f.write_str(
+                ": used, blocks are exposed by a region each (the device has no windows of type 2)",
+            ),
             (Err(why), _) => write!(f, ": not used, {why}"),
         }
     }
@@ -232,7 +232,9 @@ impl Devices {
         match sys::library() {
             Ok(library) => self.decide(&limit, |device, port| {
                 let context = Context::open(library, device).map_err(|error| {
-                    format!("it cannot be opened ({error}); its /dev/infiniband/uverbs file must be accessible")
+                    format!(
+                        "it cannot be opened ({error}); its /dev/infiniband/uverbs file must be accessible"
+                    )
                 })?;
                 let context = context.ok_or(
                     "libibverbs has no driver for it (package ibverbs-providers or rdma-core)".to_owned(),
@@ -256,8 +258,10 @@ impl Devices {
         let class = self.sysfs.join("class/infiniband");
         let mut rails = Vec::new();
         for device in names(&class) {
-            let mut ports: Vec<u8> =
-                names(&class.join(&device).join("ports")).iter().filter_map(|name| name.parse().ok()).collect();
+            let mut ports: Vec<u8> = names(&class.join(&device).join("ports"))
+                .iter()
+                .filter_map(|name| name.parse().ok())
+                .collect();
             ports.sort_unstable();
             rails.extend(ports.into_iter().map(|port| self.rail(&device, port, memlock, &query)));
         }
@@ -290,9 +294,8 @@ impl Devices {
                 && wanted.port.is_none_or(|number| number == port)
         };
         let wanted = self.wanted.iter().find(wanted);
-        let gid = link_layer.and_then(|layer| {
-            choose_gid(&at_port, layer, wanted.and_then(|wanted| wanted.gid_index))
-        });
+        let gid = link_layer
+            .and_then(|layer| choose_gid(&at_port, layer, wanted.and_then(|wanted| wanted.gid_index)));
         let netdev = gid.map(|gid| text(&at_port.join("gid_attrs/ndevs").join(gid.index.to_string())));
         let capabilities = query(device, port);
         let usable = match () {
@@ -303,7 +306,9 @@ impl Devices {
             () if state != "active" => Err("the port is not active".to_owned()),
             () if gid.is_none() => Err(match wanted.and_then(|wanted| wanted.gid_index) {
                 Some(index) => format!("GID {index} is empty or not of RoCE v2"),
-                None => "the port has no RoCE v2 address (give its network interface an IP address)".to_owned(),
+                None => {
+                    "the port has no RoCE v2 address (give its network interface an IP address)".to_owned()
+                }
             }),
             () => match (&capabilities, memlock) {
                 (Err(why), _) => Err(why.clone()),
@@ -522,12 +527,8 @@ mod tests {
 
     const V4: &str = "0000:0000:0000:0000:0000:ffff:0a4d:0001";
     const LOCAL: &str = "fe80:0000:0000:0000:5054:00ff:fe77:0000";
-    const ROCE: [(u8, &str, &str); 4] = [
-        (0, LOCAL, "IB/RoCE v1"),
-        (1, LOCAL, "RoCE v2"),
-        (2, V4, "IB/RoCE v1"),
-        (3, V4, "RoCE v2"),
-    ];
+    const ROCE: [(u8, &str, &str); 4] =
+        [(0, LOCAL, "IB/RoCE v1"), (1, LOCAL, "RoCE v2"), (2, V4, "IB/RoCE v1"), (3, V4, "RoCE v2")];
 
     #[test]
     fn an_ipv4_address_of_roce_v2_is_preferred_and_told() {
@@ -537,8 +538,10 @@ mod tests {
         let probe = fixture.probe(&[]);
         assert_eq!(
             probe.lines(),
-            ["mlx5_0 port 1: active, RoCE, 400 Gb/sec (4X NDR), MTU 4096, 10.77.0.1 (GID 3), eth0, NUMA node 1: \
-              used, blocks are exposed by memory windows"]
+            [
+                "mlx5_0 port 1: active, RoCE, 400 Gb/sec (4X NDR), MTU 4096, 10.77.0.1 (GID 3), eth0, NUMA node 1: \
+              used, blocks are exposed by memory windows"
+            ]
         );
         assert_eq!((probe.rails[0].gbit(), &probe.missing), (400.0, &None));
         let named = fixture.probe(&["mlx5_0:1:1"]);
