@@ -176,10 +176,10 @@ impl fmt::Display for Rail {
             None => f.write_str(", NUMA node unknown")?,
         }
         match (&self.usable, self.capabilities.map(|capabilities| capabilities.exposure)) {
-            (Ok(()), Some(Exposure::Windows)) => f.write_str(": used, blocks are exposed by memory windows"),
-            (Ok(()), _) => f.write_str(
-                ": used, blocks are exposed by a region each (the device has no windows of type 2)",
-            ),
+            (Ok(()), Some(Exposure::Windows)) => {
+                f.write_str(": used, has memory windows (tried when it is opened)")
+            }
+            (Ok(()), _) => f.write_str(": used, has no memory windows of type 2: a region for each block"),
             (Err(why), _) => write!(f, ": not used, {why}"),
         }
     }
@@ -540,7 +540,7 @@ mod tests {
             probe.lines(),
             [
                 "mlx5_0 port 1: active, RoCE, 400 Gb/sec (4X NDR), MTU 4096, 10.77.0.1 (GID 3), eth0, NUMA node 1: \
-              used, blocks are exposed by memory windows"
+              used, has memory windows (tried when it is opened)"
             ]
         );
         assert_eq!((probe.rails[0].gbit(), &probe.missing), (400.0, &None));
