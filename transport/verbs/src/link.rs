@@ -316,6 +316,7 @@ impl Link for VerbsLink {
 
 impl Drop for VerbsLink {
     fn drop(&mut self) {
+        self.outbox.orphan();
         self.device.inner.inbox.send(Command::Close(self.serial));
     }
 }

@@ -11,6 +11,8 @@ struct State {
     broken: Option<LinkError>,
     /// Some of what was under way never comes back.
     abandoned: bool,
+    /// Its link is gone: what comes is let go, and nobody is called.
+    orphan: bool,
 }
 
 pub(crate) struct Outbox {
@@ -32,6 +34,12 @@ impl Outbox {
     /// Hands over what ended, and calls the owner if it does not know yet that there is something.
     pub(crate) fn push(&self, dones: impl IntoIterator<Item = LinkDone>) {
         let mut state = self.lock();
+        if state.orphan {
+            drop(state);
+            // One after the other, and memory with it.
+            dones.into_iter().for_each(drop);
+            return;
+        }
         let before = state.done.len();
         state.done.extend(dones);
         let first = before == 0 && !state.done.is_empty();
@@ -47,8 +55,21 @@ impl Outbox {
         let mut state = self.lock();
         state.broken = Some(why);
         state.abandoned = abandoned;
+        let orphan = state.orphan;
         drop(state);
-        (self.wake)();
+        if !orphan {
+            (self.wake)();
+        }
+    }
+
+    /// Its link is gone.
+    pub(crate) fn orphan(&self) {
+        self.close();
+        let mut state = self.lock();
+        state.orphan = true;
+        let done = std::mem::take(&mut state.done);
+        drop(state);
+        drop(done);
     }
 
     /// From now on nothing new need be submitted.

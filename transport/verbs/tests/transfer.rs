@@ -355,6 +355,31 @@ fn a_wake_comes_with_completions() {
         owner.poll(&mut done);
     }
     assert_eq!(done.iter().filter(|done| matches!(done, LinkDone::Concealed { .. })).count(), 3);
+    drop(owner);
+    while receiver.try_recv().is_ok() {}
+}
+
+#[test]
+fn nobody_is_called_for_a_link_that_is_gone() {
+    let Some(node) = node(64, &config()) else { return };
+    let (mut owner, reader) = node.pair();
+    let block = node.block(1, 4 << 20);
+    let record = block.record();
+    let window = owner.expose(1, block);
+    drop(reader);
+    let (sender, receiver) = std::sync::mpsc::channel();
+    let (reader, asks) = kv_verbs::Endpoint::open(&node.device, kv_verbs::Role::Reader, 1).unwrap();
+    let (other, answers) = kv_verbs::Endpoint::open(&node.device, kv_verbs::Role::Owner, 1).unwrap();
+    let _other = other.connect(&asks, std::sync::Arc::new(|| {})).unwrap();
+    let wake = std::sync::Arc::new(move || sender.send(()).unwrap_or(()));
+    let mut reader = reader.connect(&answers, wake).unwrap();
+    let (read, want, into) = (ReadId(1), WantId(1), node.slot(4 << 20));
+    assert!(reader.submit(LinkOp::Read { read, want, window: Some(window), record, into }).is_ok());
+    reader.kick();
+    drop(reader);
+    while receiver.try_recv().is_ok() {}
+    assert!(common::eventually(|| node.used() <= 1), "its slot is back");
+    assert!(receiver.recv_timeout(Duration::from_millis(100)).is_err(), "somebody was called");
 }
 
 #[test]
