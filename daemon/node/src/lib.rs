@@ -10,6 +10,7 @@
 //!   lookup.rs   a worker wants blocks: lookup, acquire, wait, release, pin
 //!   room.rs     room in host memory: quota, eviction, offload
 //!   disk.rs     what the disk tier answers: onboard, offload, reclaim
+//!   fetch.rs    blocks that a peer may have
 //!   jobs.rs     long work done in parts: purge, verify, list
 //!   recover.rs  the state that is left after a restart
 //! ```
@@ -19,6 +20,7 @@
 mod brain;
 mod disk;
 mod events;
+mod fetch;
 mod io;
 mod jobs;
 mod lookup;
@@ -33,7 +35,7 @@ mod tenant;
 
 pub use brain::{Brain, BrainConfig};
 pub use io::{
-    Binding, BlockReport, BlockState, Command, Event, FillToken, Filter, Found, Grant, Keep, LeaseReport,
-    Micros, Now, Op, Origin, Progress, Reply, RequestId,
+    Binding, BlockReport, BlockState, Command, Event, FetchDone, FetchOp, FetchToken, FillToken, Filter,
+    Found, Grant, Keep, LeaseReport, Micros, Now, Op, Origin, PeerId, Progress, Reach, Reply, RequestId,
 };
 pub use report::{Counters, SessionReport, ShardReport, TenantReport};
