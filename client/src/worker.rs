@@ -220,7 +220,7 @@ impl Worker {
         self.client().call(async move {
             let mut sum = Prefetched::default();
             for names in requests {
-                let message = v1::PrefetchRequest { names, session: session.0 };
+                let message = v1::PrefetchRequest { names, session: session.0, node: String::new() };
                 let answer = client.within(client.blocks().prefetch(client.request(message))).await?;
                 sum.started += answer.started;
                 sum.resident += answer.resident;

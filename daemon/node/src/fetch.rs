@@ -109,7 +109,12 @@ impl Brain {
             return self.fetch_refused(now, fetch, MissReason::ScopeDiffers, out);
         };
         let expires_at = if ttl_s == 0 { 0 } else { now.unix.saturating_add(ttl_s) };
+        let before = std::mem::replace(&mut fetching.stage, Stage::Searching);
         fetching.stage = Stage::Offered(Record { expires_at, ..record }, binding);
+        if let Stage::Reading(_, binding) = before {
+            // It did not arrive from one peer, and another one has it. The first slot is free again, or will be.
+            self.came(binding);
+        }
         let queue = self.stalled.contains_key(&record.bytes);
         match if queue { Err(None) } else { self.try_take_in(now, fetch, out) } {
             Ok(()) => {}
