@@ -16,7 +16,8 @@
 //! do, and not what an attacker does; TLS is against those. A block has a checksum of its own.
 //!
 //! **Bounds before belief.** The header is parsed before any byte of the body is read, and a body is never longer
-//! than the longest message of its kind ([`crate::kind::body_bytes_max`]): a stranger makes nobody allocate more than
+//! than the longest message of its kind ([`crate::kind::body_bytes_max`]). Whoever takes the first frame of a connection
+//! compares the kind of its header with Hello and Join; then a stranger makes nobody allocate more than
 //! [`GREETING_BYTES_MAX`]. Items of a batch have a fixed length, so the body's length is their count.
 //!
 //! **Frozen for all versions:** this header, the messages Hello and Refused with their limits, and that the version
