@@ -313,6 +313,7 @@ impl Worker {
             session: life.session.0,
             names: Some(names_of(&[*key])),
             wait_ms: u32::try_from(wait.as_millis()).unwrap_or(u32::MAX),
+            node: String::new(),
         };
         let (key, epoch) = (*key, life.epoch);
         let work = async move {

@@ -362,6 +362,8 @@ fn brain_config(config: &Config, bounds: &Bounds, shard: &ShardPlan, epoch: Epoc
         stalled_max: bounds.stalled_max as usize,
         offloads_max: bounds.offloads_max as usize,
         onboards_max: bounds.onboards_max as usize,
+        fetches_max: bounds.fetches_max as usize,
+        fetch_limit_ms: config.peers.fetch_limit.0.as_millis() as u64,
         events_kept_max: bounds.events_max as usize,
     }
 }

@@ -299,7 +299,8 @@ impl Door {
                 sequence_hashes: vec![hash.as_bytes().to_vec().into()],
                 ..v1::Names::default()
             };
-            let request = v1::GetRequest { session: 0, names: Some(names), wait_ms: 10_000, node: String::new() };
+            let request =
+                v1::GetRequest { session: 0, names: Some(names), wait_ms: 10_000, node: String::new() };
             let mut stream = self.blocks().get(request).await.ok()?.into_inner();
             let (mut bytes, mut header) = (Vec::new(), None);
             while let Some(message) = stream.message().await.ok()? {

@@ -289,7 +289,8 @@ impl worker_server::Worker for Service {
 impl blocks_server::Blocks for Service {
     async fn lookup(&self, request: Request<v1::LookupRequest>) -> Answer<v1::LookupResponse> {
         let keys = self.keys(request.into_inner().names.as_ref())?;
-        let found = v1::Found { what: Some(v1::found::What::Tier(v1::Tier::Host.into())) };
+        let found =
+            v1::Found { what: Some(v1::found::What::Tier(v1::Tier::Host.into())), ..v1::Found::default() };
         Ok(Response::new(v1::LookupResponse { prefix: keys.len() as u32, found: vec![found; keys.len()] }))
     }
 
