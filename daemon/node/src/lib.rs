@@ -11,6 +11,7 @@
 //!   room.rs     room in host memory: quota, eviction, offload
 //!   disk.rs     what the disk tier answers: onboard, offload, reclaim
 //!   fetch.rs    blocks that a peer may have
+//!   exchange.rs one for a node, over all shards: which peer gives which block
 //!   jobs.rs     long work done in parts: purge, verify, list
 //!   recover.rs  the state that is left after a restart
 //! ```
@@ -20,6 +21,7 @@
 mod brain;
 mod disk;
 mod events;
+mod exchange;
 mod fetch;
 mod io;
 mod jobs;
@@ -34,6 +36,7 @@ mod session;
 mod tenant;
 
 pub use brain::{Brain, BrainConfig};
+pub use exchange::{Exchange, ExchangeCommand, ExchangeConfig, ExchangeEvent, TransferReport};
 pub use io::{
     Binding, BlockReport, BlockState, Command, Event, FetchDone, FetchOp, FetchToken, FillToken, Filter,
     Found, Grant, Keep, LeaseReport, Micros, Now, Op, Origin, PeerId, Progress, Reach, Reply, RequestId,
