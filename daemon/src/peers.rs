@@ -38,14 +38,36 @@ mod offer;
 mod serve;
 
 pub use offer::Evacuation;
+pub(crate) use offer::{evacuate, named};
 
 /// Control connections that wait to be taken up.
 const ACCEPTED_MAX: usize = 64;
 /// How long the tasks may take to end.
 const LAST_WORDS: Duration = Duration::from_secs(2);
 
+/// What each reader has from us, by its name.
+type Served = Arc<Mutex<BTreeMap<String, ServedPeer>>>;
+
 /// What one reader has from us.
-pub type Served = Arc<Mutex<BTreeMap<String, OwnerReport>>>;
+#[derive(Clone, Debug, Default)]
+pub struct ServedPeer {
+    /// By its connection, or the last one it had.
+    pub now: OwnerReport,
+    /// Blocks and bytes granted by those before.
+    before: (u64, u64),
+}
+
+impl ServedPeer {
+    /// Blocks that it was let read since the start.
+    pub fn blocks(&self) -> u64 {
+        self.before.0 + self.now.grants
+    }
+
+    /// Their bytes.
+    pub fn bytes(&self) -> u64 {
+        self.before.1 + self.now.bytes_granted
+    }
+}
 
 /// The node's peers. Cheap to clone.
 #[derive(Clone)]
@@ -72,8 +94,8 @@ pub struct PeerView {
     pub member: Member,
     /// What we have from it.
     pub reader: PeerReport,
-    /// What it has from us; `None` when it was never here.
-    pub owner: Option<OwnerReport>,
+    /// What it has from us.
+    pub served: ServedPeer,
     /// In the exchange's time, what is `now` for the moments in `reader`.
     pub now: kv_transport::Micros,
 }
@@ -162,7 +184,7 @@ impl Peers {
         let (now, readers) = self.ask(Order::Peers).await?;
         let served = self.served.lock().unwrap_or_else(PoisonError::into_inner);
         let view = |(member, reader): (&Member, PeerReport)| PeerView {
-            owner: served.get(&member.name).cloned(),
+            served: served.get(&member.name).cloned().unwrap_or_default(),
             member: member.clone(),
             reader,
             now,
@@ -186,12 +208,7 @@ impl Peers {
     }
 
     /// Offers blocks to a peer; what it took, or `None` when it did not say in time.
-    pub async fn offer(
-        &self,
-        peer: PeerId,
-        offer: Offer,
-        deadline: Instant,
-    ) -> Result<Option<Taken>, Fault> {
+    pub async fn offer(&self, peer: PeerId, offer: Offer, deadline: Instant) -> Result<Option<Taken>, Fault> {
         self.ask(|reply| Order::Offer { peer, offer, deadline, reply }).await
     }
 

@@ -62,6 +62,8 @@ pub struct Plan {
     pub region_bytes: u64,
     /// Threads of the control runtime.
     pub control_threads: usize,
+    /// Threads that blocks from and to peers move on.
+    pub peer_threads: usize,
     /// Bounds of queues and pools.
     pub bounds: Bounds,
     /// What may be taken at most, one line per owner.
@@ -269,6 +271,7 @@ pub fn plan(topology: &Topology, loaded: &Loaded, resources: &Resources) -> Resu
         principals,
         region_bytes,
         control_threads: control_threads(topology),
+        peer_threads: peer_threads(topology),
         bounds,
         budget,
         notes,
@@ -404,6 +407,12 @@ fn shared_out(whole: u64, shares: &[Share]) -> Vec<u64> {
 fn control_threads(topology: &Topology) -> usize {
     let cpus: usize = topology.nodes.iter().map(|node| node.cpus.len()).sum();
     (cpus / 8).clamp(1, 8)
+}
+
+/// With two at least, a small block does not wait for a large one.
+fn peer_threads(topology: &Topology) -> usize {
+    let cpus: usize = topology.nodes.iter().map(|node| node.cpus.len()).sum();
+    (cpus / 4).clamp(2, 8)
 }
 
 /// Parts of `whole` in proportion to `weights`, summing to `whole`, each at least 1 while there is enough.

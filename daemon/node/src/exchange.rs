@@ -16,7 +16,8 @@ use std::collections::{BTreeMap, HashMap};
 use kv_arena::Slot;
 use kv_block::{BlockKey, MissReason, ShardId};
 use kv_transport::Micros;
-use kv_transport::reader::{PeerReport, Reader, ReaderCommand, ReaderConfig, ReaderEvent};
+use kv_transport::Reader;
+use kv_transport::reader::{PeerReport, ReaderCommand, ReaderConfig, ReaderEvent};
 use kv_wire::frame::ITEMS_MAX;
 use kv_wire::message::{Found, Offer, Sight, Taken, WantId};
 
@@ -183,7 +184,10 @@ impl Stage {
 enum ProbeFor {
     Searches(Vec<SearchId>),
     /// A question, and the place of the first key of this probe in it.
-    Location { id: u64, first: usize },
+    Location {
+        id: u64,
+        first: usize,
+    },
 }
 
 struct Location {
@@ -363,13 +367,7 @@ impl Exchange {
         }
     }
 
-    fn tell(
-        &mut self,
-        now: Micros,
-        peer: PeerId,
-        event: ReaderEvent,
-        out: &mut Vec<ExchangeCommand>,
-    ) {
+    fn tell(&mut self, now: Micros, peer: PeerId, event: ReaderEvent, out: &mut Vec<ExchangeCommand>) {
         let Some(reader) = self.readers.get_mut(usize::from(peer.0)) else { return };
         let mut commands = std::mem::take(&mut self.commands);
         reader.handle(now, event, &mut commands);
@@ -415,13 +413,7 @@ impl Exchange {
     }
 
     /// A peer does not give a block: the next that has it is asked, or the peers are asked who does.
-    fn missed(
-        &mut self,
-        now: Micros,
-        want: WantId,
-        reason: MissReason,
-        out: &mut Vec<ExchangeCommand>,
-    ) {
+    fn missed(&mut self, now: Micros, want: WantId, reason: MissReason, out: &mut Vec<ExchangeCommand>) {
         let Some(id) = self.wants.remove(&want) else { return };
         let Some(search) = self.searches.get_mut(&id) else { return };
         search.why = more_telling(search.why, seen_from_here(reason, search.probed));
@@ -501,13 +493,7 @@ impl Exchange {
         peers
     }
 
-    fn probed(
-        &mut self,
-        now: Micros,
-        probe: u64,
-        found: Option<Found>,
-        out: &mut Vec<ExchangeCommand>,
-    ) {
+    fn probed(&mut self, now: Micros, probe: u64, found: Option<Found>, out: &mut Vec<ExchangeCommand>) {
         let Some((peer, what_for)) = self.probes.remove(&probe) else { return };
         match what_for {
             ProbeFor::Searches(searches) => {
@@ -582,7 +568,6 @@ impl Exchange {
         out.push(ExchangeCommand::Located { id, places: location.places });
     }
 }
-
 
 /// Whether a block is sooner had there.
 fn better(new: Sight, known: Sight) -> bool {

@@ -5,13 +5,11 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use kv_block::ShardId;
-use kv_node::{
-    Exchange, ExchangeCommand, ExchangeConfig, ExchangeEvent, FetchDone, FetchOp, PeerId,
-};
+use kv_node::{Exchange, ExchangeCommand, ExchangeConfig, ExchangeEvent, FetchDone, FetchOp, PeerId};
 use kv_tcp::Dialer;
 use kv_transport::link::{Link, LinkDone, LinkError, LinkOp, Wake};
 use kv_transport::reader::{PathId, ReaderCommand, ReaderConfig, ReaderEvent};
-use kv_wire::message::{Answer, Taken};
+use kv_wire::message::Taken;
 use tokio::sync::{Notify, mpsc, oneshot};
 use tokio::task::AbortHandle;
 
@@ -203,8 +201,7 @@ impl Fetching {
         match command {
             ReaderCommand::Connect => {
                 line.connection += 1;
-                let (dialer, member, words) =
-                    (self.dialer.clone(), line.member.clone(), self.words.clone());
+                let (dialer, member, words) = (self.dialer.clone(), line.member.clone(), self.words.clone());
                 let task = tokio::spawn(line::run(dialer, member, peer, line.connection, words));
                 line.task = Some(task.abort_handle());
             }
@@ -218,6 +215,9 @@ impl Fetching {
                     self.gone(peer, "it takes no more of what it is told".into());
                 }
             }
+            ReaderCommand::Open { session, .. } => self.open_tcp(peer, session),
+            // No path but TCP is asked for.
+            ReaderCommand::Join(_) => {}
             ReaderCommand::Read { path, read, want, window, record, into } => {
                 let op = LinkOp::Read { read, want, window, record, into };
                 let refused = match line.links.get_mut(&path) {
@@ -262,16 +262,7 @@ impl Fetching {
                 (line.say, line.address) = (Some(say), Some(address));
                 self.tell(peer, ReaderEvent::Connected);
             }
-            Word::Heard(answer) => {
-                let session = match &answer {
-                    Answer::Welcome(welcome) => Some(welcome.session),
-                    _ => None,
-                };
-                self.tell(peer, ReaderEvent::Heard(answer));
-                if let Some(session) = session {
-                    self.open_tcp(peer, session);
-                }
-            }
+            Word::Heard(answer) => self.tell(peer, ReaderEvent::Heard(answer)),
             Word::Nonsense(why) => self.tell(peer, ReaderEvent::Nonsense { why }),
             Word::Gone(why) => self.gone(peer, why),
         }
@@ -295,7 +286,11 @@ impl Fetching {
 
     /// A connection is over, and not because we said so.
     fn gone(&mut self, peer: PeerId, why: String) {
-        tracing::info!(peer = self.lines[usize::from(peer.0)].member.name, why, "connection to a peer is gone");
+        tracing::info!(
+            peer = self.lines[usize::from(peer.0)].member.name,
+            why,
+            "connection to a peer is gone"
+        );
         self.hang_up(peer);
         self.tell(peer, ReaderEvent::Disconnected { why });
     }

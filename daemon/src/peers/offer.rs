@@ -28,7 +28,7 @@ const OFFER_MAX: usize = 256;
 /// Offered blocks that are fetched at once.
 const TAKE_MAX: usize = 64;
 /// How long one offer may take.
-pub const OFFER_LIMIT: Duration = Duration::from_secs(60);
+const OFFER_LIMIT: Duration = Duration::from_secs(60);
 /// Blocks asked of a shard at once while it is looked through.
 const PAGE: usize = 1000;
 
@@ -119,7 +119,7 @@ pub(crate) async fn evacuate(
         let mut waiting = offers.into_iter();
         let mut under_way = JoinSet::new();
         for peer in &wanted.peers {
-            under_way.extend_one(&peers, *peer, waiting.next());
+            under_way.offer_to(&peers, *peer, waiting.next());
         }
         while let Some(done) = under_way.join_next().await {
             let Ok((peer, count, block_bytes, taken)) = done else { continue };
@@ -129,7 +129,7 @@ pub(crate) async fn evacuate(
             progress.left += count - taken;
             progress.bytes += taken * block_bytes;
             let _ = told.try_send(Ok(progress));
-            under_way.extend_one(&peers, peer, waiting.next());
+            under_way.offer_to(&peers, peer, waiting.next());
         }
         progress.finished = true;
         let _ = told.send(Ok(progress)).await;
@@ -143,13 +143,13 @@ pub(crate) async fn evacuate(
 
 type Outcome = (PeerId, u64, u64, Option<Taken>);
 
-trait ExtendOne {
-    fn extend_one(&mut self, peers: &Peers, peer: PeerId, next: Option<(u64, Offer)>);
+trait OfferTo {
+    fn offer_to(&mut self, peers: &Peers, peer: PeerId, next: Option<(u64, Offer)>);
 }
 
-impl ExtendOne for JoinSet<Outcome> {
+impl OfferTo for JoinSet<Outcome> {
     /// Makes the next offer to a peer.
-    fn extend_one(&mut self, peers: &Peers, peer: PeerId, next: Option<(u64, Offer)>) {
+    fn offer_to(&mut self, peers: &Peers, peer: PeerId, next: Option<(u64, Offer)>) {
         let Some((block_bytes, offer)) = next else { return };
         let peers = peers.clone();
         self.spawn(async move {

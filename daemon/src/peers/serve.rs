@@ -9,8 +9,9 @@ use kv_arena::Held;
 use kv_block::{BlockKey, MissReason, Tier};
 use kv_node::Reach;
 use kv_tcp::{Accepted, End, Sessions};
+use kv_transport::Owner;
 use kv_transport::link::{Link, LinkDone, LinkOp, Wake};
-use kv_transport::owner::{Owner, OwnerCommand, OwnerConfig, OwnerEvent};
+use kv_transport::owner::{OwnerCommand, OwnerConfig, OwnerEvent};
 use kv_transport::reader::PathId;
 use kv_wire::message::{Answer, Ask, Credits, Found, PathEnd, Refusal, Refused, Sight, WantId};
 use tokio::sync::{Notify, mpsc};
@@ -144,6 +145,7 @@ async fn serve(serving: Arc<Serving>, accepted: Accepted) {
         tasks: JoinSet::new(),
         hung_up: None,
     };
+    reader.begin();
     reader.events.push(OwnerEvent::Heard(Ask::Hello(hello)));
     reader.turn();
     let mut telling = tokio::time::interval(TELL_EVERY);
@@ -292,13 +294,7 @@ impl Reader {
     }
 
     /// Looks for a block: at once in memory, otherwise in a task that waits.
-    fn hold(
-        &mut self,
-        want: WantId,
-        principal: &str,
-        key: BlockKey,
-        until: Option<kv_transport::Micros>,
-    ) {
+    fn hold(&mut self, want: WantId, principal: &str, key: BlockKey, until: Option<kv_transport::Micros>) {
         let Some(number) = self.principal(principal) else {
             let reason = MissReason::NeverStored;
             return self.events.push(OwnerEvent::NotHeld { want, reason });
@@ -360,7 +356,15 @@ impl Reader {
     /// What the reader has, for whoever asks.
     fn tell(&self) {
         let mut served = self.serving.served.lock().unwrap_or_else(PoisonError::into_inner);
-        served.insert(self.name.clone(), self.owner.report());
+        served.entry(self.name.clone()).or_default().now = self.owner.report();
+    }
+
+    /// A connection begins; what those before had stays counted.
+    fn begin(&self) {
+        let mut served = self.serving.served.lock().unwrap_or_else(PoisonError::into_inner);
+        let served = served.entry(self.name.clone()).or_default();
+        served.before = (served.blocks(), served.bytes());
+        served.now = self.owner.report();
     }
 }
 

@@ -160,7 +160,12 @@ impl v1::blocks_server::Blocks for BlocksService {
         let view = self.view(who, request.session)?;
         let names = self.names(request.names.as_ref()).map_err(status)?;
         let keys = self.node().keys(&names).map_err(status)?;
-        let answers = view.lookup(&keys, request.all, until).await.map_err(status)?;
+        let mut answers = view.lookup(&keys, request.all, until).await.map_err(status)?;
+        let mut nodes = Vec::new();
+        if request.peers && answers.iter().any(|found| matches!(found, Found::Miss(_))) {
+            let further = self.0.look_further(who.principal, &keys, &mut answers, request.all, until).await;
+            nodes = further.map_err(status)?;
+        }
         let prefix = answers.iter().take_while(|found| matches!(found, Found::In(_))).count() as u32;
         let mut found = Vec::with_capacity(answers.len());
         let mut explained = false;
@@ -174,7 +179,8 @@ impl v1::blocks_server::Blocks for BlocksService {
                 }
                 Found::Miss(reason) => v1::found::What::Miss(convert::miss_message(reason, Vec::new())),
             };
-            found.push(v1::Found { what: Some(what), node: String::new() });
+            let node = nodes.get_mut(at).map(std::mem::take).unwrap_or_default();
+            found.push(v1::Found { what: Some(what), node });
         }
         Ok(Response::new(v1::LookupResponse { found, prefix }))
     }
