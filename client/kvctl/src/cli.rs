@@ -59,9 +59,9 @@ pub(crate) struct Global {
 pub(crate) enum Command {
     /// Health of the daemon, on one screen
     Status(cmd::status::Arguments),
-    /// List tiers, blocks, clients, leases or tenants
+    /// List tiers, blocks, clients, leases, tenants, peers or transfers
     Get(cmd::get::Arguments),
-    /// Everything about one tier, block, client or tenant
+    /// Everything about one tier, block, client, tenant or peer
     Describe(cmd::describe::Arguments),
     /// Why a block is here, or why it is not
     Why(cmd::why::Arguments),

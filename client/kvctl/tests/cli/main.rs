@@ -188,6 +188,77 @@ fn listings_page_through_and_can_be_limited() {
 }
 
 #[test]
+fn peers_are_listed_and_described() {
+    let fake = Fake::start(Mood::Peers);
+    let socket = fake.socket();
+    let wanted = "\
+NODE     STATE   PATHS          RTT     IN   IN-BYTES   OUT   OUT-BYTES   MISSES   STRIKES
+node-b   up      mlx5_0,tcp   210us   5321     1.2GiB   100      6.0MiB       18         1
+node-c   down    -                -      0         0B     0          0B       12         0
+";
+    let peers = kvctl(&socket, "get peers").exits(0);
+    assert_eq!((peers.out.as_str(), peers.err.as_str()), (wanted, ""), "\n{}", peers.out);
+    let wide = kvctl(&socket, "get peer -o wide --sort-by rtt --no-headers").exits(0).out;
+    let down = wide.lines().nth(1).unwrap();
+    assert!(down.starts_with("node-c") && down.contains("10.0.0.9:9474"), "{wide}");
+    assert!(down.ends_with("connection refused; tried again in 4.0s"), "{wide}");
+    assert_eq!(kvctl(&socket, "get peers -o name").exits(0).out, "peer/node-b\npeer/node-c\n");
+    let json: serde_json::Value =
+        serde_json::from_str(&kvctl(&socket, "get peers -o json").exits(0).out).unwrap();
+    assert_eq!(json["peers"][0]["misses"], serde_json::json!({ "peer_evicted": 12, "tier_timeout": 6 }));
+    let page = kvctl(&socket, "describe peer node-b").exits(0).out;
+    assert!(page.contains("\nFrom it\n  Blocks:        5,321 blocks, 1.2GiB\n"), "{page}");
+    let (used, unused) = page.split_once("Not used\n").unwrap();
+    let order = ["1   mlx5_0   up", "2   tcp      up"].map(|line| used.find(line).unwrap());
+    assert!(order[0] < order[1] && unused.contains("mlx5_1   its port is down"), "{page}");
+    assert_eq!(kvctl(&socket, "describe peer/node-b").exits(0).out, page);
+    let json = kvctl(&socket, "describe peer node-b -o json").exits(0).out;
+    let json: serde_json::Value = serde_json::from_str(&json).unwrap();
+    assert_eq!((&json["peer"]["rtt_us"], &json["paths"][2]["rank"]), (&210.into(), &1.into()));
+    kvctl(&socket, "describe peer node-x").fails(3, "no peer is called `node-x`", "`kvctl get peers`");
+}
+
+#[test]
+fn transfers_are_listed() {
+    let fake = Fake::start(Mood::Peers);
+    let wanted = format!(
+        "\
+{:32}   NODE     DIR   STAGE         BYTES    AGE    LEFT   SHARD
+{}   -        in    searching    192KiB   12ms   10.0s       0
+{}   node-b   in    reading      256KiB   12ms   10.0s       0
+{}   node-b   out   held        64.0KiB   12ms   10.0s       0
+",
+        "KEY",
+        key(3),
+        key(4),
+        key(1)
+    );
+    let ran = kvctl(&fake.socket(), "get transfers").exits(0);
+    assert_eq!(ran.out, wanted, "\n{}", ran.out);
+    let names = kvctl(&fake.socket(), "get transfer -o name --sort-by=-bytes").exits(0).out;
+    assert!(names.starts_with(&format!("transfer/{}\n", key(4))), "{names}");
+}
+
+#[test]
+fn who_has_no_peers_hears_how_to_get_some() {
+    let fake = Fake::start(Mood::Well);
+    let socket = fake.socket();
+    let ran = kvctl(&socket, "get peers --no-headers").exits(0);
+    assert!(ran.err.starts_with("no peers: ") && ran.err.contains("peers.members = "), "{}", ran.err);
+    assert_eq!(ran.out, "", "a script counts none");
+    assert!(kvctl(&socket, "get transfers").exits(0).err.starts_with("no block is on its way"));
+    let json = kvctl(&socket, "get peers -o json").exits(0);
+    assert_eq!((json.out.as_str(), json.err.as_str()), ("{\n  \"peers\": []\n}\n", ""));
+    kvctl(&socket, "describe peer node-b").fails(
+        3,
+        "this node has none",
+        "name the others with peers.members",
+    );
+    let old = Fake::start(Mood::Old);
+    kvctl(&old.socket(), "get peers").fails(1, "does not know this call", "compare the two with");
+}
+
+#[test]
 fn json_and_yaml_have_the_names_of_the_protocol() {
     let fake = Fake::start(Mood::Well);
     let socket = fake.socket();
