@@ -79,8 +79,11 @@ pub(crate) enum Command {
     Verify(cmd::verify::Arguments),
     /// Set a tenant's quota until the next restart
     Quota(cmd::quota::Arguments),
-    /// Stop taking new work, or take it again
+    /// Take no new work, move blocks to peers; `undrain` ends it
     Drain(cmd::drain::Arguments),
+    /// Take new work again
+    #[command(hide = true)]
+    Undrain,
     /// Put, look up and read blocks; print p50, p99 and throughput
     Bench(cmd::bench::Arguments),
     /// Name every missing prerequisite and the command that mends it

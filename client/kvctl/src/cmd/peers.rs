@@ -81,6 +81,13 @@ pub(crate) const TRANSFERS: Kind<v1::TransferInfo> = Kind {
     ],
 };
 
+/// The peers of a daemon; `None` when it is of a version that knows of none.
+pub(crate) async fn known(daemon: &Daemon) -> Result<Option<Vec<v1::PeerInfo>>, Failure> {
+    let request = daemon.request(v1::ListPeersRequest {});
+    let answer = daemon.within_if_known(daemon.admin().list_peers(request)).await?;
+    Ok(answer.map(|answer| answer.peers))
+}
+
 /// The peer called so, `peer/` before its name or not.
 pub(crate) async fn named(daemon: &Daemon, name: &str) -> Result<v1::PeerInfo, Failure> {
     let request = daemon.request(v1::ListPeersRequest {});
@@ -98,9 +105,32 @@ pub(crate) fn pick<'a>(peers: &'a [v1::PeerInfo], name: &str) -> Result<&'a v1::
     peers.iter().find(|peer| peer.node == name).ok_or_else(|| missing("peer", name, "kvctl get peers"))
 }
 
+/// Whether it may take blocks, as far as is known: one that was not asked yet may well.
+pub(crate) fn may_answer(peer: &v1::PeerInfo) -> bool {
+    !matches!(peer.state.as_str(), "down" | "leaving")
+}
+
+/// `node-c is down: connection refused; tried again in 4.0s`.
+pub(crate) fn in_words(peer: &v1::PeerInfo) -> String {
+    let why = match why_so(peer) {
+        why if why.is_empty() => why,
+        why => format!(": {why}"),
+    };
+    format!("{} is {}{why}", peer.node, peer.state)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_peer_that_is_down_says_why_and_until_when() {
+        let peer = v1::PeerInfo { node: "node-c".into(), state: "down".into(), ..Default::default() };
+        assert_eq!(in_words(&peer), "node-c is down");
+        let peer = v1::PeerInfo { reason: "connection refused".into(), retry_ms: 4_000, ..peer };
+        assert_eq!(in_words(&peer), "node-c is down: connection refused; tried again in 4.0s");
+        assert!(!may_answer(&peer) && may_answer(&v1::PeerInfo { state: "idle".into(), ..peer }));
+    }
 
     #[test]
     fn a_peer_goes_by_its_name_with_or_without_noun() {

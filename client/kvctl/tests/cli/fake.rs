@@ -28,6 +28,10 @@ pub(crate) enum Mood {
     LongPages,
     /// Has two peers, of which one is up.
     Peers,
+    /// None of its peers can be reached.
+    PeersDown,
+    /// Its peers take nothing.
+    PeersFull,
     /// Knows nothing of peers: it is of an older version.
     Old,
 }
@@ -165,9 +169,10 @@ impl Service {
             ..Default::default()
         };
         match self.0.mood {
-            Mood::Peers | Mood::Broken => {
+            Mood::Peers | Mood::PeersFull | Mood::Broken => {
                 vec![up, down("node-c", "10.0.0.9:9474")]
             }
+            Mood::PeersDown => vec![down("node-b", "10.0.0.8:9474"), down("node-c", "10.0.0.9:9474")],
             _ => Vec::new(),
         }
     }
@@ -321,7 +326,11 @@ impl admin_server::Admin for Service {
             0 => 10,
             bytes => bytes >> 16,
         };
-        let left = if request.nodes.is_empty() { 2 } else { 0 };
+        let left = match (self.0.mood, request.nodes.is_empty()) {
+            (Mood::PeersFull, _) => all,
+            (_, true) => 2,
+            (_, false) => 0,
+        };
         let half = v1::EvacuateProgress { offered: all / 2, total: all, ..Default::default() };
         let taken = all - left;
         let end = v1::EvacuateProgress {
@@ -395,6 +404,9 @@ impl admin_server::Admin for Service {
         assert_eq!(request.node, "node-b");
         let keys = self.keys(request.names.as_ref())?;
         assert!(keys.len() <= 2, "more keys than the daemon takes at once");
+        if self.0.mood == Mood::PeersFull {
+            return Ok(Response::new(v1::OfferResponse { taken: 0, left: keys.len() as u32 }));
+        }
         let (stored, mut peer) = (self.0.stored.lock().unwrap(), self.0.taken.lock().unwrap());
         let there = keys.iter().filter_map(|key| stored.get(key).map(|bytes| (*key, bytes.clone())));
         let before: Vec<_> = there.collect();

@@ -132,6 +132,9 @@ fn a_senseless_command_line_is_2() {
         "--timeout soon status",
         "--timeout 99999999999h status",
         "drain --wait 99999999999h",
+        "drain --undo --wait 1s",
+        "drain --no-move --to node-b",
+        "drain --bytes 0",
     ] {
         let ran = kvctl(&fake.socket(), line).exits(2);
         assert_eq!(ran.out, "", "`{line}`");
@@ -319,6 +322,51 @@ fn why_compares_scopes_when_it_is_given_one() {
         differs.contains("scope_differs") && differs.contains("dtype (here asked for: bf16)"),
         "{differs}"
     );
+}
+
+#[test]
+fn a_node_that_drains_moves_its_blocks_to_its_peers() {
+    const DRAINING: &str = "draining: no new work is taken\n";
+    let fake = Fake::start(Mood::Peers);
+    let socket = fake.socket();
+    let ran = kvctl(&socket, "drain --wait 5s").exits(0);
+    assert_eq!(ran.out, format!("{DRAINING}8 blocks with peers now, 512KiB\ndrained\n"));
+    assert!(ran.err.starts_with("2 blocks went to no peer; nothing is lost: what is on disk"), "{}", ran.err);
+    let ran = kvctl(&socket, "drain --to node-b --bytes 256KiB").exits(0);
+    assert_eq!((ran.out, ran.err), (format!("{DRAINING}4 blocks with peers now, 256KiB\n"), String::new()));
+    assert_eq!(kvctl(&socket, "drain --no-move").exits(0).out, DRAINING);
+    kvctl(&socket, "drain --to node-x").fails(3, "no peer is called `node-x`", "`kvctl get peers`");
+    for line in ["undrain", "drain --undo"] {
+        assert_eq!(kvctl(&socket, line).exits(0).out, "taking new work\n");
+    }
+    // Alone, or with a daemon that knows nothing of peers, it drains as ever.
+    let well = Fake::start(Mood::Well);
+    let ran = kvctl(&well.socket(), "drain --wait 5s").exits(0);
+    assert_eq!((ran.out, ran.err), (format!("{DRAINING}drained\n"), String::new()));
+    kvctl(&well.socket(), "drain --to node-b").fails(3, "this node has none", "name the others");
+    let old = Fake::start(Mood::Old);
+    let ran = kvctl(&old.socket(), "drain --wait 5s").exits(0);
+    assert_eq!(ran.out, format!("{DRAINING}drained\n"));
+    assert!(ran.err.contains("cannot move blocks to peers"), "{}", ran.err);
+}
+
+#[test]
+fn a_node_that_reaches_no_peer_drains_and_says_so() {
+    let down = Fake::start(Mood::PeersDown);
+    for line in ["drain --wait 5s", "drain --wait 5s --to node-c"] {
+        let ran = kvctl(&down.socket(), line).exits(4);
+        assert!(ran.out.ends_with("drained\n"), "{}", ran.out);
+        assert!(ran.err.starts_with("error: no peer can be reached, so no block was moved: "), "{}", ran.err);
+        assert!(ran.err.contains("node-c is down: connection refused; tried again in 4.0s\nhelp: "));
+    }
+    // Peers that answer and take nothing are no failure: the blocks are where they were.
+    let full = Fake::start(Mood::PeersFull);
+    let ran = kvctl(&full.socket(), "drain").exits(0);
+    assert!(ran.out.ends_with("\n0 blocks with peers now, 0B\n"), "{}", ran.out);
+    assert!(ran.err.starts_with("10 blocks went to no peer; nothing is lost"), "{}", ran.err);
+    let broken = Fake::start(Mood::Broken);
+    let ran = kvctl(&broken.socket(), "drain").exits(1);
+    assert!(ran.err.contains("it ended early, after 10 of 10 blocks"), "{}", ran.err);
 }
 
 #[test]
