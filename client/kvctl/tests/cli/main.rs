@@ -325,6 +325,31 @@ fn why_compares_scopes_when_it_is_given_one() {
 }
 
 #[test]
+fn why_says_which_peer_has_it() {
+    let fake = Fake::start(Mood::Peers);
+    let socket = fake.socket();
+    let has = kvctl(&socket, &format!("why {}", key(7))).exits(0).out;
+    assert!(has.contains("is not here: never_stored\n  But it is on node-b (host): "), "{has}");
+    let expects = kvctl(&socket, &format!("why {}", key(8))).exits(0).out;
+    assert!(expects.contains("\n  But node-b expects it: "), "{expects}");
+    assert!(!kvctl(&socket, &format!("why {}", key(9))).exits(0).out.contains("But"));
+    let both = kvctl(&socket, &format!("why {} {}", key(9), key(7))).exits(0).out;
+    assert!(!both.contains("node-b"), "only the first absent one is asked for: {both}");
+    let json = kvctl(&socket, &format!("why {} -o json", key(7))).exits(0).out;
+    let json: serde_json::Value = serde_json::from_str(&json).unwrap();
+    assert_eq!(json["elsewhere"], serde_json::json!({ "tier": "host", "node": "node-b" }));
+    assert_eq!(json["miss"]["reason"], "never_stored");
+}
+
+#[test]
+fn status_has_a_line_for_peers_where_there_are_any() {
+    let fake = Fake::start(Mood::Peers);
+    let page = kvctl(&fake.socket(), "status").exits(0).out;
+    assert!(page.contains("\npeers    1 up, 1 down  in 1.2GiB (5,321 blocks)\n"), "{page}");
+    assert!(!kvctl(&Fake::start(Mood::Well).socket(), "status").exits(0).out.contains("peers"));
+}
+
+#[test]
 fn a_node_that_drains_moves_its_blocks_to_its_peers() {
     const DRAINING: &str = "draining: no new work is taken\n";
     let fake = Fake::start(Mood::Peers);
