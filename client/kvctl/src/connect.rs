@@ -80,6 +80,16 @@ impl Daemon {
         request
     }
 
+    /// How long a call may take.
+    pub(crate) fn timeout(&self) -> Duration {
+        self.timeout
+    }
+
+    /// The same daemon with more patience, or less.
+    pub(crate) fn patient(&self, timeout: Duration) -> Self {
+        Self { client: self.client.clone(), timeout }
+    }
+
     /// [`Daemon::within`] for calls that older daemons do not know: `None` from them.
     pub(crate) async fn within_if_known<T>(
         &self,

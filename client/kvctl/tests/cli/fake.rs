@@ -32,6 +32,8 @@ pub(crate) enum Mood {
     PeersDown,
     /// Its peers take nothing.
     PeersFull,
+    /// Its peers never answer an offer.
+    PeersSilent,
     /// Knows nothing of peers: it is of an older version.
     Old,
 }
@@ -39,6 +41,7 @@ pub(crate) enum Mood {
 /// A fake daemon; ends when dropped.
 pub(crate) struct Fake {
     directory: tempfile::TempDir,
+    state: Arc<State>,
     _runtime: tokio::runtime::Runtime,
 }
 
@@ -52,7 +55,8 @@ impl Fake {
             let _inside = runtime.enter();
             tokio::net::UnixListener::bind(directory.path().join("kvd.sock")).unwrap()
         };
-        let service = Service(Arc::new(State { mood, ..State::default() }));
+        let state = Arc::new(State { mood, ..State::default() });
+        let service = Service(Arc::clone(&state));
         runtime.spawn(
             tonic::transport::Server::builder()
                 .add_service(admin_server::AdminServer::new(service.clone()))
@@ -60,12 +64,17 @@ impl Fake {
                 .add_service(worker_server::WorkerServer::new(service))
                 .serve_with_incoming(UnixListenerStream::new(listener)),
         );
-        Self { directory, _runtime: runtime }
+        Self { directory, state, _runtime: runtime }
     }
 
     /// Where it listens.
     pub(crate) fn socket(&self) -> PathBuf {
         self.path().join("kvd.sock")
+    }
+
+    /// Blocks that were put and not evicted.
+    pub(crate) fn stored(&self) -> usize {
+        self.state.stored.lock().unwrap().len()
     }
 
     /// A directory for the test's own files.
@@ -169,7 +178,7 @@ impl Service {
             ..Default::default()
         };
         match self.0.mood {
-            Mood::Peers | Mood::PeersFull | Mood::Broken => {
+            Mood::Peers | Mood::PeersFull | Mood::PeersSilent | Mood::Broken => {
                 vec![up, down("node-c", "10.0.0.9:9474")]
             }
             Mood::PeersDown => vec![down("node-b", "10.0.0.8:9474"), down("node-c", "10.0.0.9:9474")],
@@ -404,6 +413,9 @@ impl admin_server::Admin for Service {
         assert_eq!(request.node, "node-b");
         let keys = self.keys(request.names.as_ref())?;
         assert!(keys.len() <= 2, "more keys than the daemon takes at once");
+        if self.0.mood == Mood::PeersSilent {
+            std::future::pending::<()>().await;
+        }
         if self.0.mood == Mood::PeersFull {
             return Ok(Response::new(v1::OfferResponse { taken: 0, left: keys.len() as u32 }));
         }

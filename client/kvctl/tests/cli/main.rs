@@ -5,6 +5,7 @@ mod fake;
 use std::io::Write as _;
 use std::path::Path;
 use std::process::{Command, Output, Stdio};
+use std::time::{Duration, Instant};
 
 use fake::{Fake, Mood, key};
 
@@ -128,6 +129,10 @@ fn a_senseless_command_line_is_2() {
         "why --scope /nowhere --hash 0102030405060708",
         "why --hash 0102030405060708",
         "bench --blocks 1000000 --bytes 64MiB",
+        "bench --blocks 5 peer node-b",
+        "bench peer",
+        "bench peer node-b --count 1000000",
+        "bench peer node-b --block-bytes 1GiB",
         "--endpoint nowhere status",
         "--timeout soon status",
         "--timeout 99999999999h status",
@@ -411,6 +416,75 @@ fn bench_prints_quantiles_and_finds_wrong_bytes() {
     let broken = Fake::start(Mood::Broken);
     let ran = kvctl(&broken.socket(), "bench --blocks 3 --bytes 4KiB --grpc").exits(1);
     assert!(ran.err.contains("3 blocks came back with wrong bytes"), "{}", ran.err);
+}
+
+#[test]
+fn bench_peer_measures_both_ways_and_leaves_nothing() {
+    let fake = Fake::start(Mood::Peers);
+    let socket = fake.socket();
+    let ran = kvctl(&socket, "bench peer node-b --block-bytes 4KiB --count 9 -o json").exits(0);
+    let json: serde_json::Value = serde_json::from_str(&ran.out).unwrap();
+    assert_eq!((&json["node"], &json["blocks"]), (&"node-b".into(), &9.into()));
+    let ways = json["ways"].as_array().unwrap();
+    let names: Vec<&str> = ways.iter().map(|way| way["way"].as_str().unwrap()).collect();
+    assert_eq!(names, ["out", "in", "single"]);
+    for way in ways {
+        let seen = ["blocks", "bytes", "misses", "wrong"].map(|field| way[field].as_u64().unwrap());
+        assert_eq!(seen, [9, 9 * 4_096, 0, 0], "{way}");
+        assert!(way["bytes_per_s"].as_u64().unwrap() > 0, "{way}");
+    }
+    assert!(ways[1]["p50_ns"].is_null() && ways[2]["p99_ns"].as_u64().unwrap() > 0);
+    assert_eq!(fake.stored(), 0, "no block of the bench stays");
+    let table = kvctl(&socket, "bench peer peer/node-b --block-bytes 4KiB --count 2").exits(0);
+    let ways: Vec<&str> = table.out.lines().map(|line| line.split_whitespace().next().unwrap()).collect();
+    assert_eq!(ways, ["WAY", "out", "in", "single"]);
+    assert!(table.err.contains("2 blocks of 4.0KiB, to node-b and back"), "{}", table.err);
+}
+
+#[test]
+fn bench_peer_says_what_went_wrong() {
+    let line = "bench peer node-b --block-bytes 4KiB --count 3";
+    let full = Fake::start(Mood::PeersFull);
+    kvctl(&full.socket(), line).fails(4, "node-b took none of the blocks", "it has no room for them");
+    assert_eq!(full.stored(), 0);
+    let down = Fake::start(Mood::PeersDown);
+    kvctl(&down.socket(), line).fails(
+        4,
+        "node-b is down: connection refused",
+        "`kvctl describe peer node-b`",
+    );
+    kvctl(&down.socket(), "bench peer node-x").fails(3, "no peer is called `node-x`", "`kvctl get peers`");
+    kvctl(&Fake::start(Mood::Well).socket(), line).fails(3, "this node has none", "name the others with");
+    kvctl(&Fake::start(Mood::Old).socket(), line).fails(1, "does not know this call", "compare the two");
+    let broken = Fake::start(Mood::Broken);
+    let ran = kvctl(&broken.socket(), line).exits(1);
+    assert!(ran.err.contains("error: 7 blocks came back with wrong bytes"), "{}", ran.err);
+    assert_eq!(broken.stored(), 0);
+}
+
+#[test]
+fn bench_peer_cleans_up_when_it_is_interrupted() {
+    let fake = Fake::start(Mood::PeersSilent);
+    let child = command(&fake.socket())
+        .args(["bench", "peer", "node-b", "--block-bytes", "4KiB", "--count", "3"])
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let until = Instant::now() + Duration::from_secs(20);
+    while fake.stored() == 0 {
+        assert!(Instant::now() < until, "nothing was put");
+        std::thread::sleep(Duration::from_millis(10));
+    }
+    let interrupted = Command::new("kill").args(["-INT", &child.id().to_string()]).status().unwrap();
+    assert!(interrupted.success());
+    let ran = ran(&child.wait_with_output().unwrap()).exits(1);
+    assert!(
+        ran.err.contains("error: ended before it was measured\nhelp: its blocks are evicted here"),
+        "{}",
+        ran.err
+    );
+    assert_eq!(fake.stored(), 0, "it left something behind");
 }
 
 #[test]
