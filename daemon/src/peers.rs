@@ -6,6 +6,7 @@
 //!
 //!   peers ---- wants ------> serve.rs: one task per reader, an Owner -- holds --> shards
 //!         <--- bytes -------          '--- links: straight from the arena
+//!   rdma.rs      the devices of this node, as paths
 //!   offer.rs     blocks that a leaving node would rather not take along, on both sides
 //! ```
 //! All of it runs on a runtime of its own, so that moving bytes never holds up who asks for the node's health.
@@ -23,7 +24,7 @@ use kv_block::{BlockKey, Fault, ShardId};
 use kv_node::{FetchOp, PeerId, TransferReport};
 use kv_tcp::{Dialer, Limits, Listener, Security, Tls};
 use kv_transport::owner::OwnerReport;
-use kv_transport::reader::PeerReport;
+use kv_transport::reader::{PathId, PeerReport};
 use kv_wire::message::{Offer, Sight, Taken};
 use tokio::sync::{mpsc, oneshot};
 
@@ -35,6 +36,7 @@ use crate::plan::Plan;
 mod fetch;
 mod line;
 mod offer;
+pub mod rdma;
 mod serve;
 
 pub use offer::Evacuation;
@@ -73,6 +75,7 @@ impl ServedPeer {
 #[derive(Clone)]
 pub struct Peers {
     members: Arc<[Member]>,
+    devices: Arc<[String]>,
     orders: mpsc::UnboundedSender<Order>,
     served: Served,
     /// Where peers find this node.
@@ -134,7 +137,9 @@ pub fn start(
     let (orders, taken) = mpsc::unbounded_channel();
     let dialer = Dialer::new(runtime.handle().clone(), security.clone(), limits.clone());
     let clock = Clock::start();
-    let fetching = fetch::Fetching::new(node, config, &members, dialer, clock);
+    let rails = rdma::Rails::open(node, config, &security)?;
+    let devices = rails.names().into();
+    let fetching = fetch::Fetching::new(node, config, &members, dialer, rails.clone(), clock);
     runtime.spawn(fetching.run(fetches, taken));
     let mut listener = None;
     if let Some(address) = config.peers.listen.get() {
@@ -148,13 +153,14 @@ pub fn start(
             members: Arc::clone(&members),
             sessions: bound.sessions(),
             served: Arc::clone(&served),
+            rails,
             clock,
         };
         runtime.spawn(Arc::new(serving).accept(arrivals));
         listener = Some(bound);
     }
     let listening = listener.as_ref().map(Listener::local);
-    Ok(Some(Running { peers: Peers { members, orders, served, listening }, runtime, _listener: listener }))
+    Ok(Some(Running { peers: Peers { members, devices, orders, served, listening }, runtime, _listener: listener }))
 }
 
 impl Running {
@@ -168,6 +174,16 @@ impl Peers {
     /// The peers as configured, by number.
     pub fn members(&self) -> &[Member] {
         &self.members
+    }
+
+    /// What a path is called: `tcp`, or its device.
+    pub fn path_name(&self, path: PathId) -> String {
+        let device = usize::from(path.0).checked_sub(1).and_then(|at| self.devices.get(at));
+        match device {
+            Some(device) => device.clone(),
+            None if path == PathId::TCP => "tcp".into(),
+            None => format!("path {}", path.0),
+        }
     }
 
     /// The number of a node; a fault that says what to do when it is none of the peers.

@@ -1,7 +1,7 @@
 //! Serving peers: one task for each reader. It joins an owner to the reader's connection, the link that its data
 //! connections come by, and the shards.
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 use std::sync::{Arc, PoisonError};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
@@ -10,7 +10,7 @@ use kv_block::{BlockKey, MissReason, Tier};
 use kv_node::Reach;
 use kv_tcp::{Accepted, End, Sessions};
 use kv_transport::Owner;
-use kv_transport::link::{Link, LinkDone, LinkOp, Wake};
+use kv_transport::link::{Link, LinkDone, LinkError, LinkOp, Wake};
 use kv_transport::owner::{OwnerCommand, OwnerConfig, OwnerEvent};
 use kv_transport::reader::PathId;
 use kv_wire::message::{Answer, Ask, Credits, Found, PathEnd, Refusal, Refused, Sight, WantId};
@@ -18,6 +18,7 @@ use tokio::sync::{Notify, mpsc};
 use tokio::task::{AbortHandle, JoinSet};
 
 use super::line::chain;
+use super::rdma::Rails;
 use super::{Clock, Served, offer, unguessable};
 use crate::config::Config;
 use crate::config::units::Member;
@@ -37,6 +38,7 @@ pub(super) struct Serving {
     pub(super) members: Arc<[Member]>,
     pub(super) sessions: Sessions,
     pub(super) served: Served,
+    pub(super) rails: Rails,
     pub(super) clock: Clock,
 }
 
@@ -48,7 +50,9 @@ struct Reader {
     serving: Arc<Serving>,
     owner: Owner,
     name: String,
-    link: Box<dyn Link>,
+    /// The ways to it; TCP is always among them while it is connected.
+    links: BTreeMap<PathId, Box<dyn Link>>,
+    wake: Wake,
     say: mpsc::Sender<Answer>,
     commands: Vec<OwnerCommand>,
     events: Vec<OwnerEvent>,
@@ -98,6 +102,7 @@ impl Serving {
             leaving: self.node.is_draining(),
             wait_max: peers.fetch_limit.0,
             lease_max: peers.lease_ttl.0,
+            paths: self.rails.served_paths(),
             unix_zero_s: unix.saturating_sub(self.clock.now().0 / 1_000_000),
             ..OwnerConfig::default()
         }
@@ -122,11 +127,11 @@ async fn serve(serving: Arc<Serving>, accepted: Accepted) {
         }
     };
     let wake = Arc::new(Notify::new());
-    let link = {
+    let ring: Wake = {
         let wake = Arc::clone(&wake);
-        let wake: Wake = Arc::new(move || wake.notify_one());
-        serving.sessions.link(session, &name, wake)
+        Arc::new(move || wake.notify_one())
     };
+    let link: Box<dyn Link> = Box::new(serving.sessions.link(session, &name, Arc::clone(&ring)));
     let owner = Owner::new(serving.config(&name, session, refuse));
     let (writer, mut hear) = control.split();
     let (say, queue) = mpsc::channel(SAY_MAX);
@@ -137,7 +142,8 @@ async fn serve(serving: Arc<Serving>, accepted: Accepted) {
         serving,
         owner,
         name,
-        link: Box::new(link),
+        links: BTreeMap::from([(PathId::TCP, link)]),
+        wake: ring,
         say,
         commands: Vec::new(),
         events: Vec::new(),
@@ -214,7 +220,7 @@ impl Reader {
     /// Tells the owner what has happened and does what follows from it, until nothing is left.
     fn turn(&mut self) {
         loop {
-            self.poll_link();
+            self.poll_links();
             let now = self.serving.clock.now();
             for event in std::mem::take(&mut self.events) {
                 self.owner.handle(now, event, &mut self.commands);
@@ -226,7 +232,7 @@ impl Reader {
             for command in std::mem::take(&mut self.commands) {
                 self.obey(command);
             }
-            self.link.kick();
+            self.links.values_mut().for_each(|link| link.kick());
         }
     }
 
@@ -256,41 +262,61 @@ impl Reader {
                 };
                 self.tasks.spawn(work);
             }
-            OwnerCommand::Expose { path: PathId::TCP, want, block } => {
-                if let Err(LinkOp::Expose { want, .. }) = self.link.submit(LinkOp::Expose { want, block }) {
-                    let what = "the link exposes as many blocks as it may".to_owned();
-                    let result = Err(kv_transport::link::LinkError::Path { what });
-                    self.events.push(OwnerEvent::Exposed { path: PathId::TCP, want, result });
+            OwnerCommand::Expose { path, want, block } => {
+                let refused = match self.links.get_mut(&path) {
+                    Some(link) => link.submit(LinkOp::Expose { want, block }).is_err(),
+                    None => true,
+                };
+                if refused {
+                    let what = "the path is gone, or exposes as many blocks as it may".to_owned();
+                    let result = Err(LinkError::Path { what });
+                    self.events.push(OwnerEvent::Exposed { path, want, result });
                 }
             }
-            OwnerCommand::Conceal { path: PathId::TCP, want } => {
-                // Always taken.
-                let _ = self.link.submit(LinkOp::Conceal { want });
+            OwnerCommand::Conceal { path, want } => {
+                // Always taken. A path that is gone has given everything back before it said so.
+                if let Some(link) = self.links.get_mut(&path) {
+                    let _ = link.submit(LinkOp::Conceal { want });
+                }
             }
-            OwnerCommand::Expose { path, want, .. } => {
-                let what = format!("path {} is not open", path.0);
-                let result = Err(kv_transport::link::LinkError::Path { what });
-                self.events.push(OwnerEvent::Exposed { path, want, result });
+            OwnerCommand::Open { end } => self.open(&end),
+        }
+    }
+
+    /// The reader wants a path besides TCP.
+    fn open(&mut self, end: &PathEnd) {
+        let path = PathId(end.path);
+        match self.serving.rails.answer(end, Arc::clone(&self.wake)) {
+            Ok((link, answer)) => {
+                self.links.insert(path, link);
+                self.events.push(OwnerEvent::Opened(answer));
+                self.events.push(OwnerEvent::Path { path, up: Ok(()) });
             }
-            OwnerCommand::Conceal { .. } => {}
-            OwnerCommand::Open { end } => {
-                let none = PathEnd { path: end.path, words: Vec::new() };
-                self.events.push(OwnerEvent::Opened(none));
+            Err(why) => {
+                tracing::info!(reader = self.name, path = path.0, why, "a path to a reader is not opened");
+                self.events.push(OwnerEvent::Opened(PathEnd { path: end.path, words: Vec::new() }));
             }
         }
     }
 
-    fn poll_link(&mut self) {
+    fn poll_links(&mut self) {
         let mut done = Vec::new();
-        self.link.poll(&mut done);
-        let path = PathId::TCP;
-        self.events.extend(done.into_iter().filter_map(|done| match done {
-            LinkDone::Exposed { want, result } => Some(OwnerEvent::Exposed { path, want, result }),
-            LinkDone::Concealed { want, block } => Some(OwnerEvent::Concealed { path, want, block }),
-            LinkDone::Broken { why } => Some(OwnerEvent::Path { path, up: Err(why.to_string()) }),
-            // The reader's words; this end has none of them.
-            LinkDone::Read { .. } => None,
-        }));
+        let events = &mut self.events;
+        self.links.retain(|path, link| {
+            let (path, mut whole) = (*path, true);
+            link.poll(&mut done);
+            events.extend(done.drain(..).filter_map(|done| match done {
+                LinkDone::Exposed { want, result } => Some(OwnerEvent::Exposed { path, want, result }),
+                LinkDone::Concealed { want, block } => Some(OwnerEvent::Concealed { path, want, block }),
+                LinkDone::Broken { why } => {
+                    whole = false;
+                    Some(OwnerEvent::Path { path, up: Err(why.to_string()) })
+                }
+                // The reader's words; this end has none of them.
+                LinkDone::Read { .. } => None,
+            }));
+            whole
+        });
     }
 
     /// Looks for a block: at once in memory, otherwise in a task that waits.

@@ -561,7 +561,9 @@ impl v1::admin_server::Admin for AdminService {
         _: Request<v1::ListPeersRequest>,
     ) -> Result<Response<v1::ListPeersResponse>, Status> {
         let views = self.peer_views().await?;
-        Ok(Response::new(v1::ListPeersResponse { peers: views.iter().map(peers::peer_info).collect() }))
+        let Some(known) = &self.shared.peers else { return Ok(Response::default()) };
+        let peers = views.iter().map(|view| peers::peer_info(known, view)).collect();
+        Ok(Response::new(v1::ListPeersResponse { peers }))
     }
 
     async fn describe_peer(
@@ -569,10 +571,11 @@ impl v1::admin_server::Admin for AdminService {
         request: Request<v1::DescribePeerRequest>,
     ) -> Result<Response<v1::DescribePeerResponse>, Status> {
         let node = request.into_inner().node;
-        let number = self.shared.peers()?.number(&node).map_err(status)?;
+        let known = self.shared.peers()?;
+        let number = known.number(&node).map_err(status)?;
         let views = self.peer_views().await?;
         let view = &views[usize::from(number.0)];
-        let (peer, paths) = (Some(peers::peer_info(view)), peers::paths(view));
+        let (peer, paths) = (Some(peers::peer_info(known, view)), peers::paths(known, view));
         Ok(Response::new(v1::DescribePeerResponse { peer, paths }))
     }
 

@@ -61,7 +61,7 @@ impl Shared {
 }
 
 /// A peer as a message.
-pub(super) fn peer_info(view: &PeerView) -> v1::PeerInfo {
+pub(super) fn peer_info(peers: &Peers, view: &PeerView) -> v1::PeerInfo {
     let PeerView { member, reader, served, now } = view;
     let open_until = match reader.circuit {
         Circuit::Open { until } => Some(until),
@@ -74,19 +74,18 @@ pub(super) fn peer_info(view: &PeerView) -> v1::PeerInfo {
         (None, PeerState::Connecting | PeerState::Greeting) => "connecting",
         (None, PeerState::Idle) => "idle",
     };
-    let reason = reader.last_error.as_ref();
     let paths = reader.paths.iter().filter(|(_, path)| path.state == PathState::Up);
     let held = served.now.waiting + served.now.granted + served.now.fenced;
     v1::PeerInfo {
         node: member.name.clone(),
         address: place(member),
         state: state.into(),
-        reason: reason.map_or_else(String::new, |(kind, why)| format!("{kind}: {why}")),
+        reason: reason(view),
         retry_ms: open_until.map_or(0, |until| left_ms(until, *now)),
         version: reader.version.unwrap_or(0).into(),
         epoch: reader.epoch.map_or(0, |epoch| epoch.0),
         rtt_us: reader.rtt.map_or(0, |rtt| rtt.as_micros() as u64),
-        paths: paths.map(|(id, _)| path_name(*id)).collect(),
+        paths: paths.map(|(id, _)| peers.path_name(*id)).collect(),
         wanted: (reader.waiting + reader.asked + reader.granted) as u64,
         reading: reader.reading as u64,
         blocks_in: reader.landed,
@@ -102,7 +101,7 @@ pub(super) fn peer_info(view: &PeerView) -> v1::PeerInfo {
 }
 
 /// The paths to a peer, best first.
-pub(super) fn paths(view: &PeerView) -> Vec<v1::PathInfo> {
+pub(super) fn paths(peers: &Peers, view: &PeerView) -> Vec<v1::PathInfo> {
     // Others come before TCP, which every pair of nodes has.
     let mut all: Vec<(&PathId, &PathReport)> = view.reader.paths.iter().collect();
     all.sort_by_key(|(id, _)| (**id == PathId::TCP, **id));
@@ -118,7 +117,7 @@ pub(super) fn paths(view: &PeerView) -> Vec<v1::PathInfo> {
             rank += u32::from(up);
             let rank = if up { rank } else { 0 };
             v1::PathInfo {
-                name: path_name(*id),
+                name: peers.path_name(*id),
                 rank,
                 reason,
                 up,
@@ -149,16 +148,18 @@ pub(super) async fn transfers(peers: &Peers) -> Result<Vec<v1::TransferInfo>, Fa
 
 /// What an operator must know: peers that are down.
 pub(super) fn warnings(views: &[PeerView]) -> Vec<(Code, String)> {
-    let down = views.iter().map(peer_info).filter(|peer| peer.state == "down");
-    down.map(|peer| {
-        let text = format!("peer {} is down, its blocks miss: {}", peer.node, peer.reason);
+    let down = views.iter().filter(|view| matches!(view.reader.circuit, Circuit::Open { .. }));
+    down.map(|view| {
+        let text = format!("peer {} is down, its blocks miss: {}", view.member.name, reason(view));
         (Code::PeerDown, text)
     })
     .collect()
 }
 
-fn path_name(id: PathId) -> String {
-    if id == PathId::TCP { "tcp".into() } else { format!("rdma{}", id.0) }
+/// The last thing that went wrong with a peer.
+fn reason(view: &PeerView) -> String {
+    let last = view.reader.last_error.as_ref();
+    last.map_or_else(String::new, |(kind, why)| format!("{kind}: {why}"))
 }
 
 fn place(member: &crate::config::units::Member) -> String {
