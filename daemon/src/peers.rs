@@ -160,7 +160,11 @@ pub fn start(
         listener = Some(bound);
     }
     let listening = listener.as_ref().map(Listener::local);
-    Ok(Some(Running { peers: Peers { members, devices, orders, served, listening }, runtime, _listener: listener }))
+    Ok(Some(Running {
+        peers: Peers { members, devices, orders, served, listening },
+        runtime,
+        _listener: listener,
+    }))
 }
 
 impl Running {

@@ -30,8 +30,7 @@ pub fn probe(config: &Config, register_bytes: u64) -> Option<Probe> {
     }
     let device = config.peers.rdma_device.get().map(|label| label.0.clone());
     let wanted = device.map(|device| Wanted { device: Some(device), ..Wanted::default() });
-    let devices =
-        Devices { wanted: wanted.into_iter().collect(), register_bytes, ..Devices::default() };
+    let devices = Devices { wanted: wanted.into_iter().collect(), register_bytes, ..Devices::default() };
     Some(devices.probe())
 }
 
@@ -56,13 +55,12 @@ impl Rails {
             }
         }
         if devices.is_empty() && config.peers.rdma == Rdma::Required {
-            anyhow::bail!(
-                "peers.rdma is required, and no device can be used: {}",
-                probe.lines().join("; ")
-            );
+            anyhow::bail!("peers.rdma is required, and no device can be used: {}", probe.lines().join("; "));
         }
         if !devices.is_empty() && matches!(security, Security::Mutual(_)) {
-            tracing::warn!("blocks that move by RDMA are not encrypted; set peers.rdma = off where they must be");
+            tracing::warn!(
+                "blocks that move by RDMA are not encrypted; set peers.rdma = off where they must be"
+            );
         }
         Ok(Self(devices))
     }

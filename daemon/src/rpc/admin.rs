@@ -17,7 +17,7 @@ use super::blocks::block_info;
 use super::{Shared, deadline, deadline_asked, peers, status};
 use crate::config::units::Size;
 use crate::node::{Node, unexpected};
-use crate::peers::{Evacuation, PeerView, evacuate, named};
+use crate::peers::{Evacuation, PeerView, Peers, evacuate, named};
 use crate::shard::ShardHandle;
 
 /// Longest purge or verification.
@@ -561,8 +561,8 @@ impl v1::admin_server::Admin for AdminService {
         _: Request<v1::ListPeersRequest>,
     ) -> Result<Response<v1::ListPeersResponse>, Status> {
         let views = self.peer_views().await?;
-        let Some(known) = &self.shared.peers else { return Ok(Response::default()) };
-        let peers = views.iter().map(|view| peers::peer_info(known, view)).collect();
+        let info = |known: &Peers| views.iter().map(|view| peers::peer_info(known, view)).collect();
+        let peers = self.shared.peers.as_ref().map_or_else(Vec::new, info);
         Ok(Response::new(v1::ListPeersResponse { peers }))
     }
 
