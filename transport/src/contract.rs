@@ -30,6 +30,7 @@ macro_rules! link_contract {
             what_is_not_exposed_is_gone,
             what_was_concealed_is_gone,
             concealed_means_that_no_read_touches_it,
+            a_conceal_ends_although_reads_keep_coming,
             another_record_is_corrupt,
             a_window_of_another_block_reads_nothing,
             a_cancelled_read_ends_once,
@@ -136,39 +137,42 @@ impl<'a, S: Subject> Driver<'a, S> {
     }
 
     fn poll(&mut self) {
-        let mut done = Vec::new();
-        for side in [&mut self.owner, &mut self.reader] {
+        for turn in 0..2 {
+            let side = if turn == 0 { &mut self.owner } else { &mut self.reader };
             let Some(link) = &mut side.link else { continue };
+            let mut done = Vec::new();
             link.kick();
-            let before = done.len();
             link.poll(&mut done);
-            let broke = done[before..].iter().filter(|done| matches!(done, LinkDone::Broken { .. })).count();
-            assert!(side.broken == 0 || done.len() == before, "words after the path was gone: {done:?}");
-            if broke > 0 {
-                assert!(matches!(done.last(), Some(LinkDone::Broken { .. })), "something came after Broken");
-            }
-            side.broken += broke as u32;
+            assert!(side.broken == 0 || done.is_empty(), "words after the path was gone: {done:?}");
+            let broken = |done: &LinkDone| matches!(done, LinkDone::Broken { .. });
+            side.broken += done.iter().filter(|done| broken(done)).count() as u32;
             assert!(side.broken <= 1, "a path breaks once");
+            assert!(side.broken == 0 || done.last().is_none_or(broken), "something came after Broken");
+            // Before the other end moves: what is said now must be so now.
+            done.into_iter().for_each(|done| self.enter(done));
         }
-        for done in done {
-            match done {
-                LinkDone::Exposed { want, result } => {
-                    assert!(self.exposed.insert(want, result).is_none(), "{want:?} was exposed twice");
-                }
-                LinkDone::Concealed { want, block } => {
-                    assert!(self.concealed.insert(want, block).is_none(), "{want:?} was concealed twice");
-                }
-                LinkDone::Read { read, into, result } => {
-                    let record = self.reading.remove(&read);
-                    let record = record.unwrap_or_else(|| panic!("{read:?} ended twice, or was never begun"));
-                    if result.is_ok() {
-                        let wrong = payload::first_wrong_byte(&record.key, &into[..record.bytes as usize]);
-                        assert_eq!(wrong, None, "a wrong byte was delivered");
-                    }
-                    self.read.insert(read, result);
-                }
-                LinkDone::Broken { .. } => {}
+    }
+
+    fn enter(&mut self, done: LinkDone) {
+        match done {
+            LinkDone::Exposed { want, result } => {
+                assert!(self.exposed.insert(want, result).is_none(), "{want:?} was exposed twice");
             }
+            LinkDone::Concealed { want, block } => {
+                let holds = self.owner.memory.slab().header(block.id()).map(|header| header.holds);
+                assert_eq!(holds, Some(2), "{want:?} is concealed and held by more than it and the suite");
+                assert!(self.concealed.insert(want, block).is_none(), "{want:?} was concealed twice");
+            }
+            LinkDone::Read { read, into, result } => {
+                let record = self.reading.remove(&read);
+                let record = record.unwrap_or_else(|| panic!("{read:?} ended twice, or was never begun"));
+                if result.is_ok() {
+                    let wrong = payload::first_wrong_byte(&record.key, &into[..record.bytes as usize]);
+                    assert_eq!(wrong, None, "a wrong byte was delivered");
+                }
+                self.read.insert(read, result);
+            }
+            LinkDone::Broken { .. } => {}
         }
     }
 
@@ -382,6 +386,29 @@ pub fn concealed_means_that_no_read_touches_it(subject: &mut impl Subject) {
             let result = driver.read_end(read);
             assert!(matches!(result, Ok(()) | Err(LinkError::Gone)), "round {round}: {result:?}");
         }
+    }
+    driver.finish();
+}
+
+/// A reader that never stops reading a block does not keep its owner from it: once it is to be concealed, none begins.
+pub fn a_conceal_ends_although_reads_keep_coming(subject: &mut impl Subject) {
+    let mut driver = Driver::new(subject);
+    let (want, record, window) = driver.expose(4096);
+    let mut reads: Vec<_> = (0..2).filter_map(|_| driver.try_read(want, window, record)).collect();
+    driver.poll();
+    assert!(driver.owner.link().submit(LinkOp::Conceal { want }).is_ok(), "a conceal is always taken");
+    for _ in 0..2000 {
+        if driver.concealed.contains_key(&want) {
+            break;
+        }
+        reads.extend(driver.try_read(want, window, record));
+        driver.poll();
+        driver.subject.wait();
+    }
+    assert!(driver.concealed.remove(&want).is_some(), "reads that keep coming keep the block");
+    for read in reads {
+        let result = driver.read_end(read);
+        assert!(matches!(result, Ok(()) | Err(LinkError::Gone)), "{result:?}");
     }
     driver.finish();
 }

@@ -226,7 +226,8 @@ impl Reader {
 
     /// Whether nothing is under way, not even a read that was cancelled.
     pub fn is_idle(&self) -> bool {
-        self.wants.is_empty() && self.reads.is_empty() && self.questions.is_empty() && self.books.is_empty()
+        let nothing_open = self.wants.is_empty() && self.questions.is_empty() && self.books.is_empty();
+        nothing_open && self.reads.is_empty() && !self.health.is_trying()
     }
 
     pub(super) fn number(&mut self) -> u64 {

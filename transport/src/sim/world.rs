@@ -13,13 +13,15 @@ use super::{Tally, Weather, lies};
 use crate::health::HealthLimits;
 use crate::link::{Link, LinkDone, LinkError, LinkOp};
 use crate::memory::{LinkFault, MemoryConfig, MemoryLink};
-use crate::owner::{OwnerCommand, OwnerConfig, OwnerEvent, OwnerPath};
+use crate::owner::{OwnerCommand, OwnerConfig, OwnerEvent, OwnerPath, OwnerState};
 use crate::random::Random;
-use crate::reader::{PathId, ReaderCommand, ReaderConfig, ReaderEvent};
+use crate::reader::{PathId, PeerState, ReaderCommand, ReaderConfig, ReaderEvent};
 use crate::{Micros, Owner, Reader};
 
 /// More than any world needs: one that goes on goes in circles.
 const EVENTS_MAX: u64 = 2_000_000;
+/// How long a driver may let events gather before it flushes, and sees when the next tick is due.
+const BATCH_US_MAX: u64 = 500;
 /// A pipe without news is not polled for ever; what a device never answers is never answered.
 const IDLE_POLLS_MAX: u32 = 40;
 const WINDOWED: PathId = PathId(1);
@@ -336,13 +338,7 @@ impl World {
                 side.flushing = false;
                 side.reader.flush(now, &mut out);
                 self.reader_commands(node, peer, out);
-                let side = self.side(node, peer);
-                if let Some(at) = side.reader.next_tick()
-                    && side.tick_at.is_none_or(|known| at < known)
-                {
-                    side.tick_at = Some(at);
-                    self.at(at.max(now), Event::TickReader { node, peer });
-                }
+                self.arm_reader(node, peer);
             }
             Event::TickOwner { conn } => {
                 let now = self.now;
@@ -414,7 +410,7 @@ impl World {
         let hurried = self.random.per_mille(300);
         let us = 200 + self.random.below(if hurried { 3_000 } else { 150_000 });
         let deadline = self.now.after(Duration::from_micros(us));
-        let limit = deadline.after(Duration::from_micros(us / 10));
+        let limit = deadline.after(Duration::from_micros(us / 10 + BATCH_US_MAX));
         self.log(|| format!("{node} wants {n} of {peer} as {} by {}", want.0, deadline.0));
         self.ledger.want(want, Open { node, peer, key: n, limit });
         let wait = self.random.per_mille(700);
@@ -424,7 +420,7 @@ impl World {
     fn probe(&mut self, node: usize, peer: usize) {
         let (probe, us) = (self.id(), 1000 + self.random.below(50_000));
         let deadline = self.now.after(Duration::from_micros(us));
-        let limit = deadline.after(Duration::from_micros(us / 10));
+        let limit = deadline.after(Duration::from_micros(us / 10 + BATCH_US_MAX));
         let keys = (0..1 + self.random.below(5)).map(key).collect::<Vec<_>>();
         self.ledger.probe(probe, Open { node, peer, key: keys.len() as u64, limit });
         self.reader(node, peer, ReaderEvent::Probe { probe, principal: 0, keys, deadline });
@@ -433,7 +429,7 @@ impl World {
     fn offer(&mut self, node: usize, peer: usize) {
         let (id, us) = (self.id(), 1000 + self.random.below(50_000));
         let deadline = self.now.after(Duration::from_micros(us));
-        let limit = deadline.after(Duration::from_micros(us / 10));
+        let limit = deadline.after(Duration::from_micros(us / 10 + BATCH_US_MAX));
         let keys = (0..3).map(key).collect::<Vec<_>>();
         self.ledger.probe(id, Open { node, peer, key: 3, limit });
         let offer = Offer { id, principal: 0, binding: vec![], keys };
@@ -814,10 +810,36 @@ impl World {
         let side = self.side(node, peer);
         side.reader.handle(now, event, &mut out);
         if !std::mem::replace(&mut side.flushing, true) {
-            let delay = if self.random.per_mille(500) { 0 } else { 15 };
+            let delay = self.batch_us();
             self.within(delay, Event::FlushReader { node, peer });
         }
         self.reader_commands(node, peer, out);
+        let report = self.side(node, peer).reader.report();
+        let open = report.waiting + report.asked + report.granted;
+        assert!(
+            open == 0 || report.state != PeerState::Idle,
+            "wants wait for a connection that nobody opens"
+        );
+    }
+
+    /// Sees to the next tick.
+    fn arm_reader(&mut self, node: usize, peer: usize) {
+        let (now, side) = (self.now, self.side(node, peer));
+        if let Some(at) = side.reader.next_tick()
+            && side.tick_at.is_none_or(|known| at < known)
+        {
+            side.tick_at = Some(at);
+            self.at(at.max(now), Event::TickReader { node, peer });
+        }
+    }
+
+    /// How long events gather before a flush.
+    fn batch_us(&mut self) -> u64 {
+        match self.random.below(10) {
+            0..5 => 0,
+            5..9 => 15,
+            _ => BATCH_US_MAX,
+        }
     }
 
     fn reader_commands(&mut self, node: usize, peer: usize, out: Vec<ReaderCommand>) {
@@ -942,11 +964,19 @@ impl World {
         assert!(report.bytes <= CREDITS.bytes_max, "more bytes shown than there is credit for");
         let open = report.holding + report.waiting + report.granted;
         assert!(open <= CREDITS.wants_max as usize, "more leases than there is credit for");
+        assert!(open == 0 || report.state == OwnerState::Serving, "leases outlive their connection");
         if !std::mem::replace(&mut there.flushing, true) {
-            let delay = if self.random.per_mille(500) { 0 } else { 15 };
+            let delay = self.batch_us();
             self.within(delay, Event::FlushOwner { conn });
         }
         self.owner_commands(conn, out);
+        for pipe in self.conns.get(&conn).into_iter().flat_map(|there| there.pipes.values()) {
+            let shown = pipe.owner.as_ref().map_or(0, |link| link.usage().bytes);
+            assert!(
+                shown <= CREDITS.bytes_max,
+                "more bytes in the hands of a device than there is credit for"
+            );
+        }
         self.reap(conn);
     }
 
@@ -957,6 +987,12 @@ impl World {
         let Some(owner) = &mut there.owner else { return };
         owner.flush(now, &mut out);
         self.owner_commands(conn, out);
+        self.arm_owner(conn);
+    }
+
+    /// As for a reader.
+    fn arm_owner(&mut self, conn: u64) {
+        let now = self.now;
         let Some(there) = self.conns.get_mut(&conn) else { return };
         if let Some(at) = there.owner.as_ref().and_then(Owner::next_tick)
             && there.tick_at.is_none_or(|known| at < known)
