@@ -6,7 +6,7 @@
 //!
 //!   peers ---- wants ------> serve.rs: one task per reader, an Owner -- holds --> shards
 //!         <--- bytes -------          '--- links: straight from the arena
-//!   rdma.rs      the devices of this node, as paths
+//!   rdma.rs      the devices of this node, as paths (facts.rs: what peers are told of them)
 //!   offer.rs     blocks that a leaving node would rather not take along, on both sides
 //! ```
 //! All of it runs on a runtime of its own, so that moving bytes never holds up who asks for the node's health.
@@ -24,7 +24,8 @@ use kv_block::{BlockKey, Fault, ShardId};
 use kv_node::{FetchOp, PeerId, TransferReport};
 use kv_tcp::{Dialer, Limits, Listener, Security, Tls};
 use kv_transport::owner::OwnerReport;
-use kv_transport::reader::{PathId, PeerReport};
+use kv_transport::plan::PathPlan;
+use kv_transport::reader::PeerReport;
 use kv_wire::message::{Offer, Sight, Taken};
 use tokio::sync::{mpsc, oneshot};
 
@@ -33,6 +34,7 @@ use crate::config::units::Member;
 use crate::node::Node;
 use crate::plan::Plan;
 
+pub mod facts;
 mod fetch;
 mod line;
 mod offer;
@@ -75,7 +77,6 @@ impl ServedPeer {
 #[derive(Clone)]
 pub struct Peers {
     members: Arc<[Member]>,
-    devices: Arc<[String]>,
     orders: mpsc::UnboundedSender<Order>,
     served: Served,
     /// Where peers find this node.
@@ -97,6 +98,8 @@ pub struct PeerView {
     pub member: Member,
     /// What we have from it.
     pub reader: PeerReport,
+    /// By which paths it is read, and why; empty before the first connection.
+    pub plan: PathPlan,
     /// What it has from us.
     pub served: ServedPeer,
     /// In the exchange's time, what is `now` for the moments in `reader`.
@@ -105,7 +108,7 @@ pub struct PeerView {
 
 /// What is asked of the task that fetches.
 enum Order {
-    Peers(oneshot::Sender<(kv_transport::Micros, Vec<PeerReport>)>),
+    Peers(oneshot::Sender<(kv_transport::Micros, Vec<(PeerReport, PathPlan)>)>),
     Transfers(oneshot::Sender<(kv_transport::Micros, Vec<TransferReport>)>),
     Locate { principal: u8, keys: Vec<BlockKey>, deadline: Instant, reply: oneshot::Sender<Vec<Place>> },
     Offer { peer: PeerId, offer: Offer, deadline: Instant, reply: oneshot::Sender<Option<Taken>> },
@@ -138,7 +141,6 @@ pub fn start(
     let dialer = Dialer::new(runtime.handle().clone(), security.clone(), limits.clone());
     let clock = Clock::start();
     let rails = rdma::Rails::open(node, config, &security)?;
-    let devices = rails.names().into();
     let fetching = fetch::Fetching::new(node, config, &members, dialer, rails.clone(), clock);
     runtime.spawn(fetching.run(fetches, taken));
     let mut listener = None;
@@ -160,11 +162,7 @@ pub fn start(
         listener = Some(bound);
     }
     let listening = listener.as_ref().map(Listener::local);
-    Ok(Some(Running {
-        peers: Peers { members, devices, orders, served, listening },
-        runtime,
-        _listener: listener,
-    }))
+    Ok(Some(Running { peers: Peers { members, orders, served, listening }, runtime, _listener: listener }))
 }
 
 impl Running {
@@ -180,16 +178,6 @@ impl Peers {
         &self.members
     }
 
-    /// What a path is called: `tcp`, or its device.
-    pub fn path_name(&self, path: PathId) -> String {
-        let device = usize::from(path.0).checked_sub(1).and_then(|at| self.devices.get(at));
-        match device {
-            Some(device) => device.clone(),
-            None if path == PathId::TCP => "tcp".into(),
-            None => format!("path {}", path.0),
-        }
-    }
-
     /// The number of a node; a fault that says what to do when it is none of the peers.
     pub fn number(&self, node: &str) -> Result<PeerId, Fault> {
         let at = self.members.iter().position(|member| member.name == node);
@@ -203,10 +191,11 @@ impl Peers {
     pub async fn views(&self) -> Result<Vec<PeerView>, Fault> {
         let (now, readers) = self.ask(Order::Peers).await?;
         let served = self.served.lock().unwrap_or_else(PoisonError::into_inner);
-        let view = |(member, reader): (&Member, PeerReport)| PeerView {
+        let view = |(member, (reader, plan)): (&Member, (PeerReport, PathPlan))| PeerView {
             served: served.get(&member.name).cloned().unwrap_or_default(),
             member: member.clone(),
             reader,
+            plan,
             now,
         };
         Ok(self.members.iter().zip(readers).map(view).collect())

@@ -8,12 +8,14 @@ use kv_block::ShardId;
 use kv_node::{Exchange, ExchangeCommand, ExchangeConfig, ExchangeEvent, FetchDone, FetchOp, PeerId};
 use kv_tcp::Dialer;
 use kv_transport::link::{Link, LinkDone, LinkError, LinkOp, Wake};
+use kv_transport::plan::PathPlan;
 use kv_transport::reader::{PathId, ReaderCommand, ReaderConfig, ReaderEvent};
 use kv_verbs::Endpoint;
 use kv_wire::message::{PathEnd, Taken};
 use tokio::sync::{Notify, mpsc, oneshot};
 use tokio::task::AbortHandle;
 
+use super::facts;
 use super::line::{self, FromLine, Word};
 use super::rdma::Rails;
 use super::{Clock, Order, Place, principals};
@@ -57,6 +59,8 @@ struct Line {
     links: BTreeMap<PathId, Box<dyn Link>>,
     /// Our ends of paths whose other end is not known yet.
     ends: BTreeMap<PathId, Endpoint>,
+    /// Of this connection, or the last one.
+    plan: PathPlan,
 }
 
 impl Fetching {
@@ -75,6 +79,7 @@ impl Fetching {
             principals: principals.clone(),
             peer: member.name.clone(),
             paths: rails.paths(),
+            facts: facts::tell(&rails.facts),
             block_bytes_max: u32::try_from(node.block_bytes_max).unwrap_or(u32::MAX),
             wants_max: config.peers.wants_max as usize,
             // Two nodes that lost each other do not come back at the same moment.
@@ -98,6 +103,7 @@ impl Fetching {
             address: None,
             links: BTreeMap::new(),
             ends: BTreeMap::new(),
+            plan: PathPlan::default(),
         };
         let (words, heard) = mpsc::channel(WORDS_MAX);
         Self {
@@ -224,7 +230,8 @@ impl Fetching {
                     self.gone(peer, "it takes no more of what it is told".into());
                 }
             }
-            ReaderCommand::Open { session, .. } => {
+            ReaderCommand::Open { session, facts, .. } => {
+                line.plan = self.rails.plan_to(&facts::hear(&facts));
                 self.open_tcp(peer, session);
                 self.ask_for_rails(peer);
             }
@@ -297,8 +304,10 @@ impl Fetching {
 
     /// The paths besides: this side's ends, of which the peer is told.
     fn ask_for_rails(&mut self, peer: PeerId) {
-        for path in self.rails.paths() {
-            let event = match self.rails.ask(path) {
+        let planned = self.lines[usize::from(peer.0)].plan.paths.clone();
+        for planned in planned.iter().filter(|planned| planned.path != PathId::TCP) {
+            let path = planned.path;
+            let event = match self.rails.ask(planned) {
                 Ok((endpoint, end)) => {
                     self.lines[usize::from(peer.0)].ends.insert(path, endpoint);
                     ReaderEvent::Reach(end)
@@ -402,7 +411,10 @@ impl Fetching {
         let now = self.clock.now();
         // Whoever asked may be gone; then nobody misses the answer.
         match order {
-            Order::Peers(reply) => drop(reply.send((now, self.exchange.reports()))),
+            Order::Peers(reply) => {
+                let plans = self.lines.iter().map(|line| line.plan.clone());
+                drop(reply.send((now, self.exchange.reports().into_iter().zip(plans).collect())));
+            }
             Order::Transfers(reply) => drop(reply.send((now, self.exchange.transfers()))),
             Order::Locate { principal, keys, deadline, reply } => {
                 let id = self.number();

@@ -12,6 +12,7 @@ use kv_tcp::{Accepted, End, Sessions};
 use kv_transport::Owner;
 use kv_transport::link::{Link, LinkDone, LinkError, LinkOp, Wake};
 use kv_transport::owner::{OwnerCommand, OwnerConfig, OwnerEvent};
+use kv_transport::plan::PathPlan;
 use kv_transport::reader::PathId;
 use kv_wire::message::{Answer, Ask, Credits, Found, PathEnd, Refusal, Refused, Sight, WantId};
 use tokio::sync::{Notify, mpsc};
@@ -19,7 +20,7 @@ use tokio::task::{AbortHandle, JoinSet};
 
 use super::line::chain;
 use super::rdma::Rails;
-use super::{Clock, Served, offer, unguessable};
+use super::{Clock, Served, facts, offer, unguessable};
 use crate::config::Config;
 use crate::config::units::Member;
 use crate::node::{Node, View};
@@ -53,6 +54,7 @@ struct Reader {
     /// The ways to it; TCP is always among them while it is connected.
     links: BTreeMap<PathId, Box<dyn Link>>,
     wake: Wake,
+    plan: PathPlan,
     say: mpsc::Sender<Answer>,
     commands: Vec<OwnerCommand>,
     events: Vec<OwnerEvent>,
@@ -89,7 +91,7 @@ impl Serving {
         Some(Refused { why: Refusal::Unknown, text })
     }
 
-    fn config(&self, name: &str, session: u128, refuse: Option<Refused>) -> OwnerConfig {
+    fn config(&self, name: &str, session: u128, refuse: Option<Refused>, plan: &PathPlan) -> OwnerConfig {
         let peers = &self.config.peers;
         let unix = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs());
         OwnerConfig {
@@ -102,7 +104,8 @@ impl Serving {
             leaving: self.node.is_draining(),
             wait_max: peers.fetch_limit.0,
             lease_max: peers.lease_ttl.0,
-            paths: self.rails.served_paths(),
+            facts: facts::tell(&self.rails.facts),
+            paths: plan.owner_paths(),
             unix_zero_s: unix.saturating_sub(self.clock.now().0 / 1_000_000),
             ..OwnerConfig::default()
         }
@@ -132,7 +135,8 @@ async fn serve(serving: Arc<Serving>, accepted: Accepted) {
         Arc::new(move || wake.notify_one())
     };
     let link: Box<dyn Link> = Box::new(serving.sessions.link(session, &name, Arc::clone(&ring)));
-    let owner = Owner::new(serving.config(&name, session, refuse));
+    let plan = serving.rails.plan_from(&facts::hear(&hello.facts));
+    let owner = Owner::new(serving.config(&name, session, refuse, &plan));
     let (writer, mut hear) = control.split();
     let (say, queue) = mpsc::channel(SAY_MAX);
     let mut writing = tokio::spawn(writer.drain(queue));
@@ -144,6 +148,7 @@ async fn serve(serving: Arc<Serving>, accepted: Accepted) {
         name,
         links: BTreeMap::from([(PathId::TCP, link)]),
         wake: ring,
+        plan,
         say,
         commands: Vec::new(),
         events: Vec::new(),
@@ -286,7 +291,11 @@ impl Reader {
     /// The reader wants a path besides TCP.
     fn open(&mut self, end: &PathEnd) {
         let path = PathId(end.path);
-        match self.serving.rails.answer(end, Arc::clone(&self.wake)) {
+        let planned = self.plan.paths.iter().find(|planned| planned.path == path);
+        let answered = planned
+            .ok_or_else(|| "it is not planned".to_owned())
+            .and_then(|planned| self.serving.rails.answer(planned, &end.words, Arc::clone(&self.wake)));
+        match answered {
             Ok((link, answer)) => {
                 self.links.insert(path, link);
                 self.events.push(OwnerEvent::Opened(answer));

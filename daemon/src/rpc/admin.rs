@@ -17,7 +17,7 @@ use super::blocks::block_info;
 use super::{Shared, deadline, deadline_asked, peers, status};
 use crate::config::units::Size;
 use crate::node::{Node, unexpected};
-use crate::peers::{Evacuation, PeerView, Peers, evacuate, named};
+use crate::peers::{Evacuation, PeerView, evacuate, named};
 use crate::shard::ShardHandle;
 
 /// Longest purge or verification.
@@ -561,8 +561,7 @@ impl v1::admin_server::Admin for AdminService {
         _: Request<v1::ListPeersRequest>,
     ) -> Result<Response<v1::ListPeersResponse>, Status> {
         let views = self.peer_views().await?;
-        let info = |known: &Peers| views.iter().map(|view| peers::peer_info(known, view)).collect();
-        let peers = self.shared.peers.as_ref().map_or_else(Vec::new, info);
+        let peers = views.iter().map(peers::peer_info).collect();
         Ok(Response::new(v1::ListPeersResponse { peers }))
     }
 
@@ -575,7 +574,7 @@ impl v1::admin_server::Admin for AdminService {
         let number = known.number(&node).map_err(status)?;
         let views = self.peer_views().await?;
         let view = &views[usize::from(number.0)];
-        let (peer, paths) = (Some(peers::peer_info(known, view)), peers::paths(known, view));
+        let (peer, paths) = (Some(peers::peer_info(view)), peers::paths(view));
         Ok(Response::new(v1::DescribePeerResponse { peer, paths }))
     }
 

@@ -276,6 +276,7 @@ impl Reader {
             node: self.config.node.clone(),
             epoch: self.config.epoch,
             principals: self.config.principals.clone(),
+            facts: self.config.facts.clone(),
         })));
     }
 
@@ -366,7 +367,7 @@ impl Reader {
     }
 
     fn welcomed(&mut self, now: Micros, welcome: Welcome, out: &mut Out) {
-        let Welcome { version, node, epoch, session, credits, leaving } = welcome;
+        let Welcome { version, node, epoch, session, credits, leaving, facts } = welcome;
         let reborn = self.met.as_ref().is_some_and(|met| met.epoch != epoch);
         self.connection += 1;
         self.met = Some(Met { node, epoch, version });
@@ -376,7 +377,7 @@ impl Reader {
             self.end_reading(now, out);
         }
         self.health.proved(now, Proof::Welcomed);
-        out.push(ReaderCommand::Open { session, version });
+        out.push(ReaderCommand::Open { session, version, facts });
     }
 
     /// Lets everything end whose time is over.

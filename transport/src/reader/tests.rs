@@ -38,7 +38,15 @@ fn config() -> ReaderConfig {
 
 fn welcome() -> Welcome {
     let credits = Credits { wants_max: 4096, bytes_max: 1 << 30 };
-    Welcome { version: 1, node: "b".into(), epoch: Epoch(9), session: 5, credits, leaving: false }
+    Welcome {
+        version: 1,
+        node: "b".into(),
+        epoch: Epoch(9),
+        session: 5,
+        credits,
+        leaving: false,
+        facts: vec![],
+    }
 }
 
 fn grant(id: u64) -> Grant {
