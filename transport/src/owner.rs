@@ -1,12 +1,35 @@
 //! The end that has blocks: what it holds for one reader, and for how long.
+//!
+//! ```text
+//!   Want --> Hold --Held--> room for its bytes? --> Expose on each path --each Exposed--> granted
+//!              |                    |                        |                               |
+//!              +--------------------+------------------------+--> missed         Done, time over, connection gone
+//!                                                                                            v
+//!                                                   forgotten <--each Concealed-- Conceal on each path
+//! ```
+//! Memory that a device may read stays held, and counts against the reader's credits, until every device said that
+//! it does not. Here stands what an owner is told and what it says; the machine is in three files:
+//! ```text
+//!   machine.rs   the connection: Hello, questions, silence; one match over every event
+//!   leases.rs    a want from hold to concealment
+//!   report.rs    what an owner knows, and what it says about itself
+//! ```
 
 use kv_arena::Held;
 use kv_block::{BlockKey, MissReason, Tier};
-use kv_wire::message::{Answer, Ask, Found, Offer, Taken, WantId, Window};
+use kv_wire::message::{Answer, Ask, Found, Offer, PathEnd, Taken, WantId, Window};
 
 use crate::Micros;
 use crate::link::LinkError;
 use crate::reader::PathId;
+
+mod leases;
+pub(crate) mod machine;
+mod report;
+#[cfg(test)]
+mod tests;
+
+pub use report::{OwnerConfig, OwnerPath, OwnerReport, OwnerState};
 
 /// Something that happened to an owner.
 #[derive(Debug)]
@@ -65,6 +88,8 @@ pub enum OwnerEvent {
         /// Whether.
         up: Result<(), String>,
     },
+    /// The answer to [`OwnerCommand::Open`]: how this side's end is reached; without words, there is none.
+    Opened(PathEnd),
     /// This node is about to leave, or stays after all.
     Leaving {
         /// Whether.
@@ -132,9 +157,10 @@ pub enum OwnerCommand {
         /// Which.
         want: WantId,
     },
-    /// The reader wants a path: open this side's end and say how it is reached, or that there is none.
+    /// The reader wants a path: open this side's end and answer with `Opened` how it is reached, or that there is
+    /// none.
     Open {
         /// Its end.
-        end: kv_wire::message::PathEnd,
+        end: PathEnd,
     },
 }

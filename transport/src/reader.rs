@@ -1,15 +1,42 @@
 //! The end that wants blocks of one peer.
+//!
+//! ```text
+//!   Want --> queued --credits--> asked --> Granted --Take--> reading --> Landed
+//!               |                  |           |                | another path, with the same slot
+//!               +------------------+-----------+----------------+--> Missed, at the deadline at the latest
+//! ```
+//! Here stands what a reader is told and what it says; the machine is in four files:
+//! ```text
+//!   machine.rs   the connection: handshake, silence, strikes, deadlines; one match over every event
+//!   wants.rs     a want on its way
+//!   asks.rs      probes and offers
+//!   report.rs    what a reader knows, and what it says about itself
+//! ```
 
 use kv_arena::Slot;
 use kv_block::{BlockKey, MissReason, Record, Tier};
-use kv_wire::message::{Answer, Ask, Found, Offer, ReadId, Taken, WantId, Window};
+use kv_wire::message::{Answer, Ask, Found, Offer, PathEnd, ReadId, Taken, WantId, Window};
 
 use crate::Micros;
 use crate::link::LinkError;
 
+mod asks;
+pub(crate) mod machine;
+mod report;
+#[cfg(test)]
+mod tests;
+mod wants;
+
+pub use report::{PathReport, PathState, PeerReport, PeerState, ReaderConfig};
+
 /// Which path of a peer: 0 is TCP, others as in [`kv_wire::message::PathEnd`].
 #[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Debug)]
 pub struct PathId(pub u8);
+
+impl PathId {
+    /// The path that every pair of nodes has.
+    pub const TCP: Self = Self(0);
+}
 
 /// Something that happened to a reader.
 #[derive(Debug)]
@@ -28,7 +55,10 @@ pub enum ReaderEvent {
         /// What.
         why: String,
     },
-    /// A path can be used, or no longer.
+    /// How this side's end of a path is reached: the owner is told.
+    Reach(PathEnd),
+    /// A path can be used, or no longer. Each connection begins with none: until the first word about TCP, what has
+    /// no other path waits for it.
     Path {
         /// Which.
         path: PathId,
@@ -103,6 +133,15 @@ pub enum ReaderCommand {
     },
     /// Say this on it.
     Say(Ask),
+    /// The owner took us: open the data paths. `Path` says how each comes out.
+    Open {
+        /// What data connections show to join.
+        session: u128,
+        /// Version that both speak.
+        version: u16,
+    },
+    /// How the owner's end of a path is reached; without words, it has none.
+    Join(PathEnd),
     /// Read a granted block.
     Read {
         /// On this path.

@@ -188,7 +188,7 @@ class Miss:
     def reason(self) -> str:
         """``never_stored``, ``evicted_capacity``, ``evicted_quota``, ``evicted_request``, ``evicted_reclaim``,
         ``expired``, ``scope_differs``, ``corrupt``, ``tier_degraded``, ``not_complete``, ``quota``, ``tier_timeout``,
-        ``admission_rejected`` or ``overloaded``."""
+        ``admission_rejected``, ``overloaded``, ``peer_down``, ``path_failed`` or ``peer_evicted``."""
 
     @property
     def fields(self) -> list[str]:

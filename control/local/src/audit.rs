@@ -45,7 +45,10 @@ fn verdict(reason: MissReason) -> Verdict {
         | MissReason::NotComplete
         | MissReason::Quota
         | MissReason::TierTimeout
-        | MissReason::Overloaded => Verdict::Undecided,
+        | MissReason::Overloaded
+        | MissReason::PeerDown
+        | MissReason::PathFailed
+        | MissReason::PeerEvicted => Verdict::Undecided,
         MissReason::NeverStored
         | MissReason::ScopeDiffers
         | MissReason::Corrupt
@@ -117,6 +120,6 @@ mod tests {
         for (hash, reason) in MissReason::ALL.into_iter().enumerate() {
             audit.enter(hash as u64 + 1, Some(reason));
         }
-        assert_eq!((audit.evicted, audit.lost, audit.undecided, audit.kept.len()), (5, 4, 5, 6));
+        assert_eq!((audit.evicted, audit.lost, audit.undecided, audit.kept.len()), (5, 4, 8, 9));
     }
 }
