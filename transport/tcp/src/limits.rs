@@ -22,6 +22,7 @@ pub struct Limits {
     /// that waited for it comes back.
     pub stall: Duration,
     /// How long an owner's link lives without any connection before it is broken: time for its reader to come back.
+    /// For the first to come, it is this and the time of a handshake.
     pub rejoin: Duration,
     /// Connections of a link for reads that are not small; at least one.
     pub bulk_connections: usize,
