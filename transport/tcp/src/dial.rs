@@ -122,7 +122,7 @@ impl Dialer {
     async fn open(&self, target: &Target) -> Result<(Stream, PeerIdentity), Error> {
         let address = target.address.to_string();
         let socket = TcpStream::connect(target.address).await.map_err(failed("reach", &address))?;
-        tune(&socket);
+        tune(&socket, &self.limits);
         let (Security::Mutual(tls), Some(name)) = (&self.security, &target.name) else {
             return Ok((Stream::Plain(socket), PeerIdentity::plain()));
         };
