@@ -14,6 +14,7 @@ use crate::handles::{Context, Cq, Mr, Pd};
 use crate::memory::Memory;
 use crate::probe::{Exposure, Rail};
 use crate::sys;
+use crate::trial;
 
 /// How a device is used.
 #[derive(Clone, PartialEq, Eq, Debug)]
@@ -32,15 +33,15 @@ pub struct DeviceConfig {
     pub windows_max: u32,
     /// Threads that compare what came with its checksum; 0: the device's own thread does it.
     pub checkers: u32,
-    /// How long the device waits before it sends again: 4 us times two to this power, and that eight times. Below 18
+    /// How long the device waits before it sends again: 4 us times two to this power, and that seven times. Below 18
     /// a busy peer is taken for a dead one.
     pub timeout: u8,
     /// Traffic class of the packets: the DSCP, times four, of the lossless class on RoCE.
     pub traffic_class: u8,
     /// Service level of the packets, on InfiniBand.
     pub service_level: u8,
-    /// Expose blocks by a region each although the device has windows.
-    pub without_windows: bool,
+    /// How blocks are exposed; `None`: by windows, where a trial shows that they hold, else by regions.
+    pub exposure: Option<Exposure>,
     /// An idle peer is asked this often whether it is there.
     pub beat: Duration,
     /// A peer whose device owes an answer for this long is gone.
@@ -60,7 +61,7 @@ impl Default for DeviceConfig {
             timeout: 18,
             traffic_class: 0,
             service_level: 0,
-            without_windows: false,
+            exposure: None,
             beat: Duration::from_secs(2),
             silence: Duration::from_secs(60),
         }
@@ -106,6 +107,30 @@ fn completions_per_link(depth: u32) -> u32 {
     depth + 2 + LISTENS
 }
 
+/// How a device is to expose blocks, and a note when that is not the best.
+fn choose_exposure(
+    context: &Arc<Context>,
+    rail: &Rail,
+    able: Exposure,
+    wanted: Option<Exposure>,
+) -> (Exposure, Option<String>) {
+    match (able, wanted) {
+        (Exposure::Regions, _) | (_, Some(Exposure::Regions)) => (Exposure::Regions, None),
+        (Exposure::Windows, Some(Exposure::Windows)) => (Exposure::Windows, None),
+        (Exposure::Windows, None) => match trial::windows_hold(context, rail) {
+            Ok(()) => (Exposure::Windows, None),
+            Err(why) => {
+                let device = &rail.device;
+                let note = format!(
+                    "memory windows of {device} are not used ({why}): blocks are exposed by a region each, which \
+                     costs two system calls per block"
+                );
+                (Exposure::Regions, Some(note))
+            }
+        },
+    }
+}
+
 impl Device {
     /// Opens a device that the probe found usable, and registers the arenas with it: what has memory of the first
     /// piece at once, the rest on a thread of its own.
@@ -117,7 +142,7 @@ impl Device {
         let context = Context::open(library, device).map_err(failed("open it"))?;
         let context = Arc::new(context.ok_or_else(|| Error::NoDevice { device: device.to_owned() })?);
         let able = rail.capabilities.ok_or_else(|| Error::NoDevice { device: device.to_owned() })?;
-        let exposure = if config.without_windows { Exposure::Regions } else { able.exposure };
+        let (exposure, note) = choose_exposure(&context, rail, able.exposure, config.exposure);
 
         let mut config = config.clone();
         config.depth = config.depth.clamp(1, able.requests_max.saturating_sub(2).clamp(1, 1 << 16));
@@ -131,6 +156,7 @@ impl Device {
         let cq = Cq::new(&context, links_max * per_link).map_err(failed("make a completion queue"))?;
         let memory = Memory::new(&pd, arenas)
             .map_err(failed("register memory (RLIMIT_MEMLOCK: raise `ulimit -l`, or give CAP_IPC_LOCK)"))?;
+        note.into_iter().for_each(|note| memory.note(note));
         let inbox = Arc::new(Inbox::new().map_err(failed("make an eventfd"))?);
         let checks = Arc::new(Checks::default());
         let port_is_up = Arc::new(AtomicBool::new(true));

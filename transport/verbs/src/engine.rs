@@ -388,10 +388,9 @@ impl Engine {
             self.inbox.sleeping.store(false, Ordering::SeqCst);
             return;
         }
-        let limit = match self.lanes.values().map(|lane| lane.flow.is_ending()).max() {
-            None => None,
-            Some(ending) => Some(if ending { TICK_ENDING } else { TICK }),
-        };
+        // Without links there is no time to keep.
+        let ending = self.lanes.values().map(|lane| lane.flow.is_ending()).max();
+        let limit = ending.map(|ending| if ending { TICK_ENDING } else { TICK });
         let limit = limit.map(|limit| Timespec { tv_sec: 0, tv_nsec: i64::from(limit.subsec_nanos()) });
         let (context, cq) = (Arc::clone(&self.context), Arc::clone(&self.cq));
         let mut fds = [

@@ -668,10 +668,13 @@ impl<R> Flow<R> {
                 Output::Post(..) | Output::Register { .. } => {}
             }
         }
+        // What was refused once is refused to whoever asks next.
+        let refused: Vec<u32> =
+            self.reads.values().filter(|reading| reading.refused).map(|reading| reading.window.key).collect();
         for (read, reading) in self.reads {
             let result = match () {
                 () if reading.cancelled => LinkError::Cancelled,
-                () if reading.refused => LinkError::Gone,
+                () if refused.contains(&reading.window.key) => LinkError::Gone,
                 () => why.clone(),
             };
             dones.push(LinkDone::Read { read, into: reading.into, result: Err(result) });
@@ -693,5 +696,365 @@ impl<R> Flow<R> {
             dones.push(LinkDone::Concealed { want, block: exposure.block });
         }
         Remains { dones, blocks, loans, regions, lost: self.lost, why }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use kv_arena::{Geometry, HazardSet, ShardMemory};
+    use kv_block::{BindingTag, BlockKey, Checksum, Priority};
+    use proptest::prelude::*;
+
+    use super::*;
+    use crate::handles::MrRef;
+
+    const LIMITS: Limits =
+        Limits { depth: 4, message_bytes_max: 4096, path: 3, beat: 1_000, silence: 10_000, grace: 500 };
+
+    /// A flow, and a device that does what it is told when it is told.
+    struct Rig {
+        memory: ShardMemory,
+        flow: Flow<u32>,
+        now: Micros,
+        posted: Vec<(Token, Step)>,
+        register: Vec<WantId>,
+        deregister: Vec<WantId>,
+        windows: u32,
+        by_regions: bool,
+        done: Vec<LinkDone>,
+        came: Vec<ReadId>,
+    }
+
+    impl Rig {
+        fn new(windows: u32, by_regions: bool) -> Self {
+            let geometry = Geometry { regions: 4, region_bytes: 2 << 20, table_entries_max: 8 };
+            Self {
+                memory: ShardMemory::anonymous(geometry).unwrap(),
+                flow: Flow::new(LIMITS, Micros(0)),
+                now: Micros(0),
+                posted: Vec::new(),
+                register: Vec::new(),
+                deregister: Vec::new(),
+                windows,
+                by_regions,
+                done: Vec::new(),
+                came: Vec::new(),
+            }
+        }
+
+        fn block(&self, bytes: u32) -> Held {
+            let (key, tag) = (BlockKey([1; 16]), BindingTag(1));
+            let slot = self.memory.slab().take(bytes).unwrap();
+            slot.seal(&Record {
+                key,
+                checksum: Checksum(0),
+                bytes,
+                tag,
+                priority: Priority::Normal,
+                expires_at: 0,
+            })
+        }
+
+        fn place(offset: u64) -> Option<Place> {
+            Some(Place { at: (1 << 40) + offset, local_key: 9, region: MrRef(std::ptr::null_mut()) })
+        }
+
+        fn expose(&mut self, want: u64, bytes: u32) {
+            let block = self.block(bytes);
+            let place = Self::place(block.offset());
+            self.flow.expose(WantId(want), block, place);
+            self.move_on();
+        }
+
+        fn read(&mut self, read: u64, bytes: u32) {
+            let record = self.block(bytes).record();
+            let into = self.memory.slab().take(bytes).unwrap();
+            let place = Self::place(into.offset());
+            let window = Window { path: 3, address: 7_000_000, key: 5 };
+            self.flow.read(ReadId(read), Some(window), record, into, place);
+            self.move_on();
+        }
+
+        fn move_on(&mut self) {
+            loop {
+                let windows = &mut self.windows;
+                let mut lend = || {
+                    let left = windows.checked_sub(1);
+                    *windows = left.unwrap_or(0);
+                    Ok(left.map(|left| Loan { window: left, key: left }))
+                };
+                let mut supply = if self.by_regions { Supply::Regions } else { Supply::Windows(&mut lend) };
+                self.flow.fill(&mut supply, self.now);
+                let mut outputs = Vec::new();
+                self.flow.outputs(&mut outputs);
+                if outputs.is_empty() {
+                    return;
+                }
+                for output in outputs {
+                    match output {
+                        Output::Post(token, step) => self.posted.push((token, step)),
+                        Output::Register { want, .. } => self.register.push(want),
+                        Output::Deregister { want, .. } => self.deregister.push(want),
+                        Output::Return(_) => self.windows += 1,
+                        Output::Done(done) => self.done.push(done),
+                        Output::Check { read, into, record: _ } => {
+                            self.came.push(read);
+                            self.done.push(LinkDone::Read { read, into, result: Ok(()) });
+                        }
+                    }
+                }
+            }
+        }
+
+        fn end(&mut self, at: usize, result: Result<(), Fault<'_>>) {
+            let (token, _) = self.posted.remove(at);
+            self.flow.ended(token, result, self.now);
+            self.move_on();
+        }
+
+        fn tick(&mut self, at: u64) {
+            self.now = Micros(at);
+            self.flow.tick(self.now);
+            self.move_on();
+        }
+    }
+
+    #[test]
+    fn a_long_block_is_read_in_pieces_and_comes_once() {
+        let mut rig = Rig::new(0, false);
+        rig.read(1, 10_000);
+        let pieces: Vec<_> = rig.posted.iter().map(|(_, step)| *step).collect();
+        let spans: Vec<_> = pieces
+            .iter()
+            .map(|step| match step {
+                Step::Read { from, bytes, remote_key: 5, local_key: 9, .. } => (from - 7_000_000, *bytes),
+                other => panic!("{other:?}"),
+            })
+            .collect();
+        assert_eq!(spans, [(0, 4096), (4096, 4096), (8192, 1808)]);
+        rig.read(2, 5_000);
+        assert_eq!(rig.posted.len(), 4, "no more than the device takes");
+        (0..3).for_each(|_| rig.end(0, Ok(())));
+        assert_eq!(rig.came, [ReadId(1)]);
+        while !rig.posted.is_empty() {
+            rig.end(0, Ok(()));
+        }
+        assert_eq!(rig.came, [ReadId(1), ReadId(2)]);
+    }
+
+    #[test]
+    fn a_block_comes_back_when_its_key_is_gone_and_not_before() {
+        for by_regions in [false, true] {
+            let mut rig = Rig::new(8, by_regions);
+            rig.expose(1, 4096);
+            // In a hurry: before it is even exposed.
+            rig.flow.conceal(WantId(1));
+            rig.flow.conceal(WantId(1));
+            rig.flow.conceal(WantId(2));
+            rig.move_on();
+            assert!(rig.done.is_empty());
+            if by_regions {
+                rig.flow.registered(rig.register[0], Ok((4, 77)));
+            } else {
+                rig.end(0, Ok(()));
+            }
+            rig.move_on();
+            assert!(matches!(rig.done[..], [LinkDone::Exposed { result: Ok(Some(_)), .. }]));
+            if by_regions {
+                rig.flow.deregistered(rig.deregister[0], true, rig.now);
+            } else {
+                assert!(matches!(rig.posted[..], [(_, Step::Invalidate { .. })]));
+                rig.end(0, Ok(()));
+            }
+            rig.move_on();
+            assert!(matches!(rig.done[..], [_, LinkDone::Concealed { .. }]), "{:?}", rig.done);
+        }
+    }
+
+    #[test]
+    fn a_region_that_cannot_be_closed_keeps_its_block_for_ever() {
+        let mut rig = Rig::new(0, true);
+        rig.expose(1, 4096);
+        rig.flow.registered(WantId(1), Ok((4, 77)));
+        rig.flow.conceal(WantId(1));
+        rig.move_on();
+        rig.flow.deregistered(WantId(1), false, rig.now);
+        rig.move_on();
+        assert!(rig.flow.is_failing());
+        let remains = rig.flow.dismantle();
+        assert!(remains.lost && remains.dones.is_empty());
+        assert!(!rig.done.iter().any(|done| matches!(done, LinkDone::Concealed { .. })));
+    }
+
+    #[test]
+    fn a_quiet_peer_is_asked_and_a_silent_one_is_gone() {
+        let mut rig = Rig::new(0, false);
+        rig.tick(1_001);
+        assert!(matches!(rig.posted[..], [(Token::BEAT, Step::Say(Word::Beat))]));
+        rig.tick(9_000);
+        assert_eq!(rig.posted.len(), 1, "one question at a time");
+        rig.end(0, Ok(()));
+        rig.tick(10_500);
+        rig.read(1, 100);
+        rig.end(0, Ok(()));
+        assert!(rig.posted.len() == 1 && !rig.flow.is_ending());
+        rig.tick(20_400);
+        assert!(!rig.flow.is_failing());
+        rig.tick(20_600);
+        assert!(rig.flow.is_failing() && !rig.flow.is_over(Micros(20_700)), "the read is with the device");
+        assert!(rig.flow.is_over(Micros(21_200)), "which does not have for ever");
+        let remains = rig.flow.dismantle();
+        let LinkError::Path { what } = remains.why else { panic!() };
+        assert_eq!(what, "the peer's device has not answered for 10 ms");
+    }
+
+    #[test]
+    fn the_first_certain_reason_is_told_and_what_was_refused_is_gone() {
+        let mut rig = Rig::new(0, false);
+        for read in 1..=3 {
+            rig.read(read, 100);
+        }
+        rig.flow.cancel(ReadId(3));
+        rig.flow.deaf(rig.now);
+        assert!(rig.flow.is_failing());
+        rig.end(0, Err(Fault::Access));
+        rig.end(0, Err(Fault::Flushed));
+        assert!(!rig.flow.is_over(rig.now));
+        rig.end(0, Err(Fault::Other("transport retry counter exceeded")));
+        assert!(rig.flow.is_over(rig.now));
+        let remains = rig.flow.dismantle();
+        let results: Vec<_> = remains
+            .dones
+            .iter()
+            .map(|done| match done {
+                LinkDone::Read { result: Err(why), .. } => why.clone(),
+                other => panic!("{other:?}"),
+            })
+            .collect();
+        assert_eq!(results, [LinkError::Gone, LinkError::Gone, LinkError::Cancelled]);
+        let what = "the peer's device refused a read: its grant was over".to_owned();
+        assert_eq!(remains.why, LinkError::Path { what });
+    }
+
+    #[test]
+    fn a_goodbye_is_said_and_heard() {
+        let mut rig = Rig::new(0, false);
+        rig.flow.close(rig.now);
+        rig.move_on();
+        assert!(matches!(rig.posted[..], [(Token::BYE, Step::Say(Word::Bye))]));
+        assert!(!rig.flow.is_over(rig.now));
+        rig.end(0, Ok(()));
+        assert!(rig.flow.is_over(rig.now));
+
+        let mut other = Rig::new(8, false);
+        other.expose(1, 4096);
+        other.end(0, Ok(()));
+        other.flow.heard(Word::Beat as u32, other.now);
+        other.flow.heard(12_345, other.now);
+        assert!(!other.flow.is_ending());
+        other.flow.heard(Word::Bye as u32, other.now);
+        assert!(other.flow.is_over(other.now));
+        let remains = other.flow.dismantle();
+        assert_eq!(remains.loans.len(), 1);
+        assert!(matches!(remains.dones[..], [LinkDone::Concealed { .. }]));
+    }
+
+    #[test]
+    fn what_cannot_be_is_refused_at_once() {
+        let mut rig = Rig::new(8, false);
+        let block = rig.block(4096);
+        rig.flow.expose(WantId(1), block.clone(), None);
+        rig.move_on();
+        assert!(matches!(
+            rig.done.pop(),
+            Some(LinkDone::Exposed { result: Err(LinkError::Unsupported { .. }), .. })
+        ));
+        rig.flow.fail("over".to_owned(), true, rig.now);
+        rig.flow.expose(WantId(2), block, Rig::place(0));
+        rig.move_on();
+        let over = LinkError::Path { what: "over".to_owned() };
+        assert!(matches!(rig.done.pop(), Some(LinkDone::Exposed { result: Err(why), .. }) if why == over));
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig { cases: 96, failure_persistence: None, ..ProptestConfig::default() })]
+
+        /// Anything in any order, and a failure at the end: what was taken comes back once, and all memory with it.
+        #[test]
+        fn what_is_taken_comes_back_once(
+            by_regions: bool,
+            fails: bool,
+            steps in prop::collection::vec((0..8u8, any::<u8>()), 1..150),
+        ) {
+            let mut rig = Rig::new(12, by_regions);
+            let (mut reads, mut wants) = (0, 0);
+            for (step, pick) in steps {
+                let pick = usize::from(pick);
+                match step {
+                    0 if reads < 40 => { reads += 1; rig.read(reads, 1 + pick as u32 * 60); }
+                    1 if wants < 40 => { wants += 1; rig.expose(wants, 1 + pick as u32); }
+                    2 if wants > 0 => rig.flow.conceal(WantId(1 + pick as u64 % wants)),
+                    3 if reads > 0 => rig.flow.cancel(ReadId(1 + pick as u64 % reads)),
+                    4 if !rig.register.is_empty() => {
+                        let want = rig.register.remove(pick % rig.register.len());
+                        let made = if pick % 5 == 0 { Err("full".to_owned()) } else { Ok((1, 2)) };
+                        rig.flow.registered(want, made);
+                    }
+                    5 if !rig.deregister.is_empty() => {
+                        let want = rig.deregister.remove(pick % rig.deregister.len());
+                        rig.flow.deregistered(want, true, rig.now);
+                    }
+                    // A device ends them in order.
+                    _ if !rig.posted.is_empty() => rig.end(0, Ok(())),
+                    _ => {}
+                }
+                rig.move_on();
+                prop_assert!(rig.posted.len() <= LIMITS.depth as usize);
+            }
+            if fails {
+                rig.flow.fail("pulled".to_owned(), true, rig.now);
+            } else {
+                rig.flow.close(rig.now);
+            }
+            let mut rounds = 0;
+            while !rig.flow.is_over(rig.now) {
+                rounds += 1;
+                prop_assert!(rounds < 1000, "it never ends");
+                for want in std::mem::take(&mut rig.register) { rig.flow.registered(want, Ok((1, 2))); }
+                for want in std::mem::take(&mut rig.deregister) { rig.flow.deregistered(want, true, rig.now); }
+                rig.move_on();
+                if !rig.posted.is_empty() {
+                    let result = if fails { Err(Fault::Flushed) } else { Ok(()) };
+                    rig.end(0, result);
+                }
+            }
+            let remains = rig.flow.dismantle();
+            rig.done.extend(remains.dones);
+            drop(remains.blocks);
+            let count = |fits: &dyn Fn(&LinkDone) -> bool| rig.done.iter().filter(|done| fits(done)).count() as u64;
+            for read in 1..=reads {
+                let ends = count(&|done| matches!(done, LinkDone::Read { read: ended, .. } if ended.0 == read));
+                prop_assert_eq!(ends, 1, "read {}", read);
+            }
+            for want in 1..=wants {
+                let is = |done: &LinkDone, good: bool| {
+                    matches!(done, LinkDone::Exposed { want: ended, result } if ended.0 == want && result.is_ok() == good)
+                };
+                let (good, bad) = (count(&|done| is(done, true)), count(&|done| is(done, false)));
+                let back = count(&|done| matches!(done, LinkDone::Concealed { want: ended, .. } if ended.0 == want));
+                prop_assert_eq!((good + bad, back), (1, good), "want {}", want);
+            }
+            rig.done.clear();
+            // Every block is unheld, every slot free.
+            let slab = rig.memory.slab();
+            for region in 0..4 {
+                for (slot, generation) in slab.slots_of_region(region) {
+                    prop_assert!(slab.retire(slot, generation).is_ok());
+                }
+            }
+            slab.sweep(&HazardSet::new());
+            let used: u32 = slab.usage().classes.iter().map(|class| class.slots - class.free).sum();
+            prop_assert_eq!(used, 0);
+        }
     }
 }

@@ -440,6 +440,9 @@ pub(crate) enum Request<'a> {
     Invalidate { key: u32 },
     /// Tells the peer a number.
     Say { number: u32 },
+    /// Writes into a peer's memory, which no key of ours lets anybody do.
+    #[cfg(test)]
+    Write { to: u64, remote_key: u32, from: u64, local_key: u32, bytes: u32 },
 }
 
 /// Requests that go to the device at once. Reused, so that a batch allocates nothing.
@@ -489,6 +492,14 @@ impl Batch {
             Request::Say { number } => {
                 wr.opcode = sys::WR_SEND_WITH_IMM;
                 wr.imm_or_key = number.to_be();
+            }
+            #[cfg(test)]
+            Request::Write { to, remote_key, from, local_key, bytes } => {
+                wr.opcode = 0;
+                wr.num_sge = 1;
+                wr.rdma.remote_addr = to;
+                wr.rdma.rkey = remote_key;
+                self.pieces.push(sys::Sge { addr: from, length: bytes, lkey: local_key });
             }
         }
         self.requests.push(wr);
@@ -604,7 +615,8 @@ impl Qp {
         attr.qp_state = sys::QPS_RTS;
         attr.sq_psn = ours.first_packet;
         attr.timeout = route.timeout;
-        attr.retry_cnt = 7;
+        // The most but one: rxe takes the most for no limit, and a dead peer would never be noticed.
+        attr.retry_cnt = 6;
         // For ever: the silence limit of `flow` ends it.
         attr.rnr_retry = 7;
         attr.max_rd_atomic = ours.reads_asked.min(theirs.reads_answered);
@@ -622,6 +634,11 @@ impl Qp {
         let mut attr = sys::QpAttr::zeroed();
         attr.qp_state = sys::QPS_ERR;
         self.modify(attr, sys::QP_STATE)
+    }
+
+    /// Forgets everything, as if it were new.
+    pub(crate) fn reset(&self) -> io::Result<()> {
+        self.modify(sys::QpAttr::zeroed(), sys::QP_STATE)
     }
 
     /// Hands a batch to the device. On an error, that many of its first requests were taken.

@@ -7,7 +7,8 @@
 //!  flow     what a queue pair is to do and what became of it (a state machine, without a device)
 //!  engine   the threads: one posts and polls, one does what takes the kernel long, some compare checksums
 //!  memory   arenas, registered piece by piece               handles  what libibverbs gives out, closed in order
-//!  sys      libibverbs itself, found at run time            outbox   completions on their way to a link
+//!  trial    whether a device's keys hold                    outbox   completions on their way to a link
+//!  sys      libibverbs itself, found at run time
 //! ```
 //! The way of a block: the owner binds a memory window over exactly its bytes, for one queue pair and for reading;
 //! the reader's device reads through it into a slot of its own arena, and the bytes are compared with the record. The
@@ -24,9 +25,12 @@ pub mod words;
 mod engine;
 mod flow;
 mod handles;
+#[cfg(test)]
+mod keys;
 mod memory;
 mod outbox;
 mod sys;
+mod trial;
 
 pub use device::{Device, DeviceConfig, DmabufRegion};
 pub use link::{Endpoint, VerbsLink};

@@ -394,7 +394,7 @@ macro_rules! zeroed {
         }
     )*};
 }
-zeroed!(DeviceAttr, PortAttr, QpInitAttr, AhAttr, QpAttr, SendWr, RecvWr, Wc, AsyncEvent);
+zeroed!(DeviceAttr, PortAttr, QpAttr, SendWr, RecvWr, Wc, AsyncEvent);
 
 pub(crate) const NODE_CA: c_int = 1;
 pub(crate) const TRANSPORT_IB: c_int = 0;
@@ -434,7 +434,6 @@ pub(crate) const SEND_SIGNALED: u32 = 1 << 1;
 pub(crate) const WC_SUCCESS: c_int = 0;
 pub(crate) const WC_WR_FLUSH_ERR: c_int = 5;
 pub(crate) const WC_REM_ACCESS_ERR: c_int = 10;
-pub(crate) const WC_RETRY_EXC_ERR: c_int = 12;
 pub(crate) const EVENT_DEVICE_FATAL: c_int = 8;
 pub(crate) const EVENT_PORT_ACTIVE: c_int = 9;
 pub(crate) const EVENT_PORT_ERR: c_int = 10;
@@ -620,7 +619,6 @@ mod tests {
             "IBV_WR_RDMA_READ" WR_RDMA_READ, "IBV_WR_LOCAL_INV" WR_LOCAL_INV, "IBV_WR_BIND_MW" WR_BIND_MW,
             "IBV_SEND_SIGNALED" SEND_SIGNALED, "IBV_WC_SUCCESS" WC_SUCCESS,
             "IBV_WC_WR_FLUSH_ERR" WC_WR_FLUSH_ERR, "IBV_WC_REM_ACCESS_ERR" WC_REM_ACCESS_ERR,
-            "IBV_WC_RETRY_EXC_ERR" WC_RETRY_EXC_ERR,
             "IBV_EVENT_DEVICE_FATAL" EVENT_DEVICE_FATAL, "IBV_EVENT_PORT_ACTIVE" EVENT_PORT_ACTIVE,
             "IBV_EVENT_PORT_ERR" EVENT_PORT_ERR
         }

@@ -967,7 +967,7 @@ mod tests {
 
         let answer = |kind, body: &[u8]| decoded::<Answer>(&sealed(kind, body)).unwrap_err();
         let welcome = |version: u8, leaving: u8| {
-            let mut body = [0; 41];
+            let mut body = [0; 43];
             (body[0], body[38], body[39], body[40]) = (version, leaving, 1, b'o');
             decoded::<Answer>(&sealed(kind::WELCOME, &body))
         };
@@ -980,7 +980,7 @@ mod tests {
         assert_eq!(answer(kind::REFUSED, b"\x01two\nlines"), no_field("text"));
         assert_eq!(answer(kind::REFUSED, b"\x01\xff"), no_field("text"));
         assert_eq!(answer(kind::MISSED, &[0; 9]), no_field("reason"));
-        assert_eq!(answer(kind::MISSED, &[15; 9]), no_field("reason"));
+        assert_eq!(answer(kind::MISSED, &[18; 9]), no_field("reason"));
         assert_eq!(answer(kind::FOUND, &[5; 9]), no_field("sight"));
         assert_eq!(answer(kind::OWNER_PATH, &[0]), no_field("path"));
         for (at, byte, field) in

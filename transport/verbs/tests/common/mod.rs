@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 use kv_arena::{Geometry, Held, ShardMemory, Slot};
 use kv_block::{BindingTag, BlockKey, Checksum, Priority, Record, payload};
 use kv_transport::link::{Link, LinkDone, LinkError, LinkOp};
-use kv_verbs::{Device, DeviceConfig, Devices, Endpoint, Rail, Role, VerbsLink};
+use kv_verbs::{Device, DeviceConfig, Devices, Endpoint, Exposure, Rail, Role, VerbsLink};
 use kv_wire::message::{ReadId, WantId, Window};
 
 /// Longest that anything may take. The emulated machine is slow.
@@ -36,7 +36,9 @@ pub fn memory(mib: u32) -> ShardMemory {
 
 /// Shorter limits than in earnest, so that tests end.
 pub fn config() -> DeviceConfig {
-    DeviceConfig { beat: Duration::from_millis(500), silence: Duration::from_secs(20), ..Default::default() }
+    let (beat, silence) = (Duration::from_millis(500), Duration::from_secs(20));
+    // Although rxe does not hold them to their bounds: a card does.
+    DeviceConfig { beat, silence, exposure: Some(Exposure::Windows), ..Default::default() }
 }
 
 /// The device with one arena for both ends.
