@@ -407,7 +407,7 @@ impl Reader {
             self.timers.remove(&(at, timer));
             match timer {
                 Timer::Want(want) => self.late(now, want, out),
-                Timer::Question(number) => self.end_question(number, out),
+                Timer::Question(number) => self.end_question(now, number, out),
                 Timer::Cancelled(read) => self.stuck(now, read, out),
             }
         }

@@ -623,6 +623,20 @@ fn probes_and_offers_are_answered_once() {
 }
 
 #[test]
+fn a_question_that_is_never_answered_ends_the_connection() {
+    let mut rig = Rig::up();
+    rig.probe(40, 1);
+    assert_eq!(rig.later(Duration::from_secs(1)), ["probed 40 none"]);
+    rig.pong();
+    rig.later(Duration::from_secs(1));
+    rig.pong();
+    let silent = rig.later(Duration::from_secs(1));
+    assert_eq!(silent, ["hangup: it left a question unanswered for 2s"]);
+    let report = rig.reader.report();
+    assert_eq!((report.strikes, report.questions), (1, 0));
+}
+
+#[test]
 fn questions_are_bounded() {
     let mut rig = Rig::up();
     for probe in 0..PROBES_MAX as u64 {
