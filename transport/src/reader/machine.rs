@@ -181,8 +181,9 @@ impl Reader {
             Stage::Up(session) => session.silent_since.map(|since| {
                 let silence = since.after(self.config.silence_max);
                 match (session.ping, session.pinged_at) {
+                    (Some((_, at)), _) => silence.min(at.after(self.pong_max())),
                     (None, Some(at)) => silence.min(at.after(self.config.ping_every)),
-                    _ => silence,
+                    (None, None) => silence,
                 }
             }),
         };
@@ -422,11 +423,22 @@ impl Reader {
                 let limit = self.config.silence_max;
                 if session.silent_since.is_some_and(|since| since.after(limit) <= now) {
                     let why = format!("it said nothing for {limit:?}");
+                    return self.hangup(now, Strike::Silent, why, out);
+                }
+                let limit = self.pong_max();
+                let late = session.ping.is_some_and(|(_, at)| at.after(limit) <= now);
+                if late && session.silent_since.is_some() {
+                    let why = format!("it talked, and answered no ping for {limit:?}");
                     self.hangup(now, Strike::Silent, why, out);
                 }
             }
             _ => {}
         }
+    }
+
+    /// How long a pong may take while other words come: these may have been under way for as long as one may be silent.
+    fn pong_max(&self) -> Duration {
+        2 * self.config.silence_max
     }
 
     /// Whether the owner owes us an answer, or we it a word.

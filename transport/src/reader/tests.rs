@@ -563,6 +563,19 @@ fn silence_is_noticed_while_something_is_owed() {
 }
 
 #[test]
+fn words_are_no_answer_to_a_ping() {
+    let mut rig = Rig::up();
+    rig.want_by(1, rig.now.after(Duration::from_secs(9)));
+    let credits = || Answer::Credits(welcome().credits);
+    for _ in 0..3 {
+        rig.later(Duration::from_secs(1));
+        assert_eq!(rig.heard(credits()), [""; 0]);
+    }
+    let silent = rig.later(Duration::from_secs(1));
+    assert_eq!(silent, ["hangup: it talked, and answered no ping for 4s", "missed 1 peer_down"]);
+}
+
+#[test]
 fn an_open_circuit_misses_at_once_and_lets_one_through_later() {
     let mut rig = Rig::new(config());
     for id in 0..3 {
