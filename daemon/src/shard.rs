@@ -709,13 +709,15 @@ impl Shard {
             FetchOp::Find { deadline, .. } => {
                 Instant::now() + Duration::from_micros(deadline.0.saturating_sub(now.micros.0))
             }
-            FetchOp::Into { .. } | FetchOp::Leave { .. } => Instant::now(),
+            FetchOp::Into { .. } | FetchOp::Decline { .. } | FetchOp::Leave { .. } => Instant::now(),
         };
         let Some(Err(refused)) = self.peers.as_ref().map(|peers| peers.send((self.id, op, deadline))) else {
             return;
         };
         // The daemon ends: whoever speaks with the peers is gone before the shards are.
-        if let FetchOp::Find { fetch, .. } | FetchOp::Into { fetch, .. } = refused.0.1 {
+        if let FetchOp::Find { fetch, .. } | FetchOp::Into { fetch, .. } | FetchOp::Decline { fetch, .. } =
+            refused.0.1
+        {
             self.fetched.push(FetchDone::Missed { fetch, reason: kv_block::MissReason::PeerDown });
         }
     }

@@ -236,6 +236,7 @@ impl Exchange {
                     self.find(now, (shard, fetch), key, hint, deadline, out);
                 }
                 FetchOp::Into { fetch, into } => self.take_in(now, (shard, fetch), into, out),
+                FetchOp::Decline { fetch, reason } => self.decline(now, (shard, fetch), reason, out),
                 FetchOp::Leave { fetch } => self.leave(now, (shard, fetch), out),
             },
             ExchangeEvent::Peer { peer, event } => self.tell(now, peer, event, out),
@@ -357,6 +358,15 @@ impl Exchange {
         let Stage::Granted(peer, want) = search.stage else { return };
         search.stage = Stage::Reading(peer, want);
         self.tell(now, peer, ReaderEvent::Take { want, into }, out);
+    }
+
+    /// What a peer let us read is of no use: as if it did not have it.
+    fn decline(&mut self, now: Micros, id: SearchId, reason: MissReason, out: &mut Vec<ExchangeCommand>) {
+        // The want may have ended meanwhile; then another offer or a miss is on its way.
+        let Some(Search { stage: Stage::Granted(peer, want), .. }) = self.searches.get(&id) else { return };
+        let (peer, want) = (*peer, *want);
+        self.tell(now, peer, ReaderEvent::Leave { want }, out);
+        self.missed(now, want, reason, out);
     }
 
     fn leave(&mut self, now: Micros, id: SearchId, out: &mut Vec<ExchangeCommand>) {

@@ -2,6 +2,7 @@
 //!
 //! ```text
 //!   acquire, prefetch -> not here -> Find -> Offered{record} -> [known binding, room] -> Into -> Landed -> visible
+//!                                         |            '--[unknown]--> Decline: the next Offered, or Missed
 //!                                         -> Missed: no peer has it, none can be reached, none in time
 //! ```
 //! Which peer, by which path, and what to do when one fails is decided outside ([`FetchOp`]); the brain says what is
@@ -105,15 +106,17 @@ impl Brain {
             let bound = self.bindings.get(usize::from(binding.0)).and_then(Option::as_ref);
             bound.is_some_and(|bound| bound.block_bytes == record.bytes)
         });
-        let Some(binding) = known.filter(|_| record.key == fetching.key) else {
-            return self.fetch_refused(now, fetch, MissReason::ScopeDiffers, out);
-        };
+        let known = known.filter(|_| record.key == fetching.key);
         let expires_at = if ttl_s == 0 { 0 } else { now.unix.saturating_add(ttl_s) };
-        let before = std::mem::replace(&mut fetching.stage, Stage::Searching);
-        fetching.stage = Stage::Offered(Record { expires_at, ..record }, binding);
+        let next = known.map(|binding| Stage::Offered(Record { expires_at, ..record }, binding));
+        let before = std::mem::replace(&mut fetching.stage, next.unwrap_or(Stage::Searching));
         if let Stage::Reading(_, binding) = before {
             // It did not arrive from one peer, and another one has it. The first slot is free again, or will be.
             self.came(binding);
+        }
+        if known.is_none() {
+            let reason = MissReason::ScopeDiffers;
+            return out.push(Command::Fetch(FetchOp::Decline { fetch, reason }));
         }
         let queue = self.stalled.contains_key(&record.bytes);
         match if queue { Err(None) } else { self.try_take_in(now, fetch, out) } {

@@ -365,6 +365,13 @@ pub enum FetchOp {
         /// Where to; at least as long as the block. Given back.
         into: Slot,
     },
+    /// What was offered is of no use: another peer may have better. Another offer or a miss follows.
+    Decline {
+        /// Which search.
+        fetch: FetchToken,
+        /// What whoever waits is told when nobody has.
+        reason: MissReason,
+    },
     /// It is not wanted any more.
     Leave {
         /// Which search.
@@ -375,7 +382,7 @@ pub enum FetchOp {
 /// What whoever speaks with the peers has done.
 #[derive(Debug)]
 pub enum FetchDone {
-    /// A peer lets us read it. The answer is `Into` or `Leave`.
+    /// A peer lets us read it. The answer is `Into`, `Decline` or `Leave`.
     Offered {
         /// Which search.
         fetch: FetchToken,

@@ -380,7 +380,7 @@ impl World {
                     FetchOp::Find { deadline, .. } => {
                         Moment(now.0 + (deadline.0.saturating_sub(node.rig.now.micros.0)))
                     }
-                    FetchOp::Into { .. } | FetchOp::Leave { .. } => now,
+                    FetchOp::Into { .. } | FetchOp::Decline { .. } | FetchOp::Leave { .. } => now,
                 };
                 let event = ExchangeEvent::Fetch { shard: kv_block::ShardId(0), op, deadline };
                 node.exchange.handle(now, event, &mut node.commands);

@@ -78,10 +78,29 @@ fn a_record_that_is_not_known_here_is_not_believed() {
         let mut rig = Rig::new(Setup::default());
         let asked = rig.ask(session(1), Rig::fetch_op(1));
         rig.offer(1, record);
+        assert_eq!(rig.declined, Some(MissReason::ScopeDiffers));
+        assert!(rig.answer(asked).is_none() && !rig.is_landing(1), "another peer may have it");
+        rig.lose(1, MissReason::ScopeDiffers);
         assert_eq!(words(&rig.wait(asked)), "scope_differs");
         assert!(rig.searches.is_empty() && rig.landings.is_empty());
         rig.check_books();
     }
+}
+
+#[test]
+fn what_one_peer_offers_wrongly_another_gives() {
+    let mut rig = Rig::new(Setup::default());
+    let asked = rig.ask(session(1), Rig::fetch_op(1));
+    rig.offer(1, Record { tag: BindingTag(999), ..peer_record(1) });
+    rig.offer(1, peer_record(1));
+    // It did not arrive, and the next one lies.
+    rig.offer(1, Record { tag: BindingTag(999), ..peer_record(1) });
+    rig.offer(1, peer_record(1));
+    assert_eq!(rig.declined, None);
+    rig.land(1);
+    assert_eq!(words(&rig.wait(asked)), "leased");
+    rig.finish();
+    rig.check_books();
 }
 
 #[test]

@@ -2,6 +2,8 @@
 //! with everything it made when the story ends.
 #![allow(dead_code, reason = "each story uses its part")]
 
+pub(crate) mod among;
+
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};

@@ -150,7 +150,7 @@ struct Connection {
 /// The reading end of a link. Dropped, it closes its connections; the memory comes back as they end.
 ///
 /// A connection that fails takes its own reads with it ([`LinkError::Path`]) and is made again when there is something
-/// to read, the last one at once. When a try fails and no connection is left, the link is broken.
+/// to read, the last one at once. One that ends before it was of use is a try that failed. When a try fails and no connection is left, the link is broken.
 pub struct ReaderLink {
     shared: Arc<Shared>,
     connections: Vec<Connection>,

@@ -147,6 +147,8 @@ pub(crate) struct Reading {
     flushed: bool,
     asked_bytes: u64,
     asked_reads: usize,
+    /// The owner answered something on this connection.
+    useful: bool,
 }
 
 impl Reading {
@@ -178,6 +180,7 @@ impl Reading {
             flushed: true,
             asked_bytes: 0,
             asked_reads: 0,
+            useful: false,
         }
     }
 
@@ -187,11 +190,16 @@ impl Reading {
         loop {
             let over = match self.connect().await {
                 Ok((stream, inbox)) => {
-                    pause = PAUSE_MIN;
                     self.shared.change(self.at, Health::Up, &LinkError::Cancelled);
+                    let joined = Instant::now();
+                    self.useful = false;
                     let over = self.carry(stream, inbox).await;
+                    // One that is closed again before it was of any use is a try that failed.
+                    let lived = self.useful || joined.elapsed() >= PAUSE_MAX;
+                    pause = if lived { PAUSE_MIN } else { (2 * pause).min(PAUSE_MAX) };
                     if let Over::Connection(why) = &over {
-                        self.shared.change(self.at, Health::Lost, why);
+                        let health = if lived { Health::Lost } else { Health::Failed };
+                        self.shared.change(self.at, health, why);
                     }
                     over
                 }
@@ -459,6 +467,7 @@ impl Reading {
             }
             None => return Err(protocol("an answer to a read that was not asked for")),
         };
+        self.useful = true;
         self.asked_reads -= 1;
         self.asked_bytes -= u64::from(bytes);
         Ok(asked)

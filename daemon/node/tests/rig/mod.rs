@@ -138,6 +138,8 @@ pub struct Rig {
     pub landings: BTreeMap<u64, Slot>,
     /// While set, what is asked of the peers goes there instead.
     pub asked_of_peers: Option<VecDeque<FetchOp>>,
+    /// Why an offer was declined, if the last one was.
+    pub declined: Option<MissReason>,
     /// The inventory as the event log tells it.
     pub inventory: BTreeSet<(BlockKey, Tier)>,
     heard: u64,
@@ -186,6 +188,7 @@ impl Rig {
             hold_store: false,
             held_fills: Vec::new(),
             searches: BTreeMap::new(),
+            declined: None,
             landings: BTreeMap::new(),
             asked_of_peers: None,
             inventory: BTreeSet::new(),
@@ -420,6 +423,11 @@ impl Rig {
                 assert!(self.searches.contains_key(&fetch.0), "a slot for no search");
                 assert!(self.landings.insert(fetch.0, into).is_none(), "a second slot for one search");
             }
+            FetchOp::Decline { fetch, reason } => {
+                assert!(self.searches.contains_key(&fetch.0), "an offer for no search is declined");
+                self.landings.remove(&fetch.0);
+                self.declined = Some(reason);
+            }
             FetchOp::Leave { fetch } => {
                 assert!(self.searches.remove(&fetch.0).is_some(), "a search that does not run is left");
                 self.landings.remove(&fetch.0);
@@ -430,6 +438,7 @@ impl Rig {
     /// A peer offers block `n` to whoever looks for it.
     pub fn offer(&mut self, n: u64, record: Record) {
         let fetch = self.search_of(n);
+        self.declined = None;
         self.tell(Event::Fetch(FetchDone::Offered { fetch, record, ttl_s: 0 }));
     }
 

@@ -289,7 +289,13 @@ impl Nodes {
 }
 
 pub(crate) fn hello() -> Hello {
-    Hello { versions: (1, 1), node: "reader".into(), epoch: Epoch(7), principals: vec!["all".into()] }
+    Hello {
+        versions: (1, 1),
+        node: "reader".into(),
+        epoch: Epoch(7),
+        principals: vec!["all".into()],
+        facts: vec![],
+    }
 }
 
 /// A socket without manners.
