@@ -2,7 +2,9 @@
 //!
 //! ```text
 //!   sim.rs     what may go wrong in one world, and what is counted
-//!   world.rs   the event queue: connections, messages, paths, time; drives the machines as a daemon does
+//!   world.rs   the event queue, and what nodes do
+//!   net.rs     connections, messages and links
+//!   drive.rs   gives events to readers and owners and does what they say, as a daemon does
 //!   node.rs    a node's memory and what is true: which blocks it has, which wants are open
 //!   lies.rs    words that a broken peer says
 //! ```
@@ -10,7 +12,9 @@
 //! When nothing happens any more: no want, lease, slot or hold is left, first with the connections standing and then
 //! without. In a world without lies and damage nobody is accused of any.
 
+mod drive;
 mod lies;
+mod net;
 mod node;
 mod world;
 

@@ -127,6 +127,10 @@ impl Reader {
     /// Takes one event and appends what is to be done about it. What is said to the owner in batches comes with
     /// [`Self::flush`].
     pub fn handle(&mut self, now: Micros, event: ReaderEvent, out: &mut Out) {
+        if let ReaderEvent::Leave { want } = event {
+            // Before its deadline is looked at: whoever left hears nothing more of it.
+            self.leave(now, want, out);
+        }
         self.expire(now, out);
         match event {
             ReaderEvent::Connected => self.connected(out),
@@ -148,12 +152,11 @@ impl Reader {
                 self.want(now, want, Want::new(principal, key, deadline, wait), out);
             }
             ReaderEvent::Take { want, into } => self.take(now, want, into, out),
-            ReaderEvent::Leave { want } => self.leave(now, want, out),
             ReaderEvent::Probe { probe, principal, keys, deadline } => {
                 self.probe(now, probe, principal, keys, deadline, out);
             }
             ReaderEvent::Offer { offer, deadline } => self.offer(now, offer, deadline, out),
-            ReaderEvent::Tick => {}
+            ReaderEvent::Leave { .. } | ReaderEvent::Tick => {}
         }
         self.attend(now);
     }

@@ -460,6 +460,14 @@ fn a_deadline_ends_a_want_in_every_stage() {
 }
 
 #[test]
+fn who_leaves_hears_no_more_even_at_the_deadline() {
+    let mut rig = Rig::up();
+    rig.want(1);
+    rig.now = rig.now.after(Duration::from_secs(1));
+    assert_eq!(rig.tell(ReaderEvent::Leave { want: WantId(1) }), ["done 1"]);
+}
+
+#[test]
 fn a_device_that_keeps_a_cancelled_read_costs_the_connection() {
     let mut rig = Rig::up();
     rig.reading(grant(1));
