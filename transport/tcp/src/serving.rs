@@ -30,8 +30,8 @@ const INBOX_BYTES: usize = 8 << 10;
 const BATCH_BYTES: usize = 256 << 10;
 /// Answers of a batch.
 const BATCH_ANSWERS: usize = 64;
-/// Most bytes given to the kernel in one call.
-const PIECE_BYTES: usize = 1 << 20;
+/// Most bytes given to the kernel in one call: a small read of another connection waits no longer than for that.
+const PIECE_BYTES: usize = 256 << 10;
 /// A reader that takes less than this holds memory for longer than it is worth, in bytes.
 const BYTES_PER_SECOND_MIN: u64 = 256 << 10;
 /// Asks that wait here; more wait in the socket.
