@@ -16,7 +16,7 @@ use crate::error::Error;
 use crate::inbox::Inbox;
 use crate::limits::{FIRST_FRAME_BYTES_MAX, Limits};
 use crate::reader::ReaderLink;
-use crate::stream::{Stream, tune, write_all};
+use crate::stream::{Stream, ahead, tune, write_all};
 use crate::tls::{PROTOCOL, PeerIdentity, Security};
 
 /// Opens connections to other nodes. Cheap to clone.
@@ -126,7 +126,7 @@ impl Dialer {
         let (Security::Mutual(tls), Some(name)) = (&self.security, &target.name) else {
             return Ok((Stream::Plain(socket), PeerIdentity::plain()));
         };
-        let secured = TlsConnector::from(Arc::clone(&tls.client)).connect(name.clone(), socket).await;
+        let secured = TlsConnector::from(Arc::clone(&tls.client)).connect(name.clone(), ahead(socket)).await;
         let secured = secured.map_err(|source| Error::Tls { address: address.clone(), source })?;
         let (_, session) = secured.get_ref();
         if session.alpn_protocol() != Some(PROTOCOL) {

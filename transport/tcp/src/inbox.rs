@@ -58,6 +58,16 @@ impl Inbox {
         stream: &mut S,
         cx: &mut Context<'_>,
     ) -> Poll<io::Result<usize>> {
+        self.poll_fill_some(stream, cx, usize::MAX)
+    }
+
+    /// The same, but not more than `most` bytes.
+    pub(crate) fn poll_fill_some<S: AsyncRead + Unpin>(
+        &mut self,
+        stream: &mut S,
+        cx: &mut Context<'_>,
+        most: usize,
+    ) -> Poll<io::Result<usize>> {
         if self.start > 0 {
             self.bytes.copy_within(self.start..self.end, 0);
             (self.start, self.end) = (0, self.end - self.start);
@@ -69,7 +79,8 @@ impl Inbox {
             self.bytes.truncate(self.bytes_usual);
             self.bytes.shrink_to_fit();
         }
-        let read = poll_read_some(stream, cx, &mut self.bytes[self.end..]);
+        let end = self.bytes.len().min(self.end.saturating_add(most));
+        let read = poll_read_some(stream, cx, &mut self.bytes[self.end..end]);
         if let Poll::Ready(Ok(bytes)) = read {
             self.end += bytes;
         }
@@ -99,5 +110,53 @@ impl Inbox {
         let bytes = HEADER_BYTES + body.len();
         self.consume(bytes);
         Ok(Some(message))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use kv_wire::message::{Ask, WantId};
+
+    use super::*;
+
+    fn fill(inbox: &mut Inbox, bytes: &mut &[u8], most: usize) -> usize {
+        let mut cx = Context::from_waker(std::task::Waker::noop());
+        match inbox.poll_fill_some(bytes, &mut cx, most) {
+            Poll::Ready(read) => read.unwrap(),
+            Poll::Pending => panic!("a slice is always ready"),
+        }
+    }
+
+    #[test]
+    fn frames_come_whole_however_they_are_torn() {
+        let asks: Vec<Ask> = (0..20).map(|at| Ask::Done(vec![WantId(at); 37 * at as usize])).collect();
+        let mut sent = Vec::new();
+        asks.iter().for_each(|ask| ask.encode(&mut sent));
+        for most in [1, 7, 16, 17, 1000, usize::MAX] {
+            let (mut inbox, mut rest, mut heard) = (Inbox::new(64, 1 << 20), &sent[..], Vec::new());
+            while fill(&mut inbox, &mut rest, most) > 0 {
+                while let Some(ask) = inbox.take::<Ask>().unwrap() {
+                    heard.push(ask);
+                }
+            }
+            assert!(heard == asks && inbox.is_empty(), "{most} at a time");
+        }
+    }
+
+    #[test]
+    fn memory_comes_with_the_bytes_and_goes_with_them() {
+        let mut sent = Vec::new();
+        Ask::Done(vec![WantId(1); 4000]).encode(&mut sent);
+        let mut inbox = Inbox::new(64, 1 << 20);
+        fill(&mut inbox, &mut &sent[..20], usize::MAX);
+        assert!(inbox.take::<Ask>().unwrap().is_none());
+        assert_eq!(inbox.bytes.len(), 64, "a promise of more is no reason");
+        let mut rest = &sent[20..];
+        while fill(&mut inbox, &mut rest, usize::MAX) > 0 && inbox.take::<Ask>().unwrap().is_none() {}
+        fill(&mut inbox, &mut &b"k"[..], usize::MAX);
+        assert_eq!((inbox.bytes.len(), inbox.here()), (64, &b"k"[..]));
+        let mut short = Inbox::new(64, 1000);
+        fill(&mut short, &mut &sent[..], usize::MAX);
+        assert!(matches!(short.frame(), Err(WireError::TooLong { bytes: 32_000.., max: 984 })));
     }
 }

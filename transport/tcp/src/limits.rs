@@ -7,7 +7,7 @@ use kv_wire::frame::{GREETING_BYTES_MAX, HEADER_BYTES};
 /// Reads up to this length go by the connection for small reads, in bytes.
 pub(crate) const SMALL_BYTES: u32 = 64 << 10;
 /// One pass of a task moves about this much, then others of its thread have their turn.
-pub(crate) const PASS_BYTES: usize = 1 << 20;
+pub(crate) const PASS_BYTES: usize = 256 << 10;
 /// Longest first frame of a connection: who has not said who it is gets no more memory, in bytes.
 pub(crate) const FIRST_FRAME_BYTES_MAX: usize = HEADER_BYTES + GREETING_BYTES_MAX;
 /// Longest frame on a data connection: 4096 reads of 16 bytes, and some. In bytes.

@@ -20,7 +20,7 @@ use crate::error::Error;
 use crate::inbox::Inbox;
 use crate::limits::{FIRST_FRAME_BYTES_MAX, Limits};
 use crate::owner::{OwnerLink, Table};
-use crate::stream::{Stream, tune, write_all};
+use crate::stream::{Stream, ahead, tune, write_all};
 use crate::tls::{PROTOCOL, PeerIdentity, Security};
 
 /// Connections that the kernel keeps while nobody has taken them.
@@ -200,7 +200,7 @@ impl Greeter {
         let Security::Mutual(tls) = &self.security else {
             return Ok((Stream::Plain(socket), PeerIdentity::plain()));
         };
-        let secured = TlsAcceptor::from(Arc::clone(&tls.server)).accept(socket).await?;
+        let secured = TlsAcceptor::from(Arc::clone(&tls.server)).accept(ahead(socket)).await?;
         let (_, session) = secured.get_ref();
         if session.alpn_protocol() != Some(PROTOCOL) {
             return Err(std::io::Error::other("it wants another service than a node's"));

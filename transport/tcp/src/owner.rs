@@ -122,8 +122,7 @@ impl Table {
         let id = state.connections_ever;
         let joined = Joined { id, table: Arc::clone(table), _seat: seat };
         let task = table.runtime.spawn(async move {
-            let why = serve(stream, inbox, &joined.table).await;
-            tracing::debug!(node = joined.table.node, why, "a data connection ended");
+            serve(stream, inbox, &joined.table).await;
         });
         state.connections.insert(id, task.abort_handle());
     }

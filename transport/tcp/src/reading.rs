@@ -16,7 +16,7 @@ use std::task::{Context, Poll, ready};
 use std::time::Duration;
 
 use kv_arena::Slot;
-use kv_block::{Checksum, Summer};
+use kv_block::{BlockKey, Checksum, Summer};
 use kv_transport::link::LinkError;
 use kv_wire::frame::{ITEMS_MAX, Message};
 use kv_wire::message::{DataAnswer, DataAsk, ReadId};
@@ -35,6 +35,9 @@ use crate::stream::{Stream, poll_read_some};
 const SMALL_INBOX_BYTES: usize = 256 << 10;
 /// Inbox of the others, in bytes: frames, and the beginning and end of blocks.
 const BULK_INBOX_BYTES: usize = 16 << 10;
+/// After a block that is longer than this, less is read ahead: the next one will be as long, and copying it out of the
+/// inbox costs more than a call. In bytes.
+const LONG_BYTES: usize = 16 << 10;
 /// What is left of a block goes straight into its slot when it is longer than this, in bytes.
 const DIRECT_BYTES: usize = 8 << 10;
 /// Most bytes taken from the socket before they are summed: they are in the cache then.
@@ -45,6 +48,8 @@ const GIVE_READS: usize = 64;
 const PAUSE_MIN: Duration = Duration::from_millis(100);
 /// Longest pause.
 const PAUSE_MAX: Duration = Duration::from_secs(5);
+/// A connection that ends before that without an answer has failed.
+const LIFE_MIN: Duration = Duration::from_secs(1);
 
 /// A read that has not ended, or has and its bytes are still to come.
 #[derive(Debug)]
@@ -138,8 +143,12 @@ pub(crate) struct Reading {
     /// Reads that are not asked for, in order. One that was cancelled is found missing.
     queue: VecDeque<ReadId>,
     ended: Vec<Ended>,
+    /// Bytes of those.
+    ended_bytes: u64,
 
     inbox: Inbox,
+    /// Most bytes read into it at once.
+    fill_bytes: usize,
     incoming: Option<Incoming>,
     scratch: Vec<u8>,
     out: Vec<u8>,
@@ -147,7 +156,7 @@ pub(crate) struct Reading {
     flushed: bool,
     asked_bytes: u64,
     asked_reads: usize,
-    /// The owner answered something on this connection.
+    /// Whether this connection has answered anything.
     useful: bool,
 }
 
@@ -172,7 +181,9 @@ impl Reading {
             reads: HashMap::new(),
             queue: VecDeque::new(),
             ended: Vec::new(),
+            ended_bytes: 0,
             inbox: Inbox::new(0, 0),
+            fill_bytes: SMALL_INBOX_BYTES,
             incoming: None,
             scratch: Vec::new(),
             out: Vec::new(),
@@ -422,7 +433,7 @@ impl Reading {
                 }
                 incoming.poll_fill(stream, cx, &mut self.scratch)
             }
-            _ => self.inbox.poll_fill(stream, cx),
+            _ => self.inbox.poll_fill_some(stream, cx, self.fill_bytes),
         }
     }
 
@@ -445,7 +456,7 @@ impl Reading {
                 None => return Ok(()),
                 Some(DataAnswer::Data(read, bytes)) => self.begin(read, bytes)?,
                 Some(DataAnswer::Gone(read)) => {
-                    if let Some(read) = self.answered(read)? {
+                    if let (_, Some(read)) = self.answered(read)? {
                         self.end(read, Err(LinkError::Gone));
                     }
                 }
@@ -456,13 +467,14 @@ impl Reading {
         }
     }
 
-    /// The owner answers a read: it is out of the window. `None` when it was cancelled.
-    fn answered(&mut self, read: ReadId) -> Result<Option<Read>, LinkError> {
+    /// The owner answers a read: it is out of the window. Gives the length that was granted, and the read unless it
+    /// was cancelled.
+    fn answered(&mut self, read: ReadId) -> Result<(u32, Option<Read>), LinkError> {
         let (bytes, asked) = match self.reads.remove(&read) {
             Some(Under::Asked(read)) => (read.record.bytes, Some(read)),
             Some(Under::Dropped(bytes)) => (bytes, None),
-            Some(queued @ Under::Queued(_)) => {
-                self.reads.insert(read, queued);
+            Some(Under::Queued(queued)) => {
+                self.reads.insert(read, Under::Queued(queued));
                 return Err(protocol("an answer to a read that was not asked for"));
             }
             None => return Err(protocol("an answer to a read that was not asked for")),
@@ -470,16 +482,11 @@ impl Reading {
         self.useful = true;
         self.asked_reads -= 1;
         self.asked_bytes -= u64::from(bytes);
-        Ok(asked)
+        Ok((bytes, asked))
     }
 
     fn begin(&mut self, read: ReadId, bytes: u32) -> Result<(), LinkError> {
-        let wanted = match self.reads.get(&read) {
-            Some(Under::Asked(read)) => read.record.bytes,
-            Some(Under::Dropped(bytes)) => *bytes,
-            _ => return Err(protocol("an answer to a read that was not asked for")),
-        };
-        let mut asked = self.answered(read)?;
+        let (wanted, mut asked) = self.answered(read)?;
         if bytes != wanted
             && let Some(other) = asked.take()
         {
@@ -487,13 +494,14 @@ impl Reading {
             self.end(other, Err(LinkError::Corrupt));
         }
         let record = asked.as_ref().map(|asked| asked.record);
+        self.fill_bytes = if bytes as usize > LONG_BYTES { BULK_INBOX_BYTES } else { SMALL_INBOX_BYTES };
         self.incoming = Some(Incoming {
             read,
             into: asked.map(|asked| asked.into),
             bytes: bytes as usize,
             at: 0,
             wanted: record.map_or_else(Checksum::default, |record| record.checksum),
-            summer: Summer::new(record.map_or(kv_block::BlockKey([0; 16]), |record| record.key)),
+            summer: Summer::new(record.map_or(BlockKey([0; 16]), |record| record.key)),
         });
         Ok(())
     }
@@ -514,11 +522,14 @@ impl Reading {
     }
 
     fn put_back(&mut self, read: ReadId, bytes: u32, into: Slot, result: Result<(), LinkError>) {
-        self.outstanding.fetch_sub(bytes.into(), Ordering::Relaxed);
+        self.ended_bytes += u64::from(bytes);
         self.ended.push(Ended { read, bytes, into, result });
     }
 
+    /// Hands over what has ended. Once for many reads: an atomic operation behind the copy of a block waits until all
+    /// of it has left the store buffer.
     fn give(&mut self) {
+        self.outstanding.fetch_sub(std::mem::take(&mut self.ended_bytes), Ordering::Relaxed);
         self.shared.give(&mut self.ended);
     }
 

@@ -12,6 +12,7 @@ use std::ops::Range;
 use std::pin::Pin;
 use std::sync::Arc;
 use std::task::{Context, Poll};
+use std::time::Duration;
 
 use kv_arena::Held;
 use kv_wire::frame::{DATA_FRAME_BYTES, ITEMS_MAX, Message};
@@ -29,8 +30,10 @@ const INBOX_BYTES: usize = 8 << 10;
 const BATCH_BYTES: usize = 256 << 10;
 /// Answers of a batch.
 const BATCH_ANSWERS: usize = 64;
-/// Most bytes given to the kernel in one call.
-const PIECE_BYTES: usize = 1 << 20;
+/// Most bytes given to the kernel in one call: a small read of another connection waits no longer than for that.
+const PIECE_BYTES: usize = 256 << 10;
+/// A reader that takes less than this holds memory for longer than it is worth, in bytes.
+const BYTES_PER_SECOND_MIN: u64 = 256 << 10;
 /// Asks that wait here; more wait in the socket.
 const ASKS_MAX: usize = 2 * ITEMS_MAX;
 
@@ -159,14 +162,18 @@ impl Drop for Batch {
     }
 }
 
-/// Serves a connection to its end; gives the reason in words.
-pub(crate) async fn serve(mut stream: Stream, inbox: Inbox, table: &Arc<Table>) -> String {
+/// Serves a connection to its end.
+pub(crate) async fn serve(mut stream: Stream, inbox: Inbox, table: &Arc<Table>) {
     let mut serving = Serving { asks: VecDeque::new(), under_way: HashSet::new(), inbox };
     serving.inbox = serving.inbox.with_room(INBOX_BYTES);
     serving.inbox.allow(DATA_FRAME_BYTES_MAX);
-    match serving.run(&mut stream, table).await {
-        Ok(()) => "the reader closed it".into(),
-        Err(why) => why.to_string(),
+    let (node, ended) = (table.node(), serving.run(&mut stream, table).await);
+    match ended {
+        Ok(()) => tracing::debug!(node, "a reader closed a data connection"),
+        Err(why) if matches!(why.kind(), io::ErrorKind::InvalidData | io::ErrorKind::TimedOut) => {
+            tracing::warn!(node, %why, "a data connection was cut");
+        }
+        Err(why) => tracing::debug!(node, %why, "a data connection failed"),
     }
 }
 
@@ -191,14 +198,21 @@ impl Serving {
                 return Ok(());
             }
             table.fill(&mut self.asks, &mut batch);
-            while !batch.is_written() {
-                pass += in_time(stall, |cx| batch.poll_write(stream, cx)).await?;
-                if pass >= PASS_BYTES {
-                    pass = 0;
-                    tokio::task::yield_now().await;
+            let limit = stall + Duration::from_secs(batch.block_bytes as u64 / BYTES_PER_SECOND_MIN);
+            let written = async {
+                while !batch.is_written() {
+                    pass += in_time(stall, |cx| batch.poll_write(stream, cx)).await?;
+                    if pass >= PASS_BYTES {
+                        pass = 0;
+                        tokio::task::yield_now().await;
+                    }
                 }
+                in_time(stall, |cx| Pin::new(&mut *stream).poll_flush(cx)).await
+            };
+            match tokio::time::timeout(limit, written).await {
+                Ok(written) => written?,
+                Err(_) => return Err(io::Error::new(io::ErrorKind::TimedOut, "the reader takes too little")),
             }
-            in_time(stall, |cx| Pin::new(&mut *stream).poll_flush(cx)).await?;
             for answer in &batch.answers {
                 self.under_way.remove(&answer.read);
             }

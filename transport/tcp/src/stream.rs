@@ -11,7 +11,7 @@ use std::task::{Context, Poll, ready};
 use std::time::Duration;
 
 use rustix::net::sockopt;
-use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+use tokio::io::{AsyncRead, AsyncWrite, BufReader, ReadBuf};
 use tokio::net::TcpStream;
 use tokio_rustls::TlsStream;
 
@@ -43,11 +43,21 @@ pub(crate) fn tune(socket: &TcpStream, limits: &Limits) {
     }
 }
 
+/// What TLS reads from: rustls takes 4 KiB at a time, the kernel gives as much as there is.
+pub(crate) type Ahead = BufReader<TcpStream>;
+
+/// Room for what is read ahead of TLS, in bytes.
+const AHEAD_BYTES: usize = 64 << 10;
+
+pub(crate) fn ahead(socket: TcpStream) -> Ahead {
+    BufReader::with_capacity(AHEAD_BYTES, socket)
+}
+
 /// Both directions of a connection.
 #[derive(Debug)]
 pub(crate) enum Stream {
     Plain(TcpStream),
-    Tls(Box<TlsStream<TcpStream>>),
+    Tls(Box<TlsStream<Ahead>>),
 }
 
 impl AsyncRead for Stream {

@@ -161,3 +161,18 @@ fn an_owner_that_never_answers_is_given_up() {
     assert!(matches!(result, Err(LinkError::Path { .. })), "{result:?}");
     assert!(reader.broken().to_string().contains("did not answer in time"));
 }
+
+#[test]
+fn an_owner_that_lets_in_and_sends_out_is_given_up() {
+    let nodes = Nodes::plain(patient());
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let to = listener.local_addr().unwrap();
+    let door = std::thread::spawn(move || {
+        // All connections of a link, each once; a link that tried for ever would find nobody afterwards.
+        (0..5).for_each(|_| drop(Bare::joined_by_reader(&listener)));
+        listener
+    });
+    let mut reader = Driven::new(|wake| nodes.dialer.link(to, "owner", SESSION, wake).unwrap());
+    assert!(matches!(reader.broken(), LinkError::Path { .. }));
+    drop(door.join().unwrap());
+}
