@@ -214,6 +214,10 @@ async fn serve(serving: Arc<Serving>, accepted: Accepted) {
         }
         reader.turn();
         connected &= reader.hung_up.is_none();
+        if !connected {
+            // Nothing of a reader outlives its control connection, least of all what it does not take.
+            reader.serving.sessions.hang_up(session);
+        }
     }
     reader.end();
     if let Some(why) = &reader.hung_up {
