@@ -3,6 +3,7 @@
 #![allow(dead_code, reason = "each story uses its part")]
 
 pub(crate) mod among;
+pub(crate) mod wire;
 
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
