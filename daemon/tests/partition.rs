@@ -223,7 +223,7 @@ fn blocks_are_right_on_a_network_that_loses_a_fifth_of_everything() {
     });
     assert!(begun.elapsed() < Duration::from_secs(120), "{:?}", begun.elapsed());
     let dropped = [0, 1, 2].map(|host| net.dropped(host));
-    assert!(dropped[1] > 100 && dropped[0] + dropped[2] > 20, "{dropped:?}");
+    assert!(dropped.iter().all(|count| *count > 5), "{dropped:?}");
     net.heal();
     until_nothing_is_left(&at_b, &["a", "c"]);
     for home in [&a, &c] {
