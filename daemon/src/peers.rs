@@ -6,6 +6,7 @@
 //!
 //!   peers ---- wants ------> serve.rs: one task per reader, an Owner -- holds --> shards
 //!         <--- bytes -------          '--- links: straight from the arena
+//!   rdma.rs      the devices of this node, as paths (facts.rs: what peers are told of them)
 //!   offer.rs     blocks that a leaving node would rather not take along, on both sides
 //! ```
 //! All of it runs on a runtime of its own, so that moving bytes never holds up who asks for the node's health.
@@ -23,6 +24,7 @@ use kv_block::{BlockKey, Fault, ShardId};
 use kv_node::{FetchOp, PeerId, TransferReport};
 use kv_tcp::{Dialer, Limits, Listener, Security, Tls};
 use kv_transport::owner::{OwnerReport, OwnerState};
+use kv_transport::plan::PathPlan;
 use kv_transport::reader::PeerReport;
 use kv_wire::message::{Offer, Sight, Taken};
 use tokio::sync::{mpsc, oneshot};
@@ -32,9 +34,11 @@ use crate::config::units::Member;
 use crate::node::Node;
 use crate::plan::Plan;
 
+pub mod facts;
 mod fetch;
 mod line;
 mod offer;
+pub mod rdma;
 mod serve;
 
 pub use offer::Evacuation;
@@ -116,6 +120,8 @@ pub struct PeerView {
     pub member: Member,
     /// What we have from it.
     pub reader: PeerReport,
+    /// By which paths it is read, and why; empty before the first connection.
+    pub plan: PathPlan,
     /// What it has from us.
     pub served: ServedPeer,
     /// In the exchange's time, what is `now` for the moments in `reader`.
@@ -124,7 +130,7 @@ pub struct PeerView {
 
 /// What is asked of the task that fetches.
 enum Order {
-    Peers(oneshot::Sender<(kv_transport::Micros, Vec<PeerReport>)>),
+    Peers(oneshot::Sender<(kv_transport::Micros, Vec<(PeerReport, PathPlan)>)>),
     Transfers(oneshot::Sender<(kv_transport::Micros, Vec<TransferReport>)>),
     Locate { principal: u8, keys: Vec<BlockKey>, deadline: Instant, reply: oneshot::Sender<Vec<Place>> },
     Offer { peer: PeerId, offer: Offer, deadline: Instant, reply: oneshot::Sender<Option<Taken>> },
@@ -156,7 +162,8 @@ pub fn start(
     let (orders, taken) = mpsc::unbounded_channel();
     let dialer = Dialer::new(runtime.handle().clone(), security.clone(), limits.clone());
     let clock = Clock::start();
-    let fetching = fetch::Fetching::new(node, config, &members, dialer, clock);
+    let rails = rdma::Rails::open(node, config, &security)?;
+    let fetching = fetch::Fetching::new(node, config, &members, dialer, rails.clone(), clock);
     runtime.spawn(fetching.run(fetches, taken));
     let mut listener = None;
     if let Some(address) = config.peers.listen.get() {
@@ -170,6 +177,7 @@ pub fn start(
             members: Arc::clone(&members),
             sessions: bound.sessions(),
             served: Arc::clone(&served),
+            rails,
             clock,
         };
         runtime.spawn(Arc::new(serving).accept(arrivals));
@@ -205,10 +213,11 @@ impl Peers {
     pub async fn views(&self) -> Result<Vec<PeerView>, Fault> {
         let (now, readers) = self.ask(Order::Peers).await?;
         let served = self.served.lock().unwrap_or_else(PoisonError::into_inner);
-        let view = |(member, reader): (&Member, PeerReport)| PeerView {
+        let view = |(member, (reader, plan)): (&Member, (PeerReport, PathPlan))| PeerView {
             served: served.get(&member.name).cloned().unwrap_or_default(),
             member: member.clone(),
             reader,
+            plan,
             now,
         };
         Ok(self.members.iter().zip(readers).map(view).collect())

@@ -83,6 +83,7 @@ const ARROWS: &[(&str, &[&str])] = &[
     ("kv-wire", &["kv-block"]),
     ("kv-transport", &["kv-arena", "kv-block", "kv-wire"]),
     ("kv-tcp", &["kv-arena", "kv-block", "kv-transport", "kv-wire"]),
+    ("kv-verbs", &["kv-arena", "kv-block", "kv-transport", "kv-wire"]),
     ("kv-shm", &["kv-block"]),
     // The one composition above the client: everything on one machine.
     ("kv-local", &["kv-api", "kv-block", "kv-client", "kvd"]),

@@ -18,6 +18,11 @@ pub trait Subject {
     fn pair(&mut self, owner: &Slab, reader: &Slab) -> (Box<dyn Link>, Box<dyn Link>);
     /// Lets time pass for a path that has not answered yet. Called between polls, a bounded number of times.
     fn wait(&mut self);
+    /// Whether a read that the owner's device refuses ends the path, as it does where a device enforces the grant and
+    /// nobody in between can say no politely. Then the suite goes on with another one.
+    fn refusal_ends_path(&self) -> bool {
+        false
+    }
 }
 
 /// Makes a test of every case for the subject that `$subject` evaluates to, a new one for each.
@@ -30,6 +35,7 @@ macro_rules! link_contract {
             what_is_not_exposed_is_gone,
             what_was_concealed_is_gone,
             concealed_means_that_no_read_touches_it,
+            a_conceal_ends_although_reads_keep_coming,
             another_record_is_corrupt,
             a_window_of_another_block_reads_nothing,
             a_cancelled_read_ends_once,
@@ -98,10 +104,8 @@ impl<'a, S: Subject> Driver<'a, S> {
             let memory = ShardMemory::anonymous(geometry).expect("memory for a test");
             Side { link: None, memory, broken: 0 }
         };
-        let (mut owner, mut reader) = (side(), side());
-        let (one, other) = subject.pair(owner.memory.slab(), reader.memory.slab());
-        (owner.link, reader.link) = (Some(one), Some(other));
-        Self {
+        let (owner, reader) = (side(), side());
+        let mut driver = Self {
             subject,
             owner,
             reader,
@@ -111,7 +115,33 @@ impl<'a, S: Subject> Driver<'a, S> {
             reading: BTreeMap::new(),
             read: BTreeMap::new(),
             blocks: Vec::new(),
+        };
+        driver.connect();
+        driver
+    }
+
+    /// Whether a read of a block that was concealed meanwhile may end so. A device that is cut off in mid-answer may not
+    /// get to say why.
+    fn is_over(&self, result: &Result<(), LinkError>) -> bool {
+        let cut_off = self.subject.refusal_ends_path() && matches!(result, Err(LinkError::Path { .. }));
+        cut_off || matches!(result, Ok(()) | Err(LinkError::Gone))
+    }
+
+    fn connect(&mut self) {
+        let (one, other) = self.subject.pair(self.owner.memory.slab(), self.reader.memory.slab());
+        (self.owner.link, self.reader.link) = (Some(one), Some(other));
+    }
+
+    /// After a refusal: another path if this one ended with it. Whether it did.
+    fn renew(&mut self) -> bool {
+        if !self.subject.refusal_ends_path() {
+            return false;
         }
+        self.until("Broken at both ends", |driver| driver.owner.broken > 0 && driver.reader.broken > 0);
+        (self.owner.broken, self.reader.broken) = (0, 0);
+        self.concealed.clear();
+        self.connect();
+        true
     }
 
     fn number(&mut self) -> u64 {
@@ -136,39 +166,42 @@ impl<'a, S: Subject> Driver<'a, S> {
     }
 
     fn poll(&mut self) {
-        let mut done = Vec::new();
-        for side in [&mut self.owner, &mut self.reader] {
+        for turn in 0..2 {
+            let side = if turn == 0 { &mut self.owner } else { &mut self.reader };
             let Some(link) = &mut side.link else { continue };
+            let mut done = Vec::new();
             link.kick();
-            let before = done.len();
             link.poll(&mut done);
-            let broke = done[before..].iter().filter(|done| matches!(done, LinkDone::Broken { .. })).count();
-            assert!(side.broken == 0 || done.len() == before, "words after the path was gone: {done:?}");
-            if broke > 0 {
-                assert!(matches!(done.last(), Some(LinkDone::Broken { .. })), "something came after Broken");
-            }
-            side.broken += broke as u32;
+            assert!(side.broken == 0 || done.is_empty(), "words after the path was gone: {done:?}");
+            let broken = |done: &LinkDone| matches!(done, LinkDone::Broken { .. });
+            side.broken += done.iter().filter(|done| broken(done)).count() as u32;
             assert!(side.broken <= 1, "a path breaks once");
+            assert!(side.broken == 0 || done.last().is_none_or(broken), "something came after Broken");
+            // Before the other end moves: what is said now must be so now.
+            done.into_iter().for_each(|done| self.enter(done));
         }
-        for done in done {
-            match done {
-                LinkDone::Exposed { want, result } => {
-                    assert!(self.exposed.insert(want, result).is_none(), "{want:?} was exposed twice");
-                }
-                LinkDone::Concealed { want, block } => {
-                    assert!(self.concealed.insert(want, block).is_none(), "{want:?} was concealed twice");
-                }
-                LinkDone::Read { read, into, result } => {
-                    let record = self.reading.remove(&read);
-                    let record = record.unwrap_or_else(|| panic!("{read:?} ended twice, or was never begun"));
-                    if result.is_ok() {
-                        let wrong = payload::first_wrong_byte(&record.key, &into[..record.bytes as usize]);
-                        assert_eq!(wrong, None, "a wrong byte was delivered");
-                    }
-                    self.read.insert(read, result);
-                }
-                LinkDone::Broken { .. } => {}
+    }
+
+    fn enter(&mut self, done: LinkDone) {
+        match done {
+            LinkDone::Exposed { want, result } => {
+                assert!(self.exposed.insert(want, result).is_none(), "{want:?} was exposed twice");
             }
+            LinkDone::Concealed { want, block } => {
+                let holds = self.owner.memory.slab().header(block.id()).map(|header| header.holds);
+                assert_eq!(holds, Some(2), "{want:?} is concealed and held by more than it and the suite");
+                assert!(self.concealed.insert(want, block).is_none(), "{want:?} was concealed twice");
+            }
+            LinkDone::Read { read, into, result } => {
+                let record = self.reading.remove(&read);
+                let record = record.unwrap_or_else(|| panic!("{read:?} ended twice, or was never begun"));
+                if result.is_ok() {
+                    let wrong = payload::first_wrong_byte(&record.key, &into[..record.bytes as usize]);
+                    assert_eq!(wrong, None, "a wrong byte was delivered");
+                }
+                self.read.insert(read, result);
+            }
+            LinkDone::Broken { .. } => {}
         }
     }
 
@@ -337,26 +370,32 @@ pub fn many_reads_at_once_bring_each_its_own_block(subject: &mut impl Subject) {
     driver.finish();
 }
 
-/// A read of what the owner did not expose is gone, and the path goes on.
+/// A read of what the owner did not expose is gone, and the path goes on, if its kind can.
 pub fn what_is_not_exposed_is_gone(subject: &mut impl Subject) {
     let mut driver = Driver::new(subject);
-    let (want, record, window) = driver.expose(BLOCK_BYTES);
+    let (mut want, mut record, mut window) = driver.expose(BLOCK_BYTES);
     // A device that reads by itself is told by its window where; one of nothing that is there.
     let nowhere = window.map(|window| Window { key: window.key ^ 0x5a5a_5a5a, ..window });
     assert_eq!(driver.read(WantId(u64::MAX), nowhere, record), Err(LinkError::Gone));
+    if driver.renew() {
+        (want, record, window) = driver.expose(BLOCK_BYTES);
+    }
     assert_eq!(driver.read(want, window, record), Ok(()));
     driver.conceal(want);
     driver.finish();
 }
 
-/// A read of what was concealed is gone, and the path goes on.
+/// A read of what was concealed is gone, and the path goes on, if its kind can.
 pub fn what_was_concealed_is_gone(subject: &mut impl Subject) {
     let mut driver = Driver::new(subject);
-    let (other, of_other, window_of_other) = driver.expose(BLOCK_BYTES);
+    let (mut other, mut of_other, mut window_of_other) = driver.expose(BLOCK_BYTES);
     let (want, record, window) = driver.expose(BLOCK_BYTES);
     assert_eq!(driver.read(want, window, record), Ok(()));
     driver.conceal(want);
     assert_eq!(driver.read(want, window, record), Err(LinkError::Gone));
+    if driver.renew() {
+        (other, of_other, window_of_other) = driver.expose(BLOCK_BYTES);
+    }
     assert_eq!(driver.read(other, window_of_other, of_other), Ok(()));
     driver.conceal(other);
     driver.finish();
@@ -378,10 +417,38 @@ pub fn concealed_means_that_no_read_touches_it(subject: &mut impl Subject) {
         let mut next = driver.owner.memory.slab().take(MIB).expect("the slot that was just freed");
         assert_eq!(next.id(), place, "the suite means to use the same slot");
         next.fill(0xee);
+        let mut refused = false;
         for read in reads {
             let result = driver.read_end(read);
-            assert!(matches!(result, Ok(()) | Err(LinkError::Gone)), "round {round}: {result:?}");
+            assert!(driver.is_over(&result), "round {round}: {result:?}");
+            refused |= result.is_err();
         }
+        if refused {
+            driver.renew();
+        }
+    }
+    driver.finish();
+}
+
+/// A reader that never stops reading a block does not keep its owner from it: once it is to be concealed, none begins.
+pub fn a_conceal_ends_although_reads_keep_coming(subject: &mut impl Subject) {
+    let mut driver = Driver::new(subject);
+    let (want, record, window) = driver.expose(4096);
+    let mut reads: Vec<_> = (0..2).filter_map(|_| driver.try_read(want, window, record)).collect();
+    driver.poll();
+    assert!(driver.owner.link().submit(LinkOp::Conceal { want }).is_ok(), "a conceal is always taken");
+    for _ in 0..2000 {
+        if driver.concealed.contains_key(&want) {
+            break;
+        }
+        reads.extend(driver.try_read(want, window, record));
+        driver.poll();
+        driver.subject.wait();
+    }
+    assert!(driver.concealed.remove(&want).is_some(), "reads that keep coming keep the block");
+    for read in reads {
+        let result = driver.read_end(read);
+        assert!(driver.is_over(&result), "{result:?}");
     }
     driver.finish();
 }

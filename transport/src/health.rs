@@ -213,6 +213,11 @@ impl Health {
         self.trying = false;
     }
 
+    /// Whether a try is under way.
+    pub fn is_trying(&self) -> bool {
+        self.trying
+    }
+
     /// The peer did something right.
     pub fn proved(&mut self, now: Micros, proof: Proof) {
         if self.circuit == Circuit::Trying && proof >= self.needs {

@@ -5,6 +5,8 @@
 //!   reader.rs    the end that wants blocks of one peer: wants, grants, reads, deadlines
 //!   owner.rs     the end that has them: what it holds for one reader, and for how long
 //!   health.rs    whether a peer is worth asking
+//!   plan.rs      which paths there are to a peer, best first, and why
+//!   sim.rs       many of both over a network that fails, from a seed
 //!   contract.rs  the promises of a path, as tests that every device runs; memory.rs is the fake that keeps them
 //! ```
 //! Everything here takes events and the time, changes its state and says what is to be done. It owns no socket,
@@ -15,8 +17,10 @@ pub mod health;
 pub mod link;
 pub mod memory;
 pub mod owner;
+pub mod plan;
 pub mod random;
 pub mod reader;
+pub mod sim;
 
 use std::time::Duration;
 

@@ -131,6 +131,11 @@ impl MemoryLink {
         end.faults.insert(end.ops + 1, fault);
     }
 
+    /// Breaks the path, as when somebody pulls the cable. What was under way comes back with the next polls.
+    pub fn sever(&mut self) {
+        self.lock().broken.get_or_insert_with(|| broken("severed"));
+    }
+
     fn lock(&self) -> MutexGuard<'_, Pair> {
         // Nothing in here panics half way.
         self.pair.lock().unwrap_or_else(PoisonError::into_inner)

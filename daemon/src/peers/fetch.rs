@@ -8,12 +8,16 @@ use kv_block::ShardId;
 use kv_node::{Exchange, ExchangeCommand, ExchangeConfig, ExchangeEvent, FetchDone, FetchOp, PeerId};
 use kv_tcp::Dialer;
 use kv_transport::link::{Link, LinkDone, LinkError, LinkOp, Wake};
+use kv_transport::plan::PathPlan;
 use kv_transport::reader::{PathId, ReaderCommand, ReaderConfig, ReaderEvent};
-use kv_wire::message::Taken;
+use kv_verbs::Endpoint;
+use kv_wire::message::{PathEnd, Taken};
 use tokio::sync::{Notify, mpsc, oneshot};
 use tokio::task::AbortHandle;
 
+use super::facts;
 use super::line::{self, FromLine, Word};
+use super::rdma::Rails;
 use super::{Clock, Order, Place, principals};
 use crate::config::Config;
 use crate::config::units::Member;
@@ -29,6 +33,7 @@ pub(super) struct Fetching {
     exchange: Exchange,
     clock: Clock,
     dialer: Dialer,
+    rails: Rails,
     lines: Vec<Line>,
     shards: Vec<ShardHandle>,
     words: mpsc::Sender<FromLine>,
@@ -52,6 +57,10 @@ struct Line {
     say: Option<mpsc::Sender<kv_wire::message::Ask>>,
     address: Option<std::net::SocketAddr>,
     links: BTreeMap<PathId, Box<dyn Link>>,
+    /// Our ends of paths whose other end is not known yet.
+    ends: BTreeMap<PathId, Endpoint>,
+    /// Of this connection, or the last one.
+    plan: PathPlan,
 }
 
 impl Fetching {
@@ -60,6 +69,7 @@ impl Fetching {
         config: &Config,
         members: &[Member],
         dialer: Dialer,
+        rails: Rails,
         clock: Clock,
     ) -> Self {
         let principals = principals(node);
@@ -68,6 +78,8 @@ impl Fetching {
             epoch: node.epoch,
             principals: principals.clone(),
             peer: member.name.clone(),
+            paths: rails.paths(),
+            facts: facts::tell(&rails.facts),
             block_bytes_max: u32::try_from(node.block_bytes_max).unwrap_or(u32::MAX),
             wants_max: config.peers.wants_max as usize,
             // Two nodes that lost each other do not come back at the same moment.
@@ -90,12 +102,15 @@ impl Fetching {
             say: None,
             address: None,
             links: BTreeMap::new(),
+            ends: BTreeMap::new(),
+            plan: PathPlan::default(),
         };
         let (words, heard) = mpsc::channel(WORDS_MAX);
         Self {
             exchange: Exchange::new(exchange, peers.collect()),
             clock,
             dialer,
+            rails,
             lines: members.iter().map(line).collect(),
             shards: node.shards.clone(),
             words,
@@ -215,9 +230,12 @@ impl Fetching {
                     self.gone(peer, "it takes no more of what it is told".into());
                 }
             }
-            ReaderCommand::Open { session, .. } => self.open_tcp(peer, session),
-            // No path but TCP is asked for.
-            ReaderCommand::Join(_) => {}
+            ReaderCommand::Open { session, facts, .. } => {
+                line.plan = self.rails.plan_to(&facts::hear(&facts));
+                self.open_tcp(peer, session);
+                self.ask_for_rails(peer);
+            }
+            ReaderCommand::Join(end) => self.join_rail(peer, &end),
             ReaderCommand::Read { path, read, want, window, record, into } => {
                 let op = LinkOp::Read { read, want, window, record, into };
                 let refused = match line.links.get_mut(&path) {
@@ -284,6 +302,42 @@ impl Fetching {
         self.tell(peer, ReaderEvent::Path { path: PathId::TCP, up });
     }
 
+    /// The paths besides: this side's ends, of which the peer is told.
+    fn ask_for_rails(&mut self, peer: PeerId) {
+        let planned = self.lines[usize::from(peer.0)].plan.paths.clone();
+        for planned in planned.iter().filter(|planned| planned.path != PathId::TCP) {
+            let path = planned.path;
+            let event = match self.rails.ask(planned) {
+                Ok((endpoint, end)) => {
+                    self.lines[usize::from(peer.0)].ends.insert(path, endpoint);
+                    ReaderEvent::Reach(end)
+                }
+                Err(why) => ReaderEvent::Path { path, up: Err(why) },
+            };
+            self.tell(peer, event);
+        }
+    }
+
+    /// The peer's end of a path is known.
+    fn join_rail(&mut self, peer: PeerId, end: &PathEnd) {
+        let path = PathId(end.path);
+        let wake = Arc::clone(&self.wake);
+        let wake: Wake = Arc::new(move || wake.notify_one());
+        let line = &mut self.lines[usize::from(peer.0)];
+        let up = match line.ends.remove(&path) {
+            None => Err("it was not asked for".to_owned()),
+            Some(_) if end.words.is_empty() => Err("the peer has no device for it".to_owned()),
+            Some(endpoint) => match endpoint.connect(&end.words, wake) {
+                Ok(link) => {
+                    line.links.insert(path, Box::new(link));
+                    Ok(())
+                }
+                Err(error) => Err(line::chain(&error)),
+            },
+        };
+        self.tell(peer, ReaderEvent::Path { path, up });
+    }
+
     /// A connection is over, and not because we said so.
     fn gone(&mut self, peer: PeerId, why: String) {
         tracing::info!(
@@ -301,6 +355,7 @@ impl Fetching {
             task.abort();
         }
         (line.say, line.address) = (None, None);
+        line.ends.clear();
         let links = std::mem::take(&mut line.links);
         self.closing.extend(links.into_iter().map(|(path, link)| (peer, path, link)));
     }
@@ -356,7 +411,10 @@ impl Fetching {
         let now = self.clock.now();
         // Whoever asked may be gone; then nobody misses the answer.
         match order {
-            Order::Peers(reply) => drop(reply.send((now, self.exchange.reports()))),
+            Order::Peers(reply) => {
+                let plans = self.lines.iter().map(|line| line.plan.clone());
+                drop(reply.send((now, self.exchange.reports().into_iter().zip(plans).collect())));
+            }
             Order::Transfers(reply) => drop(reply.send((now, self.exchange.transfers()))),
             Order::Locate { principal, keys, deadline, reply } => {
                 let id = self.number();

@@ -28,7 +28,7 @@ const OFFER_MAX: usize = 256;
 /// Offered blocks that are fetched at once.
 const TAKE_MAX: usize = 64;
 /// How long one offer may take.
-const OFFER_LIMIT: Duration = Duration::from_secs(60);
+const OFFER_LIMIT: Duration = Duration::from_secs(30);
 /// Blocks asked of a shard at once while it is looked through.
 const PAGE: usize = 1000;
 

@@ -10,15 +10,17 @@ use kv_block::{BlockKey, MissReason, Tier};
 use kv_node::Reach;
 use kv_tcp::{Accepted, End, Sessions};
 use kv_transport::Owner;
-use kv_transport::link::{Link, LinkDone, LinkOp, Wake};
+use kv_transport::link::{Link, LinkDone, LinkError, LinkOp, Wake};
 use kv_transport::owner::{OwnerCommand, OwnerConfig, OwnerEvent};
+use kv_transport::plan::PathPlan;
 use kv_transport::reader::PathId;
 use kv_wire::message::{Answer, Ask, Credits, Found, PathEnd, Refusal, Refused, Sight, WantId};
 use tokio::sync::{Notify, mpsc};
 use tokio::task::{AbortHandle, JoinSet};
 
 use super::line::chain;
-use super::{Clock, Served, ServedPeer, offer, unguessable};
+use super::rdma::Rails;
+use super::{Clock, Served, ServedPeer, facts, offer, unguessable};
 use crate::config::Config;
 use crate::config::units::Member;
 use crate::node::{Node, View};
@@ -39,6 +41,7 @@ pub(super) struct Serving {
     pub(super) members: Arc<[Member]>,
     pub(super) sessions: Sessions,
     pub(super) served: Served,
+    pub(super) rails: Rails,
     pub(super) clock: Clock,
 }
 
@@ -53,7 +56,10 @@ struct Reader {
     session: u128,
     /// It is nobody who counts.
     refused: bool,
-    link: Box<dyn Link>,
+    /// The ways to it; TCP is always among them while it is connected.
+    links: BTreeMap<PathId, Box<dyn Link>>,
+    wake: Wake,
+    plan: PathPlan,
     say: mpsc::Sender<Answer>,
     commands: Vec<OwnerCommand>,
     events: Vec<OwnerEvent>,
@@ -97,7 +103,7 @@ impl Serving {
         self.served.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn config(&self, name: &str, session: u128, refuse: Option<Refused>) -> OwnerConfig {
+    fn config(&self, name: &str, session: u128, refuse: Option<Refused>, plan: &PathPlan) -> OwnerConfig {
         let peers = &self.config.peers;
         let unix = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs());
         OwnerConfig {
@@ -110,6 +116,8 @@ impl Serving {
             leaving: self.node.is_draining(),
             wait_max: peers.fetch_limit.0,
             lease_max: peers.lease_ttl.0,
+            facts: facts::tell(&self.rails.facts),
+            paths: plan.owner_paths(),
             unix_zero_s: unix.saturating_sub(self.clock.now().0 / 1_000_000),
             ..OwnerConfig::default()
         }
@@ -134,13 +142,14 @@ async fn serve(serving: Arc<Serving>, accepted: Accepted) {
         }
     };
     let wake = Arc::new(Notify::new());
-    let link = {
+    let ring: Wake = {
         let wake = Arc::clone(&wake);
-        let wake: Wake = Arc::new(move || wake.notify_one());
-        serving.sessions.link(session, &name, wake)
+        Arc::new(move || wake.notify_one())
     };
     let refused = refuse.is_some();
-    let owner = Owner::new(serving.config(&name, session, refuse));
+    let link: Box<dyn Link> = Box::new(serving.sessions.link(session, &name, Arc::clone(&ring)));
+    let plan = serving.rails.plan_from(&facts::hear(&hello.facts));
+    let owner = Owner::new(serving.config(&name, session, refuse, &plan));
     let (writer, mut hear) = control.split();
     let (say, queue) = mpsc::channel(SAY_MAX);
     let mut writing = tokio::spawn(writer.drain(queue));
@@ -152,7 +161,9 @@ async fn serve(serving: Arc<Serving>, accepted: Accepted) {
         name,
         session,
         refused,
-        link: Box::new(link),
+        links: BTreeMap::from([(PathId::TCP, link)]),
+        wake: ring,
+        plan,
         say,
         commands: Vec::new(),
         events: Vec::new(),
@@ -233,7 +244,7 @@ impl Reader {
     /// Tells the owner what has happened and does what follows from it, until nothing is left.
     fn turn(&mut self) {
         loop {
-            self.poll_link();
+            self.poll_links();
             let now = self.serving.clock.now();
             for event in std::mem::take(&mut self.events) {
                 self.owner.handle(now, event, &mut self.commands);
@@ -245,7 +256,7 @@ impl Reader {
             for command in std::mem::take(&mut self.commands) {
                 self.obey(command);
             }
-            self.link.kick();
+            self.links.values_mut().for_each(|link| link.kick());
         }
     }
 
@@ -275,41 +286,65 @@ impl Reader {
                 };
                 self.tasks.spawn(work);
             }
-            OwnerCommand::Expose { path: PathId::TCP, want, block } => {
-                if let Err(LinkOp::Expose { want, .. }) = self.link.submit(LinkOp::Expose { want, block }) {
-                    let what = "the link exposes as many blocks as it may".to_owned();
-                    let result = Err(kv_transport::link::LinkError::Path { what });
-                    self.events.push(OwnerEvent::Exposed { path: PathId::TCP, want, result });
+            OwnerCommand::Expose { path, want, block } => {
+                let refused = match self.links.get_mut(&path) {
+                    Some(link) => link.submit(LinkOp::Expose { want, block }).is_err(),
+                    None => true,
+                };
+                if refused {
+                    let what = "the path is gone, or exposes as many blocks as it may".to_owned();
+                    let result = Err(LinkError::Path { what });
+                    self.events.push(OwnerEvent::Exposed { path, want, result });
                 }
             }
-            OwnerCommand::Conceal { path: PathId::TCP, want } => {
-                // Always taken.
-                let _ = self.link.submit(LinkOp::Conceal { want });
+            OwnerCommand::Conceal { path, want } => {
+                // Always taken. A path that is gone has given everything back before it said so.
+                if let Some(link) = self.links.get_mut(&path) {
+                    let _ = link.submit(LinkOp::Conceal { want });
+                }
             }
-            OwnerCommand::Expose { path, want, .. } => {
-                let what = format!("path {} is not open", path.0);
-                let result = Err(kv_transport::link::LinkError::Path { what });
-                self.events.push(OwnerEvent::Exposed { path, want, result });
+            OwnerCommand::Open { end } => self.open(&end),
+        }
+    }
+
+    /// The reader wants a path besides TCP.
+    fn open(&mut self, end: &PathEnd) {
+        let path = PathId(end.path);
+        let planned = self.plan.paths.iter().find(|planned| planned.path == path);
+        let answered = planned
+            .ok_or_else(|| "it is not planned".to_owned())
+            .and_then(|planned| self.serving.rails.answer(planned, &end.words, Arc::clone(&self.wake)));
+        match answered {
+            Ok((link, answer)) => {
+                self.links.insert(path, link);
+                self.events.push(OwnerEvent::Opened(answer));
+                self.events.push(OwnerEvent::Path { path, up: Ok(()) });
             }
-            OwnerCommand::Conceal { .. } => {}
-            OwnerCommand::Open { end } => {
-                let none = PathEnd { path: end.path, words: Vec::new() };
-                self.events.push(OwnerEvent::Opened(none));
+            Err(why) => {
+                tracing::info!(reader = self.name, path = path.0, why, "a path to a reader is not opened");
+                self.events.push(OwnerEvent::Opened(PathEnd { path: end.path, words: Vec::new() }));
             }
         }
     }
 
-    fn poll_link(&mut self) {
+    fn poll_links(&mut self) {
         let mut done = Vec::new();
-        self.link.poll(&mut done);
-        let path = PathId::TCP;
-        self.events.extend(done.into_iter().filter_map(|done| match done {
-            LinkDone::Exposed { want, result } => Some(OwnerEvent::Exposed { path, want, result }),
-            LinkDone::Concealed { want, block } => Some(OwnerEvent::Concealed { path, want, block }),
-            LinkDone::Broken { why } => Some(OwnerEvent::Path { path, up: Err(why.to_string()) }),
-            // The reader's words; this end has none of them.
-            LinkDone::Read { .. } => None,
-        }));
+        let events = &mut self.events;
+        self.links.retain(|path, link| {
+            let (path, mut whole) = (*path, true);
+            link.poll(&mut done);
+            events.extend(done.drain(..).filter_map(|done| match done {
+                LinkDone::Exposed { want, result } => Some(OwnerEvent::Exposed { path, want, result }),
+                LinkDone::Concealed { want, block } => Some(OwnerEvent::Concealed { path, want, block }),
+                LinkDone::Broken { why } => {
+                    whole = false;
+                    Some(OwnerEvent::Path { path, up: Err(why.to_string()) })
+                }
+                // The reader's words; this end has none of them.
+                LinkDone::Read { .. } => None,
+            }));
+            whole
+        });
     }
 
     /// Looks for a block: at once in memory, otherwise in a task that waits.

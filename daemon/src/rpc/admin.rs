@@ -561,7 +561,8 @@ impl v1::admin_server::Admin for AdminService {
         _: Request<v1::ListPeersRequest>,
     ) -> Result<Response<v1::ListPeersResponse>, Status> {
         let views = self.peer_views().await?;
-        Ok(Response::new(v1::ListPeersResponse { peers: views.iter().map(peers::peer_info).collect() }))
+        let peers = views.iter().map(peers::peer_info).collect();
+        Ok(Response::new(v1::ListPeersResponse { peers }))
     }
 
     async fn describe_peer(
@@ -569,7 +570,8 @@ impl v1::admin_server::Admin for AdminService {
         request: Request<v1::DescribePeerRequest>,
     ) -> Result<Response<v1::DescribePeerResponse>, Status> {
         let node = request.into_inner().node;
-        let number = self.shared.peers()?.number(&node).map_err(status)?;
+        let known = self.shared.peers()?;
+        let number = known.number(&node).map_err(status)?;
         let views = self.peer_views().await?;
         let view = &views[usize::from(number.0)];
         let (peer, paths) = (Some(peers::peer_info(view)), peers::paths(view));

@@ -9,7 +9,7 @@ use kv_block::{Fault, MissReason};
 use kv_node::Found;
 use kv_transport::Micros;
 use kv_transport::health::Circuit;
-use kv_transport::reader::{PathId, PathReport, PathState, PeerState};
+use kv_transport::reader::{PathId, PathState, PeerState};
 use kv_wire::message::Sight;
 use tonic::Status;
 
@@ -62,7 +62,7 @@ impl Shared {
 
 /// A peer as a message.
 pub(super) fn peer_info(view: &PeerView) -> v1::PeerInfo {
-    let PeerView { member, reader, served, now } = view;
+    let PeerView { member, reader, served, now, .. } = view;
     let open_until = match reader.circuit {
         Circuit::Open { until } => Some(until),
         _ => None,
@@ -74,18 +74,17 @@ pub(super) fn peer_info(view: &PeerView) -> v1::PeerInfo {
         (None, PeerState::Connecting | PeerState::Greeting) => "connecting",
         (None, PeerState::Idle) => "idle",
     };
-    let reason = reader.last_error.as_ref();
     let paths = reader.paths.iter().filter(|(_, path)| path.state == PathState::Up);
     v1::PeerInfo {
         node: member.name.clone(),
         address: place(member),
         state: state.into(),
-        reason: reason.map_or_else(String::new, |(kind, why)| format!("{kind}: {why}")),
+        reason: reason(view),
         retry_ms: open_until.map_or(0, |until| left_ms(until, *now)),
         version: reader.version.unwrap_or(0).into(),
         epoch: reader.epoch.map_or(0, |epoch| epoch.0),
         rtt_us: reader.rtt.map_or(0, |rtt| rtt.as_micros() as u64),
-        paths: paths.map(|(id, _)| path_name(*id)).collect(),
+        paths: paths.map(|(id, _)| path_name(view, *id)).collect(),
         wanted: (reader.waiting + reader.asked + reader.granted) as u64,
         reading: reader.reading as u64,
         blocks_in: reader.landed,
@@ -100,32 +99,36 @@ pub(super) fn peer_info(view: &PeerView) -> v1::PeerInfo {
     }
 }
 
-/// The paths to a peer, best first.
+/// The paths to a peer, best first, then those that are left out.
 pub(super) fn paths(view: &PeerView) -> Vec<v1::PathInfo> {
-    // Others come before TCP, which every pair of nodes has.
-    let mut all: Vec<(&PathId, &PathReport)> = view.reader.paths.iter().collect();
-    all.sort_by_key(|(id, _)| (**id == PathId::TCP, **id));
-    let mut rank = 0;
-    all.into_iter()
-        .map(|(id, path)| {
-            let (up, reason) = match &path.state {
-                PathState::Up if *id == PathId::TCP => (true, "every pair of nodes has it".to_owned()),
-                PathState::Up => (true, "both nodes have a device that reaches the other".to_owned()),
-                PathState::Opening => (false, "not opened: nothing was wanted of the peer yet".to_owned()),
-                PathState::Down { why } => (false, why.clone()),
-            };
-            rank += u32::from(up);
-            let rank = if up { rank } else { 0 };
-            v1::PathInfo {
-                name: path_name(*id),
-                rank,
-                reason,
-                up,
-                blocks_in: path.reads,
-                bytes_in: path.bytes,
-            }
-        })
-        .collect()
+    let planned = view.plan.paths.iter().map(|planned| {
+        let report = view.reader.paths.get(&planned.path);
+        let (up, state) = match report.map(|report| &report.state) {
+            Some(PathState::Up) => (true, String::new()),
+            Some(PathState::Down { why }) => (false, format!("; down: {why}")),
+            Some(PathState::Opening) | None => (false, "; not open".to_owned()),
+        };
+        v1::PathInfo {
+            name: planned.kind.to_string(),
+            rank: if up { u32::from(planned.rank) + 1 } else { 0 },
+            reason: format!("{}{state}", planned.why),
+            up,
+            blocks_in: report.map_or(0, |report| report.reads),
+            bytes_in: report.map_or(0, |report| report.bytes),
+        }
+    });
+    let left_out = view.plan.rejected.iter().map(|rejected| v1::PathInfo {
+        name: rejected.what.clone(),
+        reason: rejected.why.clone(),
+        ..v1::PathInfo::default()
+    });
+    planned.chain(left_out).collect()
+}
+
+/// What a path is called in a list.
+fn path_name(view: &PeerView, id: PathId) -> String {
+    let planned = view.plan.paths.iter().find(|planned| planned.path == id);
+    planned.map_or_else(|| format!("path {}", id.0), |planned| planned.kind.to_string())
 }
 
 /// What is on its way, as messages.
@@ -148,16 +151,18 @@ pub(super) async fn transfers(peers: &Peers) -> Result<Vec<v1::TransferInfo>, Fa
 
 /// What an operator must know: peers that are down.
 pub(super) fn warnings(views: &[PeerView]) -> Vec<(Code, String)> {
-    let down = views.iter().map(peer_info).filter(|peer| peer.state == "down");
-    down.map(|peer| {
-        let text = format!("peer {} is down, its blocks miss: {}", peer.node, peer.reason);
+    let down = views.iter().filter(|view| matches!(view.reader.circuit, Circuit::Open { .. }));
+    down.map(|view| {
+        let text = format!("peer {} is down, its blocks miss: {}", view.member.name, reason(view));
         (Code::PeerDown, text)
     })
     .collect()
 }
 
-fn path_name(id: PathId) -> String {
-    if id == PathId::TCP { "tcp".into() } else { format!("rdma{}", id.0) }
+/// The last thing that went wrong with a peer.
+fn reason(view: &PeerView) -> String {
+    let last = view.reader.last_error.as_ref();
+    last.map_or_else(String::new, |(kind, why)| format!("{kind}: {why}"))
 }
 
 fn place(member: &crate::config::units::Member) -> String {

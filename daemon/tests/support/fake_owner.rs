@@ -16,6 +16,8 @@ use kv_wire::message::{
     Welcome, Window,
 };
 
+use crate::support::wire::{Wire, encoded};
+
 /// How it behaves.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(crate) enum Manner {
@@ -188,6 +190,7 @@ impl Shared {
             session: SESSION,
             credits: CREDITS,
             leaving: false,
+            facts: Vec::new(),
         };
         match self.manner() {
             Manner::SilentAfterHello => return wire.listen_for_ever(),
@@ -301,6 +304,7 @@ impl Shared {
                 session: SESSION,
                 credits: Credits { wants_max: 1, bytes_max: 1 },
                 leaving: false,
+                facts: Vec::new(),
             })),
             Manner::PongsUnasked => wire.say(&Answer::Pong(u64::MAX)),
             Manner::SaysLeavingForEver => {

@@ -130,6 +130,10 @@ impl Reader {
     /// Takes one event and appends what is to be done about it. What is said to the owner in batches comes with
     /// [`Self::flush`].
     pub fn handle(&mut self, now: Micros, event: ReaderEvent, out: &mut Out) {
+        if let ReaderEvent::Leave { want } = event {
+            // Before its deadline is looked at: whoever left hears nothing more of it.
+            self.leave(now, want, out);
+        }
         self.expire(now, out);
         match event {
             ReaderEvent::Connected => self.connected(out),
@@ -151,12 +155,11 @@ impl Reader {
                 self.want(now, want, Want::new(principal, key, deadline, wait), out);
             }
             ReaderEvent::Take { want, into } => self.take(now, want, into, out),
-            ReaderEvent::Leave { want } => self.leave(now, want, out),
             ReaderEvent::Probe { probe, principal, keys, deadline } => {
                 self.probe(now, probe, principal, keys, deadline, out);
             }
             ReaderEvent::Offer { offer, deadline } => self.offer(now, offer, deadline, out),
-            ReaderEvent::Tick => {}
+            ReaderEvent::Leave { .. } | ReaderEvent::Tick => {}
         }
         self.attend(now);
     }
@@ -230,7 +233,8 @@ impl Reader {
 
     /// Whether nothing is under way, not even a read that was cancelled.
     pub fn is_idle(&self) -> bool {
-        self.wants.is_empty() && self.reads.is_empty() && self.questions.is_empty() && self.books.is_empty()
+        let nothing_open = self.wants.is_empty() && self.questions.is_empty() && self.books.is_empty();
+        nothing_open && self.reads.is_empty() && !self.health.is_trying()
     }
 
     pub(super) fn number(&mut self) -> u64 {
@@ -279,6 +283,7 @@ impl Reader {
             node: self.config.node.clone(),
             epoch: self.config.epoch,
             principals: self.config.principals.clone(),
+            facts: self.config.facts.clone(),
         })));
     }
 
@@ -387,7 +392,7 @@ impl Reader {
     }
 
     fn welcomed(&mut self, now: Micros, welcome: Welcome, out: &mut Out) {
-        let Welcome { version, node, epoch, session, credits, leaving } = welcome;
+        let Welcome { version, node, epoch, session, credits, leaving, facts } = welcome;
         let reborn = self.met.as_ref().is_some_and(|met| met.epoch != epoch);
         self.connection += 1;
         self.met = Some(Met { node, epoch, version });
@@ -397,7 +402,7 @@ impl Reader {
             self.end_reading(now, out);
         }
         self.health.proved(now, Proof::Welcomed);
-        out.push(ReaderCommand::Open { session, version });
+        out.push(ReaderCommand::Open { session, version, facts });
     }
 
     /// Lets everything end whose time is over.

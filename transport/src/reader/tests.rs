@@ -38,7 +38,15 @@ fn config() -> ReaderConfig {
 
 fn welcome() -> Welcome {
     let credits = Credits { wants_max: 4096, bytes_max: 1 << 30 };
-    Welcome { version: 1, node: "b".into(), epoch: Epoch(9), session: 5, credits, leaving: false }
+    Welcome {
+        version: 1,
+        node: "b".into(),
+        epoch: Epoch(9),
+        session: 5,
+        credits,
+        leaving: false,
+        facts: vec![],
+    }
 }
 
 fn grant(id: u64) -> Grant {
@@ -499,6 +507,14 @@ fn a_deadline_ends_a_want_in_every_stage() {
     assert_eq!(rig.read(Ok(())), [""; 0], "nobody waits for it");
     assert_eq!(rig.used(), 0);
     assert_eq!(rig.want_by(4, rig.now), ["missed 4 tier_timeout"]);
+}
+
+#[test]
+fn who_leaves_hears_no_more_even_at_the_deadline() {
+    let mut rig = Rig::up();
+    rig.want(1);
+    rig.now = rig.now.after(Duration::from_secs(1));
+    assert_eq!(rig.tell(ReaderEvent::Leave { want: WantId(1) }), ["done 1"]);
 }
 
 #[test]

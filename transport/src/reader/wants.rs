@@ -126,6 +126,9 @@ impl Books {
     fn answered(&mut self, want: WantId) -> bool {
         let ghost = self.ghosts.remove(&want);
         self.said -= usize::from(ghost);
+        if self.ghosts.is_empty() {
+            self.laid.clear();
+        }
         ghost
     }
 
@@ -136,9 +139,9 @@ impl Books {
         }
     }
 
-    /// Whether a pong would make room for wants.
+    /// Whether a pong would make room: for wants, or in these books.
     pub(super) fn wait_for_answers(&self) -> bool {
-        !self.ghosts.is_empty() && (!self.queue.is_empty() || self.ghosts.len() * 4 > ITEMS_MAX)
+        !self.ghosts.is_empty() && (!self.queue.is_empty() || self.laid.len() > ITEMS_MAX)
     }
 
     /// An asked want ends before its answer.

@@ -91,7 +91,7 @@ impl Dialer {
     }
 
     /// A connection that the owner has let join the session, and what came behind its answer.
-    pub(crate) async fn join(&self, target: &Target, session: u128) -> Result<Stream, Error> {
+    pub(crate) async fn join(&self, target: &Target, session: u128) -> Result<(Stream, Inbox), Error> {
         let address = target.address.to_string();
         self.in_time(&address, async {
             let (mut stream, _) = self.open(target).await?;
@@ -99,12 +99,11 @@ impl Dialer {
             DataAsk::Join(session).encode(&mut bytes);
             let told = write_all(&mut stream, &bytes, self.limits.stall).await;
             told.map_err(failed("talk to", &address))?;
-            // The owner says nothing more before it is asked: what is in the inbox is the answer alone.
             let mut inbox = Inbox::new(1 << 10, FIRST_FRAME_BYTES_MAX);
             loop {
                 let nonsense = |source| Error::Nonsense { address: address.clone(), source };
                 match inbox.take().map_err(nonsense)? {
-                    Some(DataAnswer::Joined) => return Ok(stream),
+                    Some(DataAnswer::Joined) => return Ok((stream, inbox)),
                     Some(DataAnswer::Refused(refused)) => {
                         return Err(Error::Refused { address: address.clone(), refused });
                     }
@@ -123,7 +122,7 @@ impl Dialer {
     async fn open(&self, target: &Target) -> Result<(Stream, PeerIdentity), Error> {
         let address = target.address.to_string();
         let socket = TcpStream::connect(target.address).await.map_err(failed("reach", &address))?;
-        tune(&socket);
+        tune(&socket, &self.limits);
         let (Security::Mutual(tls), Some(name)) = (&self.security, &target.name) else {
             return Ok((Stream::Plain(socket), PeerIdentity::plain()));
         };

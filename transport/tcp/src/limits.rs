@@ -13,7 +13,7 @@ pub(crate) const FIRST_FRAME_BYTES_MAX: usize = HEADER_BYTES + GREETING_BYTES_MA
 /// Longest frame on a data connection: 4096 reads of 16 bytes, and some. In bytes.
 pub(crate) const DATA_FRAME_BYTES_MAX: usize = 128 << 10;
 
-/// How much, how many, how long. The same for both ends.
+/// How much, how many, how long; and how fast, as far as one can say. The same for both ends.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct Limits {
     /// From a new connection to its first frame, and from dialing to the answer of the other side.
@@ -22,6 +22,7 @@ pub struct Limits {
     /// that waited for it comes back.
     pub stall: Duration,
     /// How long an owner's link lives without any connection before it is broken: time for its reader to come back.
+    /// For the first to come, it is this and the time of a handshake.
     pub rejoin: Duration,
     /// Connections of a link for reads that are not small; at least one.
     pub bulk_connections: usize,
@@ -41,6 +42,9 @@ pub struct Limits {
     pub per_source_max: usize,
     /// Data connections that join one session.
     pub session_connections_max: usize,
+    /// Congestion control of every connection, by its name in the kernel; `None`: what the host has chosen. It is the
+    /// sending side that decides: for blocks, the owner.
+    pub congestion: Option<String>,
 }
 
 impl Default for Limits {
@@ -58,6 +62,7 @@ impl Default for Limits {
             unproven_max: 64,
             per_source_max: 512,
             session_connections_max: 16,
+            congestion: None,
         }
     }
 }

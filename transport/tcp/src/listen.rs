@@ -203,7 +203,7 @@ impl Greeter {
     }
 
     async fn secure(&self, socket: TcpStream) -> std::io::Result<(Stream, PeerIdentity)> {
-        tune(&socket);
+        tune(&socket, &self.limits);
         let Security::Mutual(tls) = &self.security else {
             return Ok((Stream::Plain(socket), PeerIdentity::plain()));
         };

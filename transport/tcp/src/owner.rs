@@ -9,6 +9,7 @@
 
 use std::collections::{HashMap, VecDeque};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
 
 use kv_arena::Held;
 use kv_transport::link::{Link, LinkDone, LinkError, LinkOp, LinkUsage, Wake};
@@ -82,7 +83,10 @@ impl Table {
             connections: HashMap::new(),
             connections_ever: 0,
         };
-        Arc::new(Self { state: Mutex::new(state), wake, node: node.to_owned(), limits, runtime })
+        let patience = limits.handshake + limits.rejoin;
+        let table = Arc::new(Self { state: Mutex::new(state), wake, node: node.to_owned(), limits, runtime });
+        table.end_alone_after(patience, 0);
+        table
     }
 
     pub(crate) fn node(&self) -> &str {
@@ -186,10 +190,17 @@ impl Table {
         }
         let ever = state.connections_ever;
         drop(state);
-        let table = Arc::clone(self);
+        self.end_alone_after(self.limits.rejoin, ever);
+    }
+
+    /// Ends the link after `pause` if nobody is there then and nobody was since there were `ever` connections.
+    fn end_alone_after(self: &Arc<Self>, pause: Duration, ever: u64) {
+        let table = Arc::downgrade(self);
         self.runtime.spawn(async move {
-            tokio::time::sleep(table.limits.rejoin).await;
-            table.change(|state| state.end_alone(ever));
+            tokio::time::sleep(pause).await;
+            if let Some(table) = table.upgrade() {
+                table.change(|state| state.end_alone(ever));
+            }
         });
     }
 }
@@ -221,7 +232,7 @@ impl State {
         self.life = Life::Broken;
         let wants: Vec<WantId> = self.exposed.keys().copied().collect();
         wants.into_iter().for_each(|want| self.conceal(want));
-        let why = LinkError::Path { what: "the reader closed its last connection".into() };
+        let why = LinkError::Path { what: "the reader has no connection".into() };
         self.done.push(LinkDone::Broken { why });
     }
 }
@@ -241,7 +252,8 @@ impl Drop for Joined {
 
 /// The owner's end of a link. Data connections join it at the listener. Dropped, it ends them.
 ///
-/// Once it is broken, every block that was exposed has come back concealed.
+/// It is broken when its reader has no connection for long: none came since it was opened, or none came back. Then
+/// every block that was exposed has come back concealed.
 pub struct OwnerLink {
     table: Arc<Table>,
     sessions: Sessions,
@@ -311,7 +323,8 @@ impl Link for OwnerLink {
     fn usage(&self) -> LinkUsage {
         let state = self.table.state();
         LinkUsage {
-            in_flight: state.exposed.len() + state.leaving.len(),
+            // An exposure is over when it stands; a conceal, when no write touches the block.
+            in_flight: state.leaving.len() + state.done.len() + self.ended.len(),
             in_flight_max: self.table.limits.exposures_max,
             bytes: state.bytes,
         }

@@ -189,11 +189,11 @@ impl Reading {
         let mut pause = PAUSE_MIN;
         loop {
             let over = match self.connect().await {
-                Ok(stream) => {
+                Ok((stream, inbox)) => {
                     self.shared.change(self.at, Health::Up, &LinkError::Cancelled);
                     let joined = Instant::now();
                     self.useful = false;
-                    let over = self.carry(stream).await;
+                    let over = self.carry(stream, inbox).await;
                     // One that is closed again before it was of any use is a try that failed.
                     let lived = self.useful || joined.elapsed() >= PAUSE_MAX;
                     pause = if lived { PAUSE_MIN } else { (2 * pause).min(PAUSE_MAX) };
@@ -221,7 +221,7 @@ impl Reading {
     }
 
     /// A connection that has joined. Commands are taken meanwhile.
-    async fn connect(&mut self) -> Result<Stream, Over> {
+    async fn connect(&mut self) -> Result<(Stream, Inbox), Over> {
         let (dialer, target, session) = (self.dialer.clone(), self.target.clone(), self.session);
         let mut joining = pin!(dialer.join(&target, session));
         loop {
@@ -239,29 +239,27 @@ impl Reading {
     async fn until_wanted(&mut self, pause: Duration) -> bool {
         let mut broken = self.shared.watch();
         let rested = Instant::now() + pause;
-        let mut first = true;
+        // The last connection is made again at once, to see whether there still is somebody.
+        let mut wanted = !self.shared.any_alive();
+        let mut at_once = wanted;
         loop {
             let why = broken.borrow_and_update().clone();
             if let Some(why) = why {
                 return self.refuse_all(&why).await;
             }
-            // The last connection is made again at once, to see whether there still is somebody. A read that was
-            // sent here though the connection is down has no other.
-            if (first && !self.shared.any_alive()) || !self.queue.is_empty() {
+            // A read that was sent here though the connection is down has no other.
+            if at_once || !self.queue.is_empty() {
                 self.shared.change(self.at, Health::Trying, &LinkError::Cancelled);
                 return true;
             }
-            first = false;
             tokio::select! {
                 batch = self.commands.recv() => {
                     let Some(batch) = batch else { return false };
                     self.take(batch);
                     self.give();
-                    if Instant::now() >= rested {
-                        self.shared.change(self.at, Health::Trying, &LinkError::Cancelled);
-                        return true;
-                    }
+                    wanted = true;
                 }
+                () = tokio::time::sleep_until(rested), if wanted => at_once = true,
                 _ = broken.changed() => {}
             }
         }
@@ -278,9 +276,13 @@ impl Reading {
     }
 
     /// Moves asks and bytes until the connection or the link is over.
-    async fn carry(&mut self, mut stream: Stream) -> Over {
-        let inbox_bytes = if self.at == 0 { SMALL_INBOX_BYTES } else { BULK_INBOX_BYTES };
-        self.inbox = Inbox::new(inbox_bytes, DATA_FRAME_BYTES_MAX);
+    async fn carry(&mut self, mut stream: Stream, inbox: Inbox) -> Over {
+        self.inbox = inbox.with_room(if self.at == 0 { SMALL_INBOX_BYTES } else { BULK_INBOX_BYTES });
+        self.inbox.allow(DATA_FRAME_BYTES_MAX);
+        // What an owner says before it is asked is wrong, but it was said.
+        if let Err(why) = self.digest() {
+            return Over::Connection(why);
+        }
         let over = std::future::poll_fn(|cx| {
             let over = self.pass(&mut stream, cx);
             self.give();
@@ -477,10 +479,13 @@ impl Reading {
             Some(Under::Dropped(bytes)) => *bytes,
             _ => return Err(protocol("an answer to a read that was not asked for")),
         };
-        if bytes != wanted {
-            return Err(protocol("a block of another length than its record says"));
+        let mut asked = self.answered(read)?;
+        if bytes != wanted
+            && let Some(other) = asked.take()
+        {
+            // It is another block than was granted. Its length is known, so what follows can still be told apart.
+            self.end(other, Err(LinkError::Corrupt));
         }
-        let asked = self.answered(read)?;
         let record = asked.as_ref().map(|asked| asked.record);
         self.incoming = Some(Incoming {
             read,

@@ -15,6 +15,8 @@ use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::net::TcpStream;
 use tokio_rustls::TlsStream;
 
+use crate::limits::Limits;
+
 /// Silence after which the kernel asks whether the other host is there.
 const KEEPALIVE_IDLE: Duration = Duration::from_secs(10);
 /// Time between two such questions.
@@ -26,14 +28,15 @@ const KEEPALIVE_PROBES: u32 = 3;
 const UNACKNOWLEDGED: Duration = Duration::from_secs(25);
 
 /// What every connection has set on it. A kernel that refuses one of these still moves bytes.
-pub(crate) fn tune(socket: &TcpStream) {
+pub(crate) fn tune(socket: &TcpStream, limits: &Limits) {
     let set = || -> rustix::io::Result<()> {
         sockopt::set_tcp_nodelay(socket, true)?;
         sockopt::set_tcp_keepidle(socket, KEEPALIVE_IDLE)?;
         sockopt::set_tcp_keepintvl(socket, KEEPALIVE_INTERVAL)?;
         sockopt::set_tcp_keepcnt(socket, KEEPALIVE_PROBES)?;
         sockopt::set_socket_keepalive(socket, true)?;
-        sockopt::set_tcp_user_timeout(socket, UNACKNOWLEDGED.as_millis() as u32)
+        sockopt::set_tcp_user_timeout(socket, UNACKNOWLEDGED.as_millis() as u32)?;
+        limits.congestion.as_ref().map_or(Ok(()), |name| sockopt::set_tcp_congestion(socket, name))
     };
     if let Err(error) = set() {
         tracing::warn!(%error, "a socket option was refused");

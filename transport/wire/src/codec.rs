@@ -4,7 +4,8 @@
 //! that could differ from its length. A **name** is its length in one byte and its characters.
 //! ```text
 //!       reader, control connection
-//! 0x01  Hello    oldest u16 | newest u16 | epoch u64 | node name | principals u8 | so many names | more
+//! 0x01  Hello    oldest u16 | newest u16 | epoch u64 | node name | principals u8 | so many names
+//!                | facts bytes u16 | facts | more
 //! 0x02  Want     [ want u64 | key 16 | wait_ms u32 | principal u8 ]                               29 B each
 //! 0x03  Done     [ want u64 ]                                                                      8 B each
 //! 0x04  Probe    id u64 | principal u8 | [ key 16 ]                                               16 B each
@@ -13,7 +14,7 @@
 //! 0x07  Ping     u64
 //!       owner, control connection
 //! 0x10  Welcome  version u16 | epoch u64 | session 16 | wants_max u32 | bytes_max u64 | leaving u8
-//!                | node name | more
+//!                | node name | facts bytes u16 | facts | more
 //! 0x11  Refused  why u8 | text, to the end
 //! 0x12  Granted  [ want u64 | checksum u64 | tag u64 | bytes u32 | ttl_s u32 | priority u8 | tier u8
 //!                | path u8 | address u64 | key u32 ]                                              47 B each
@@ -43,8 +44,8 @@
 use kv_block::{BindingTag, BlockKey, Checksum, Epoch, MissReason, Priority, Tier};
 
 use crate::frame::{
-    BINDING_BYTES_MAX, Header, ITEMS_MAX, Message, PRINCIPALS_MAX, TEXT_BYTES_MAX, VERSIONS, WORDS_BYTES_MAX,
-    WireError, is_name, put_frame,
+    BINDING_BYTES_MAX, FACTS_BYTES_MAX, Header, ITEMS_MAX, Message, PRINCIPALS_MAX, TEXT_BYTES_MAX, VERSIONS,
+    WORDS_BYTES_MAX, WireError, is_name, put_frame,
 };
 use crate::kind;
 use crate::message::{
@@ -233,6 +234,7 @@ fn put_hello(out: &mut Vec<u8>, hello: &Hello) {
     let principals = first(&hello.principals, PRINCIPALS_MAX);
     out.push(principals.len() as u8);
     principals.iter().for_each(|name| put_name(out, name));
+    put_facts(out, &hello.facts);
 }
 
 fn take_hello(body: &mut Body<'_>) -> Result<Hello, WireError> {
@@ -250,8 +252,9 @@ fn take_hello(body: &mut Body<'_>) -> Result<Hello, WireError> {
     for _ in 0..count {
         principals.push(body.name("principals")?);
     }
+    let facts = take_facts(body)?;
     // What follows is of a later version.
-    Ok(Hello { versions, node, epoch, principals })
+    Ok(Hello { versions, node, epoch, principals, facts })
 }
 
 fn put_welcome(out: &mut Vec<u8>, welcome: &Welcome) {
@@ -261,6 +264,7 @@ fn put_welcome(out: &mut Vec<u8>, welcome: &Welcome) {
     put_credits(out, &welcome.credits);
     out.push(u8::from(welcome.leaving));
     put_name(out, &welcome.node);
+    put_facts(out, &welcome.facts);
 }
 
 fn take_welcome(body: &mut Body<'_>) -> Result<Welcome, WireError> {
@@ -274,8 +278,26 @@ fn take_welcome(body: &mut Body<'_>) -> Result<Welcome, WireError> {
         1 => true,
         _ => return Err(WireError::Field { field: "leaving" }),
     };
-    // What follows the name is of a later version.
-    Ok(Welcome { version, node: body.name("node")?, epoch, session, credits, leaving })
+    let node = body.name("node")?;
+    let facts = take_facts(body)?;
+    // What follows is of a later version.
+    Ok(Welcome { version, node, epoch, session, credits, leaving, facts })
+}
+
+/// Facts that are too long are as good as none: blocks then come by TCP.
+fn put_facts(out: &mut Vec<u8>, facts: &[u8]) {
+    debug_assert!(facts.len() <= FACTS_BYTES_MAX, "facts of {} bytes", facts.len());
+    let facts = if facts.len() > FACTS_BYTES_MAX { &[] } else { facts };
+    out.extend((facts.len() as u16).to_le_bytes());
+    out.extend_from_slice(facts);
+}
+
+fn take_facts(body: &mut Body<'_>) -> Result<Vec<u8>, WireError> {
+    let bytes = usize::from(body.u16()?);
+    if bytes > FACTS_BYTES_MAX {
+        return Err(WireError::Field { field: "facts" });
+    }
+    Ok(body.bytes(bytes)?.to_vec())
 }
 
 fn put_refused(out: &mut Vec<u8>, refused: &Refused) {
@@ -639,13 +661,18 @@ mod tests {
 
     fn hello() -> impl Strategy<Value = Hello> {
         let versions = (any::<u16>(), any::<u16>()).prop_map(|(a, b)| (a.min(b), a.max(b)));
-        let parts = (versions, name(), any::<u64>(), vec(name(), 0..=PRINCIPALS_MAX));
-        parts.prop_map(|(versions, node, epoch, principals)| Hello {
+        let parts = (versions, name(), any::<u64>(), vec(name(), 0..=PRINCIPALS_MAX), facts());
+        parts.prop_map(|(versions, node, epoch, principals, facts)| Hello {
             versions,
             node,
             epoch: Epoch(epoch),
             principals,
+            facts,
         })
+    }
+
+    fn facts() -> impl Strategy<Value = Vec<u8>> {
+        vec(any::<u8>(), 0..=FACTS_BYTES_MAX)
     }
 
     fn credits() -> impl Strategy<Value = Credits> {
@@ -653,14 +680,15 @@ mod tests {
     }
 
     fn welcome() -> impl Strategy<Value = Welcome> {
-        let parts = (name(), any::<u64>(), any::<u128>(), credits(), any::<bool>());
-        parts.prop_map(|(node, epoch, session, credits, leaving)| Welcome {
+        let parts = (name(), any::<u64>(), any::<u128>(), credits(), any::<bool>(), facts());
+        parts.prop_map(|(node, epoch, session, credits, leaving, facts)| Welcome {
             version: VERSIONS.1,
             node,
             epoch: Epoch(epoch),
             session,
             credits,
             leaving,
+            facts,
         })
     }
 
@@ -895,6 +923,7 @@ mod tests {
             node: "n".repeat(NAME_BYTES_MAX),
             epoch: Epoch(3),
             principals: vec!["p".repeat(NAME_BYTES_MAX); PRINCIPALS_MAX],
+            facts: vec![7; FACTS_BYTES_MAX],
         };
         let mut body = encoded(&Ask::Hello(hello.clone()))[HEADER_BYTES..].to_vec();
         body.resize(GREETING_BYTES_MAX, 0xee);
@@ -906,6 +935,7 @@ mod tests {
             session: 5,
             credits: Credits { wants_max: 6, bytes_max: 7 },
             leaving: true,
+            facts: vec![8; 9],
         };
         let mut body = encoded(&Answer::Welcome(welcome.clone()))[HEADER_BYTES..].to_vec();
         body.push(0xee);
@@ -937,7 +967,7 @@ mod tests {
 
         let answer = |kind, body: &[u8]| decoded::<Answer>(&sealed(kind, body)).unwrap_err();
         let welcome = |version: u8, leaving: u8| {
-            let mut body = [0; 41];
+            let mut body = [0; 43];
             (body[0], body[38], body[39], body[40]) = (version, leaving, 1, b'o');
             decoded::<Answer>(&sealed(kind::WELCOME, &body))
         };
@@ -950,7 +980,7 @@ mod tests {
         assert_eq!(answer(kind::REFUSED, b"\x01two\nlines"), no_field("text"));
         assert_eq!(answer(kind::REFUSED, b"\x01\xff"), no_field("text"));
         assert_eq!(answer(kind::MISSED, &[0; 9]), no_field("reason"));
-        assert_eq!(answer(kind::MISSED, &[15; 9]), no_field("reason"));
+        assert_eq!(answer(kind::MISSED, &[18; 9]), no_field("reason"));
         assert_eq!(answer(kind::FOUND, &[5; 9]), no_field("sight"));
         assert_eq!(answer(kind::OWNER_PATH, &[0]), no_field("path"));
         for (at, byte, field) in
@@ -999,7 +1029,7 @@ mod tests {
             assert_eq!(decoded(&frame), Ok(Ask::Want(wants[..ITEMS_MAX].to_vec())));
         }
         for node in ["".to_owned(), "n".repeat(NAME_BYTES_MAX + 1), "a b".to_owned()] {
-            let hello = Hello { versions: (1, 1), node, epoch: Epoch(1), principals: vec![] };
+            let hello = Hello { versions: (1, 1), node, epoch: Epoch(1), principals: vec![], facts: vec![] };
             if let Some(frame) = unbounded(&Ask::Hello(hello)) {
                 assert_eq!(decoded::<Ask>(&frame), Err(no_field("node")));
             }

@@ -44,8 +44,10 @@ pub const PRINCIPALS_MAX: usize = 64;
 pub const NAME_BYTES_MAX: usize = 63;
 /// Longest text of a [`crate::message::Refused`], in bytes.
 pub const TEXT_BYTES_MAX: usize = 512;
-/// Longest [`crate::message::Offer::binding`].
+/// Longest [`crate::message::Offer::binding`], in bytes.
 pub const BINDING_BYTES_MAX: usize = 4096;
+/// Longest [`crate::message::Hello::facts`], in bytes.
+pub const FACTS_BYTES_MAX: usize = 4096;
 /// Longest [`crate::message::PathEnd::words`].
 pub const WORDS_BYTES_MAX: usize = 256;
 /// The only version there is.

@@ -83,6 +83,7 @@ fn samples() -> Vec<(&'static str, Said)> {
                 node: "gpu-07".to_owned(),
                 epoch: Epoch(0x1112_1314_1516_1718),
                 principals: vec!["default".to_owned(), "Team_b.2".to_owned()],
+                facts: b"{}".to_vec(),
             })),
         ),
         (
@@ -121,6 +122,7 @@ fn samples() -> Vec<(&'static str, Said)> {
                 session: 0x0102_0304_0506_0708_090a_0b0c_0d0e_0f10,
                 credits,
                 leaving: true,
+                facts: vec![1, 2, 3],
             })),
         ),
         ("refused", Said::Answer(Answer::Refused(refused))),

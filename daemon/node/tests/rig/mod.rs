@@ -136,6 +136,8 @@ pub struct Rig {
     /// What was asked of the peers and has no answer yet: searches, and slots to land in.
     pub searches: BTreeMap<u64, BlockKey>,
     pub landings: BTreeMap<u64, Slot>,
+    /// While set, what is asked of the peers goes there instead.
+    pub asked_of_peers: Option<VecDeque<FetchOp>>,
     /// Why an offer was declined, if the last one was.
     pub declined: Option<MissReason>,
     /// The inventory as the event log tells it.
@@ -188,6 +190,7 @@ impl Rig {
             searches: BTreeMap::new(),
             declined: None,
             landings: BTreeMap::new(),
+            asked_of_peers: None,
             inventory: BTreeSet::new(),
             heard: 0,
             durable: BTreeMap::new(),
@@ -408,6 +411,9 @@ impl Rig {
     }
 
     fn fetch(&mut self, op: FetchOp) {
+        if let Some(queue) = &mut self.asked_of_peers {
+            return queue.push_back(op);
+        }
         match op {
             FetchOp::Find { fetch, key, deadline, .. } => {
                 assert!(deadline > self.now.micros, "a search that is over before it begins");
