@@ -128,7 +128,7 @@ fn of_peers(views: &[PeerView]) {
         m::FETCH_BYTES.counter(&[peer]).absolute(reader.paths.values().map(|path| path.bytes).sum());
         m::SERVE_BLOCKS.counter(&[peer]).absolute(served.blocks());
         m::SERVE_BYTES.counter(&[peer]).absolute(served.bytes());
-        m::SERVE_HELD.gauge(&[peer]).set(served.now.bytes as f64);
+        m::SERVE_HELD.gauge(&[peer]).set(served.held_bytes() as f64);
     }
 }
 

@@ -23,7 +23,7 @@ use kv_block::code::Code;
 use kv_block::{BlockKey, Fault, ShardId};
 use kv_node::{FetchOp, PeerId, TransferReport};
 use kv_tcp::{Dialer, Limits, Listener, Security, Tls};
-use kv_transport::owner::OwnerReport;
+use kv_transport::owner::{OwnerReport, OwnerState};
 use kv_transport::plan::PathPlan;
 use kv_transport::reader::PeerReport;
 use kv_wire::message::{Offer, Sight, Taken};
@@ -49,14 +49,14 @@ const ACCEPTED_MAX: usize = 64;
 /// How long the tasks may take to end.
 const LAST_WORDS: Duration = Duration::from_secs(2);
 
-/// What each reader has from us, by its name.
+/// What each member has from us, by its name.
 type Served = Arc<Mutex<BTreeMap<String, ServedPeer>>>;
 
 /// What one reader has from us.
 #[derive(Clone, Debug, Default)]
 pub struct ServedPeer {
-    /// By its connection, or the last one it had.
-    pub now: OwnerReport,
+    /// By each of its connections. There may be an old one that does not know yet that it is over.
+    now: BTreeMap<u128, OwnerReport>,
     /// Blocks and bytes granted by those before.
     before: (u64, u64),
 }
@@ -64,12 +64,34 @@ pub struct ServedPeer {
 impl ServedPeer {
     /// Blocks that it was let read since the start.
     pub fn blocks(&self) -> u64 {
-        self.before.0 + self.now.grants
+        self.before.0 + self.now.values().map(|now| now.grants).sum::<u64>()
     }
 
     /// Their bytes.
     pub fn bytes(&self) -> u64 {
-        self.before.1 + self.now.bytes_granted
+        self.before.1 + self.now.values().map(|now| now.bytes_granted).sum::<u64>()
+    }
+
+    /// Blocks that are held for it.
+    pub fn held(&self) -> usize {
+        self.now.values().map(|now| now.waiting + now.granted + now.fenced).sum()
+    }
+
+    /// Bytes that it may read, or might still.
+    pub fn held_bytes(&self) -> u64 {
+        self.now.values().map(|now| now.bytes).sum()
+    }
+
+    /// Whether it is connected.
+    pub fn reads_here(&self) -> bool {
+        self.now.values().any(|now| now.state == OwnerState::Serving)
+    }
+
+    /// A connection ends, with all that it held.
+    fn end(&mut self, session: u128) {
+        if let Some(last) = self.now.remove(&session) {
+            self.before = (self.before.0 + last.grants, self.before.1 + last.bytes_granted);
+        }
     }
 }
 

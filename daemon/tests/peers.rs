@@ -2,10 +2,11 @@
 
 mod support;
 
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use kv_api::v1;
 use kv_block::SequenceHash;
+use support::among::{get, peer, until};
 use support::{Daemon, Door, Home, scope};
 
 const BLOCK: u32 = 64 << 10;
@@ -25,56 +26,6 @@ fn nodes<const N: usize>(story: &str, host: &str, disk: Option<&str>) -> [Home; 
             .set(&format!("peers.listen=127.0.0.1:{}", ports[at]))
             .set(&format!("peers.members={}", members.join(",")))
     })
-}
-
-fn peer(door: &Door, node: &str) -> v1::PeerInfo {
-    let request = v1::DescribePeerRequest { node: node.into() };
-    let answer = door.runtime.block_on(async { door.admin().describe_peer(request).await });
-    answer.expect("describe peer").into_inner().peer.expect("a peer")
-}
-
-fn until<T>(what: &str, mut look: impl FnMut() -> Option<T>) -> T {
-    let limit = Instant::now() + Duration::from_secs(20);
-    loop {
-        if let Some(found) = look() {
-            return found;
-        }
-        assert!(Instant::now() < limit, "{what}: not within 20 s");
-        std::thread::sleep(Duration::from_millis(20));
-    }
-}
-
-/// A read that waits for so long; whose bytes were right, or why it is missing, and how long it took.
-fn get(
-    door: &Door,
-    binding: u32,
-    number: u64,
-    wait_ms: u32,
-    node: &str,
-) -> (Result<(), v1::MissReason>, Duration) {
-    let begun = Instant::now();
-    let names = v1::Names {
-        binding,
-        sequence_hashes: vec![SequenceHash::from(number).as_bytes().to_vec().into()],
-        ..v1::Names::default()
-    };
-    let request = v1::GetRequest { session: 0, names: Some(names), wait_ms, node: node.into() };
-    let key = scope("t").id().block_key(&SequenceHash::from(number), &support::slice());
-    let got = door.runtime.block_on(async {
-        let mut stream = door.blocks().get(request).await.expect("get").into_inner();
-        let mut bytes = Vec::new();
-        while let Some(message) = stream.message().await.expect("a message") {
-            match message.what.expect("something") {
-                v1::get_response::What::Header(_) => {}
-                v1::get_response::What::Chunk(piece) => bytes.extend_from_slice(&piece),
-                v1::get_response::What::Miss(miss) => return Err(miss.reason()),
-            }
-        }
-        assert_eq!(bytes.len(), BLOCK as usize);
-        assert_eq!(kv_block::payload::first_wrong_byte(&key, &bytes), None, "wrong bytes in block {number}");
-        Ok(())
-    });
-    (got, begun.elapsed())
 }
 
 fn store(door: &Door, numbers: std::ops::Range<u64>) -> u32 {
@@ -138,7 +89,7 @@ fn a_block_that_is_still_being_computed_elsewhere_is_waited_for() {
     let (_a, _b) = (a.start(), b.start());
     let (at_a, at_b) = (Door::of(&a), Door::of(&b));
     let binding_a = at_a.register(&scope("t"), BLOCK);
-    let open = v1::OpenRequest { name: "prefill".into(), ..v1::OpenRequest::default() };
+    let open = v1::OpenRequest { name: "prefill".into() };
     let session = at_a.runtime.block_on(async { at_a.worker().open(open).await }).expect("open").into_inner();
     let mut session = session;
     let session = at_a.runtime.block_on(session.message()).expect("a session").expect("a session").session;

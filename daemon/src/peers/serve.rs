@@ -2,7 +2,7 @@
 //! connections come by, and the shards.
 
 use std::collections::{BTreeMap, HashMap};
-use std::sync::{Arc, PoisonError};
+use std::sync::{Arc, MutexGuard, PoisonError};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use kv_arena::Held;
@@ -20,7 +20,7 @@ use tokio::task::{AbortHandle, JoinSet};
 
 use super::line::chain;
 use super::rdma::Rails;
-use super::{Clock, Served, facts, offer, unguessable};
+use super::{Clock, Served, ServedPeer, facts, offer, unguessable};
 use crate::config::Config;
 use crate::config::units::Member;
 use crate::node::{Node, View};
@@ -29,6 +29,8 @@ use crate::node::{Node, View};
 const SAY_MAX: usize = 1024;
 /// Messages of a reader that are heard before what follows from them is done.
 const TURN_MAX: usize = 64;
+/// Connections of one reader: the one that it has, and some of before that nobody has ended yet.
+const CONNECTIONS_MAX: usize = 4;
 /// How often what a reader has is told to whoever asks.
 const TELL_EVERY: Duration = Duration::from_millis(250);
 
@@ -51,6 +53,9 @@ struct Reader {
     serving: Arc<Serving>,
     owner: Owner,
     name: String,
+    session: u128,
+    /// It is nobody who counts.
+    refused: bool,
     /// The ways to it; TCP is always among them while it is connected.
     links: BTreeMap<PathId, Box<dyn Link>>,
     wake: Wake,
@@ -85,10 +90,17 @@ impl Serving {
             format!("node {name} is not among peers.members of node {}", self.node.name)
         } else if !accepted.control.identity().carries(name) {
             format!("the certificate shown does not carry the name {name}")
+        } else if self.served().get(name).is_some_and(|served| served.now.len() >= CONNECTIONS_MAX) {
+            let text = format!("node {name} has {CONNECTIONS_MAX} connections here already");
+            return Some(Refused { why: Refusal::Full, text });
         } else {
             return None;
         };
         Some(Refused { why: Refusal::Unknown, text })
+    }
+
+    fn served(&self) -> MutexGuard<'_, BTreeMap<String, ServedPeer>> {
+        self.served.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn config(&self, name: &str, session: u128, refuse: Option<Refused>, plan: &PathPlan) -> OwnerConfig {
@@ -134,6 +146,7 @@ async fn serve(serving: Arc<Serving>, accepted: Accepted) {
         let wake = Arc::clone(&wake);
         Arc::new(move || wake.notify_one())
     };
+    let refused = refuse.is_some();
     let link: Box<dyn Link> = Box::new(serving.sessions.link(session, &name, Arc::clone(&ring)));
     let plan = serving.rails.plan_from(&facts::hear(&hello.facts));
     let owner = Owner::new(serving.config(&name, session, refuse, &plan));
@@ -146,6 +159,8 @@ async fn serve(serving: Arc<Serving>, accepted: Accepted) {
         serving,
         owner,
         name,
+        session,
+        refused,
         links: BTreeMap::from([(PathId::TCP, link)]),
         wake: ring,
         plan,
@@ -156,7 +171,7 @@ async fn serve(serving: Arc<Serving>, accepted: Accepted) {
         tasks: JoinSet::new(),
         hung_up: None,
     };
-    reader.begin();
+    reader.tell();
     reader.events.push(OwnerEvent::Heard(Ask::Hello(hello)));
     reader.turn();
     let mut telling = tokio::time::interval(TELL_EVERY);
@@ -210,8 +225,12 @@ async fn serve(serving: Arc<Serving>, accepted: Accepted) {
         }
         reader.turn();
         connected &= reader.hung_up.is_none();
+        if !connected {
+            // Nothing of a reader outlives its control connection, least of all what it does not take.
+            reader.serving.sessions.hang_up(session);
+        }
     }
-    reader.tell();
+    reader.end();
     if let Some(why) = &reader.hung_up {
         tracing::info!(reader = reader.name, why, "a reader was let go");
     }
@@ -390,16 +409,18 @@ impl Reader {
 
     /// What the reader has, for whoever asks.
     fn tell(&self) {
-        let mut served = self.serving.served.lock().unwrap_or_else(PoisonError::into_inner);
-        served.entry(self.name.clone()).or_default().now = self.owner.report();
+        if !self.refused {
+            let mut served = self.serving.served();
+            served.entry(self.name.clone()).or_default().now.insert(self.session, self.owner.report());
+        }
     }
 
-    /// A connection begins; what those before had stays counted.
-    fn begin(&self) {
-        let mut served = self.serving.served.lock().unwrap_or_else(PoisonError::into_inner);
-        let served = served.entry(self.name.clone()).or_default();
-        served.before = (served.blocks(), served.bytes());
-        served.now = self.owner.report();
+    /// What it had stays counted.
+    fn end(&self) {
+        self.tell();
+        if let Some(served) = self.serving.served().get_mut(&self.name) {
+            served.end(self.session);
+        }
     }
 }
 

@@ -75,7 +75,6 @@ pub(super) fn peer_info(view: &PeerView) -> v1::PeerInfo {
         (None, PeerState::Idle) => "idle",
     };
     let paths = reader.paths.iter().filter(|(_, path)| path.state == PathState::Up);
-    let held = served.now.waiting + served.now.granted + served.now.fenced;
     v1::PeerInfo {
         node: member.name.clone(),
         address: place(member),
@@ -92,11 +91,11 @@ pub(super) fn peer_info(view: &PeerView) -> v1::PeerInfo {
         bytes_in: reader.paths.values().map(|path| path.bytes).sum(),
         misses: reader.misses.iter().map(|(reason, count)| ((*reason).to_owned(), *count)).collect(),
         strikes: reader.strikes,
-        held: held as u64,
-        held_bytes: served.now.bytes,
+        held: served.held() as u64,
+        held_bytes: served.held_bytes(),
         blocks_out: served.blocks(),
         bytes_out: served.bytes(),
-        reads_here: served.now.state == kv_transport::owner::OwnerState::Serving,
+        reads_here: served.reads_here(),
     }
 }
 

@@ -70,12 +70,28 @@ fn until_or<T>(what: &str, why: impl Fn() -> String, mut look: impl FnMut() -> O
 
 /// The name of the block that the number names.
 pub(crate) fn key_of(number: u64) -> BlockKey {
-    scope("t").id().block_key(&SequenceHash::from(number), &slice())
+    key_in("t", number)
+}
+
+fn key_in(tenant: &str, number: u64) -> BlockKey {
+    scope(tenant).id().block_key(&SequenceHash::from(number), &slice())
 }
 
 /// Asks for a block and waits for so long. Its bytes are compared; otherwise, why it is missing. It must not take
 /// longer than it may: by a tenth, and by as much as this machine is late for everybody.
 pub(crate) fn get(
+    door: &Door,
+    binding: u32,
+    number: u64,
+    wait_ms: u32,
+    node: &str,
+) -> (Result<(), v1::MissReason>, Duration) {
+    get_of("t", door, binding, number, wait_ms, node)
+}
+
+/// The same of another tenant.
+pub(crate) fn get_of(
+    tenant: &str,
     door: &Door,
     binding: u32,
     number: u64,
@@ -90,7 +106,7 @@ pub(crate) fn get(
         ..v1::Names::default()
     };
     let request = v1::GetRequest { session: 0, names: Some(names), wait_ms, node: node.into() };
-    let key = key_of(number);
+    let key = key_in(tenant, number);
     let got = door.runtime.block_on(async {
         let mut stream = door.blocks().get(request).await.expect("get").into_inner();
         let (mut bytes, mut wanted) = (Vec::new(), None);

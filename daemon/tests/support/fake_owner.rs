@@ -3,18 +3,20 @@
 //! It has every block there can be: the bytes of a block follow from its name.
 
 use std::collections::HashMap;
-use std::io::{self, Read, Write};
+use std::io;
 use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream};
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use kv_block::{BlockKey, Checksum, Epoch, MissReason, Priority, Tier, payload};
-use kv_wire::frame::{HEADER_BYTES, Header, Message};
+use kv_wire::frame::Message;
 use kv_wire::message::{
     Answer, Ask, Credits, DataAnswer, DataAsk, Found, Grant, ReadId, Refusal, Refused, Sight, WantId,
     Welcome, Window,
 };
+
+use crate::support::wire::{Wire, encoded};
 
 /// How it behaves.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -395,62 +397,4 @@ impl Shared {
         payload::fill(key, &mut bytes);
         bytes
     }
-}
-
-/// A connection on which whole messages, or less, are said and heard.
-pub(crate) struct Wire {
-    pub(crate) stream: TcpStream,
-}
-
-impl Wire {
-    pub(crate) fn on(stream: TcpStream) -> Self {
-        stream.set_nodelay(true).unwrap();
-        Self { stream }
-    }
-
-    pub(crate) fn say(&mut self, message: &impl Message) -> io::Result<()> {
-        self.raw(&encoded(message))
-    }
-
-    pub(crate) fn raw(&mut self, bytes: &[u8]) -> io::Result<()> {
-        self.stream.write_all(bytes)
-    }
-
-    pub(crate) fn hear<M: Message>(&mut self) -> io::Result<M> {
-        let (header, body) = self.frame()?;
-        M::decode(&header, &body).map_err(io::Error::other)
-    }
-
-    fn frame(&mut self) -> io::Result<(Header, Vec<u8>)> {
-        let mut header = [0; HEADER_BYTES];
-        self.stream.read_exact(&mut header)?;
-        let header = Header::parse(&header).map_err(io::Error::other)?;
-        let mut body = vec![0; header.body_bytes as usize];
-        self.stream.read_exact(&mut body)?;
-        Ok((header, body))
-    }
-
-    /// Says nothing more and listens until the other side hangs up.
-    fn listen_for_ever(&mut self) -> io::Result<()> {
-        let mut bytes = [0; 4096];
-        while self.stream.read(&mut bytes)? > 0 {}
-        Err(io::ErrorKind::UnexpectedEof.into())
-    }
-
-    fn for_ever(&mut self, bytes: &[u8]) -> io::Result<()> {
-        loop {
-            self.raw(bytes)?;
-        }
-    }
-
-    fn hang_up(&mut self) -> io::Result<()> {
-        self.stream.shutdown(Shutdown::Both)?;
-        Err(io::ErrorKind::ConnectionAborted.into())
-    }
-}
-
-pub(crate) fn encoded(message: &impl Message) -> Vec<u8> {
-    let mut bytes = Vec::new();
-    message.encode(&mut bytes);
-    bytes
 }

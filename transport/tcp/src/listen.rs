@@ -109,6 +109,13 @@ impl Sessions {
         OwnerLink::new(table, self.clone(), session)
     }
 
+    /// Ends the data connections of a session whose control connection is over, whatever they are writing.
+    pub fn hang_up(&self, session: u128) {
+        if let Some(table) = self.find(session) {
+            table.hang_up();
+        }
+    }
+
     pub(crate) fn forget(&self, session: u128, table: &Arc<Table>) {
         let mut entries = self.entries();
         if entries.get(&session).is_some_and(|entry| Arc::ptr_eq(entry, table)) {

@@ -16,6 +16,7 @@ use kv_transport::link::{Link, LinkDone, LinkError, LinkOp, LinkUsage, Wake};
 use kv_wire::message::{ReadId, WantId};
 use tokio::runtime::Handle;
 use tokio::task::AbortHandle;
+use tokio::time::Instant;
 
 use crate::door::Seat;
 use crate::inbox::Inbox;
@@ -30,6 +31,8 @@ struct Exposed {
     block: Held,
     /// Writes under way that touch it.
     writing: u32,
+    /// Since when no write may begin.
+    over: Option<Instant>,
 }
 
 /// Whether connections can join.
@@ -39,7 +42,7 @@ enum Life {
     Open,
     /// Its reader has not come back.
     Broken,
-    /// The link was dropped.
+    /// The link was dropped, or its reader is gone.
     Over,
 }
 
@@ -147,6 +150,20 @@ impl Table {
         }
     }
 
+    /// Whether one of these ended so long ago that a reader which takes anything had time enough to take it.
+    pub(crate) fn overdue(&self, mut wants: impl Iterator<Item = WantId>) -> bool {
+        let (state, limit) = (self.state(), self.limits.stall);
+        let over = |want: WantId| state.leaving.get(&want).and_then(|leaving| leaving.over);
+        wants.any(|want| over(want).is_some_and(|at| at.elapsed() >= limit))
+    }
+
+    /// Ends every connection; what they write comes back concealed once it is concealed. No other joins.
+    pub(crate) fn hang_up(&self) {
+        let mut state = self.state();
+        state.life = Life::Over;
+        state.connections.values().for_each(AbortHandle::abort);
+    }
+
     /// Writes that touched these are over.
     pub(crate) fn written(&self, wants: impl Iterator<Item = WantId>) {
         self.change(|state| {
@@ -197,7 +214,8 @@ impl State {
     }
 
     fn conceal(&mut self, want: WantId) {
-        let Some(exposed) = self.exposed.remove(&want) else { return };
+        let Some(mut exposed) = self.exposed.remove(&want) else { return };
+        exposed.over = Some(Instant::now());
         let writing = exposed.writing;
         self.leaving.insert(want, exposed);
         if writing == 0 {
@@ -274,7 +292,7 @@ impl Link for OwnerLink {
                     return Ok(());
                 }
                 state.bytes += block.len() as u64;
-                state.exposed.insert(want, Exposed { block, writing: 0 });
+                state.exposed.insert(want, Exposed { block, writing: 0, over: None });
                 self.ended.push(LinkDone::Exposed { want, result: Ok(None) });
             }
             LinkOp::Conceal { want } => self.table.change(|state| state.conceal(want)),

@@ -48,8 +48,6 @@ const GIVE_READS: usize = 64;
 const PAUSE_MIN: Duration = Duration::from_millis(100);
 /// Longest pause.
 const PAUSE_MAX: Duration = Duration::from_secs(5);
-/// A connection that ends before that without an answer has failed.
-const LIFE_MIN: Duration = Duration::from_secs(1);
 
 /// A read that has not ended, or has and its bytes are still to come.
 #[derive(Debug)]

@@ -5,6 +5,7 @@
 //! ```
 //! Small blocks share a batch; a long one has a batch to itself and is written piece by piece. A batch holds its
 //! blocks until all of it is written: a reader that takes nothing holds up its own connection and at most one batch.
+//! One that takes a little now and then does so until the time limit of a stall has passed since its grant ended.
 
 use std::collections::{HashSet, VecDeque};
 use std::io::{self, IoSlice};
@@ -18,6 +19,7 @@ use kv_arena::Held;
 use kv_wire::frame::{DATA_FRAME_BYTES, ITEMS_MAX, Message};
 use kv_wire::message::{DataAnswer, DataAsk, ReadId, WantId};
 use tokio::io::AsyncWrite;
+use tokio::time::Instant;
 
 use crate::inbox::Inbox;
 use crate::limits::{DATA_FRAME_BYTES_MAX, PASS_BYTES};
@@ -84,6 +86,10 @@ impl Batch {
     pub(crate) fn gone(&mut self, read: ReadId) {
         let frame = self.frame(&DataAnswer::Gone(read));
         self.answers.push(Answer { read, frame, block: None });
+    }
+
+    fn wants(&self) -> impl Iterator<Item = WantId> {
+        self.answers.iter().filter_map(|answer| answer.block.as_ref().map(|(want, _)| *want))
     }
 
     fn frame(&mut self, answer: &DataAnswer) -> Range<usize> {
@@ -199,8 +205,14 @@ impl Serving {
             }
             table.fill(&mut self.asks, &mut batch);
             let limit = stall + Duration::from_secs(batch.block_bytes as u64 / BYTES_PER_SECOND_MIN);
+            let begun = Instant::now();
             let written = async {
                 while !batch.is_written() {
+                    // Whoever takes a little now and then must not keep a block for as long as it likes.
+                    if begun.elapsed() >= stall && table.overdue(batch.wants()) {
+                        let why = "the reader takes too long for a grant";
+                        return Err(io::Error::new(io::ErrorKind::TimedOut, why));
+                    }
                     pass += in_time(stall, |cx| batch.poll_write(stream, cx)).await?;
                     if pass >= PASS_BYTES {
                         pass = 0;
