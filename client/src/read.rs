@@ -190,7 +190,11 @@ impl Worker {
         let ask = self.client().call(async move {
             let mut lookup = Lookup::default();
             for names in batches {
-                let message = v1::LookupRequest { names: Some(names), all: false, session: session.0 };
+                let message = v1::LookupRequest {
+                    names: Some(names),
+                    session: session.0,
+                    ..v1::LookupRequest::default()
+                };
                 let answer = client.within(client.blocks().lookup(client.request(message))).await?;
                 for found in answer.found {
                     match found.what {
@@ -309,6 +313,7 @@ impl Worker {
             session: life.session.0,
             names: Some(names_of(&[*key])),
             wait_ms: u32::try_from(wait.as_millis()).unwrap_or(u32::MAX),
+            node: String::new(),
         };
         let (key, epoch) = (*key, life.epoch);
         let work = async move {

@@ -10,7 +10,7 @@
 //!     +------------------------------------------ Trying ---+      one at a time is let through
 //! ```
 //! What was in doubt decides what proves: a peer that could not be reached has to welcome us, one that fell silent
-//! or broke the rules has to answer, and one that sent damaged bytes has to send good ones.
+//! or broke the rules has to answer, and one that sent damaged bytes, or none, has to send good ones.
 
 use std::collections::VecDeque;
 use std::time::Duration;
@@ -33,19 +33,22 @@ pub enum Strike {
     Rules,
     /// A read of its memory did not come back after it was cancelled.
     Stuck,
+    /// It let us read, and nothing could be read.
+    Unread,
     /// It sent bytes that are not those it promised.
     Corrupt,
 }
 
 impl Strike {
     /// Every kind.
-    pub const ALL: [Self; 7] = [
+    pub const ALL: [Self; 8] = [
         Self::Unreachable,
         Self::Refused,
         Self::Broken,
         Self::Silent,
         Self::Rules,
         Self::Stuck,
+        Self::Unread,
         Self::Corrupt,
     ];
 
@@ -58,6 +61,7 @@ impl Strike {
             Self::Silent => "silent",
             Self::Rules => "rules",
             Self::Stuck => "stuck",
+            Self::Unread => "unread",
             Self::Corrupt => "corrupt",
         }
     }
@@ -67,7 +71,7 @@ impl Strike {
         match self {
             Self::Unreachable | Self::Refused => Proof::Welcomed,
             Self::Broken | Self::Silent | Self::Rules | Self::Stuck => Proof::Answered,
-            Self::Corrupt => Proof::Landed,
+            Self::Unread | Self::Corrupt => Proof::Landed,
         }
     }
 }
@@ -305,6 +309,7 @@ mod tests {
             (Strike::Silent, [false, true, true]),
             (Strike::Rules, [false, true, true]),
             (Strike::Stuck, [false, true, true]),
+            (Strike::Unread, [false, false, true]),
             (Strike::Corrupt, [false, false, true]),
         ];
         assert!(table.iter().map(|(strike, _)| *strike).eq(Strike::ALL));

@@ -139,6 +139,8 @@ pub enum ReaderCommand {
         session: u128,
         /// Version that both speak.
         version: u16,
+        /// What the owner says about its devices.
+        facts: Vec<u8>,
     },
     /// How the owner's end of a path is reached; without words, it has none.
     Join(PathEnd),

@@ -402,8 +402,13 @@ class Session:
     def unpin(self, binding: Binding, hashes: Sequence[_Hash]) -> int:
         """End pins; how many there were."""
 
-    def prefetch(self, binding: Binding, hashes: Sequence[_Hash]) -> Prefetched:
-        """Start to bring blocks up to host memory, and return at once."""
+    def prefetch(
+        self, binding: Binding, hashes: Sequence[_Hash], *, node: str | None = None
+    ) -> Prefetched:
+        """Start to bring blocks up to host memory, from disk or from a peer, and return at once.
+
+        ``node`` is the peer to ask first for what is not here.
+        """
 
     def evict(
         self, binding: Binding, hashes: Sequence[_Hash], *, tier: _Tier | None = None

@@ -180,7 +180,7 @@ impl Owner {
     }
 
     fn hello(&mut self, hello: Hello, out: &mut Out) {
-        let Hello { versions, node, epoch, principals } = hello;
+        let Hello { versions, node, epoch, principals, facts: _ } = hello;
         if let Some(Refused { why, text }) = self.config.refuse.clone() {
             return self.refuse(why, text, out);
         }
@@ -205,6 +205,7 @@ impl Owner {
             session: self.config.session,
             credits: self.config.credits,
             leaving: self.leaving,
+            facts: self.config.facts.clone(),
         })));
     }
 

@@ -34,6 +34,8 @@ pub struct OwnerConfig {
     pub credits: Credits,
     /// This node leaves soon.
     pub leaving: bool,
+    /// What the reader is told about this node's devices.
+    pub facts: Vec<u8>,
     /// Paths other than TCP.
     pub paths: Vec<OwnerPath>,
     /// Most principals that a reader may name.
@@ -62,6 +64,7 @@ impl Default for OwnerConfig {
             session: 0,
             credits: Credits { wants_max: 4096, bytes_max: 1 << 30 },
             leaving: false,
+            facts: Vec::new(),
             paths: Vec::new(),
             principals_max: 256,
             hello_max: Duration::from_secs(2),

@@ -34,7 +34,7 @@ fn config() -> OwnerConfig {
 }
 
 fn hello() -> Hello {
-    Hello { versions: (1, 1), node: "a".into(), epoch: Epoch(1), principals: vec!["p".into()] }
+    Hello { versions: (1, 1), node: "a".into(), epoch: Epoch(1), principals: vec!["p".into()], facts: vec![] }
 }
 
 fn want(id: u64) -> Want {

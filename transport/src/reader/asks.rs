@@ -7,7 +7,7 @@ use kv_wire::message::{Ask, Found, Offer, Probe, Taken};
 
 use super::ReaderCommand;
 use super::machine::{Out, Reader, Timer, Trial};
-use crate::health::Proof;
+use crate::health::{Proof, Strike};
 use crate::{Micros, OFFERS_MAX, PROBES_MAX};
 
 /// A question on its way, or one whose answer nobody waits for any more. On the wire it has a number of its own.
@@ -72,14 +72,22 @@ impl Reader {
         self.connect(now, out);
     }
 
-    /// A question's time is over.
-    pub(super) fn end_question(&mut self, number: u64, out: &mut Out) {
+    /// A question's time is over, or that of an answer which nobody waits for any more. Without an end, questions
+    /// that are never answered would be all that there may be under way.
+    pub(super) fn end_question(&mut self, now: Micros, number: u64, out: &mut Out) {
         self.end_trial(Trial::Question(number));
         let Some(question) = self.questions.get_mut(&number) else { return };
+        if question.ended {
+            let why = format!("it left a question unanswered for {:?}", self.config.silence_max);
+            return self.hangup(now, Strike::Silent, why, out);
+        }
         question.ended = true;
         unanswered(question, out);
         if question.unsaid.is_some() {
             self.questions.remove(&number);
+        } else {
+            question.deadline = now.after(self.config.silence_max);
+            self.timers.insert((question.deadline, Timer::Question(number)));
         }
     }
 

@@ -20,7 +20,7 @@ use super::report::{PathReport, PathState, PeerReport, PeerState, ReaderConfig};
 use super::wants::{Books, Read, Want};
 use super::{PathId, ReaderCommand, ReaderEvent};
 use crate::Micros;
-use crate::health::{Admitted, Health, Proof, Strike};
+use crate::health::{Admitted, Circuit, Health, Proof, Strike};
 
 /// Commands under construction.
 pub(crate) type Out = Vec<ReaderCommand>;
@@ -44,6 +44,8 @@ pub struct Reader {
     /// Connections so far: tells what belongs to this one.
     pub(super) connection: u64,
     pub(super) landed: u64,
+    /// When it was last found that nothing could be read.
+    unread_at: Option<Micros>,
     misses: BTreeMap<&'static str, u64>,
     met: Option<Met>,
     rtt: Option<Duration>,
@@ -118,6 +120,7 @@ impl Reader {
             next_number: 0,
             connection: 0,
             landed: 0,
+            unread_at: None,
             misses: BTreeMap::new(),
             met: None,
             rtt: None,
@@ -127,6 +130,10 @@ impl Reader {
     /// Takes one event and appends what is to be done about it. What is said to the owner in batches comes with
     /// [`Self::flush`].
     pub fn handle(&mut self, now: Micros, event: ReaderEvent, out: &mut Out) {
+        if let ReaderEvent::Leave { want } = event {
+            // Before its deadline is looked at: whoever left hears nothing more of it.
+            self.leave(now, want, out);
+        }
         self.expire(now, out);
         match event {
             ReaderEvent::Connected => self.connected(out),
@@ -148,12 +155,11 @@ impl Reader {
                 self.want(now, want, Want::new(principal, key, deadline, wait), out);
             }
             ReaderEvent::Take { want, into } => self.take(now, want, into, out),
-            ReaderEvent::Leave { want } => self.leave(now, want, out),
             ReaderEvent::Probe { probe, principal, keys, deadline } => {
                 self.probe(now, probe, principal, keys, deadline, out);
             }
             ReaderEvent::Offer { offer, deadline } => self.offer(now, offer, deadline, out),
-            ReaderEvent::Tick => {}
+            ReaderEvent::Leave { .. } | ReaderEvent::Tick => {}
         }
         self.attend(now);
     }
@@ -178,8 +184,9 @@ impl Reader {
             Stage::Up(session) => session.silent_since.map(|since| {
                 let silence = since.after(self.config.silence_max);
                 match (session.ping, session.pinged_at) {
+                    (Some((_, at)), _) => silence.min(at.after(self.pong_max())),
                     (None, Some(at)) => silence.min(at.after(self.config.ping_every)),
-                    _ => silence,
+                    (None, None) => silence,
                 }
             }),
         };
@@ -276,6 +283,7 @@ impl Reader {
             node: self.config.node.clone(),
             epoch: self.config.epoch,
             principals: self.config.principals.clone(),
+            facts: self.config.facts.clone(),
         })));
     }
 
@@ -294,9 +302,27 @@ impl Reader {
 
     /// Ends the connection, and with it everything.
     pub(super) fn hangup(&mut self, now: Micros, strike: Strike, why: String, out: &mut Out) {
-        out.push(ReaderCommand::Hangup { why: why.clone() });
-        self.health.strike(now, strike, why);
+        self.health.strike(now, strike, why.clone());
+        self.close(now, why, out);
+    }
+
+    fn close(&mut self, now: Micros, why: String, out: &mut Out) {
+        out.push(ReaderCommand::Hangup { why });
         self.down(now, true, out);
+    }
+
+    /// What was granted could not be read, by any path. Reads fail together when a connection ends: that is one
+    /// strike. When there were enough, paths that carry nothing are not kept for the next try.
+    pub(super) fn unread(&mut self, now: Micros, why: String, out: &mut Out) {
+        let again = |at: Micros| now.since(at) < self.config.ping_every;
+        if self.unread_at.is_some_and(again) || !matches!(self.stage, Stage::Up(_)) {
+            return;
+        }
+        self.unread_at = Some(now);
+        self.health.strike(now, Strike::Unread, why.clone());
+        if matches!(self.health.circuit(), Circuit::Open { .. }) {
+            self.close(now, why, out);
+        }
     }
 
     fn down(&mut self, now: Micros, tcp_too: bool, out: &mut Out) {
@@ -366,7 +392,7 @@ impl Reader {
     }
 
     fn welcomed(&mut self, now: Micros, welcome: Welcome, out: &mut Out) {
-        let Welcome { version, node, epoch, session, credits, leaving } = welcome;
+        let Welcome { version, node, epoch, session, credits, leaving, facts } = welcome;
         let reborn = self.met.as_ref().is_some_and(|met| met.epoch != epoch);
         self.connection += 1;
         self.met = Some(Met { node, epoch, version });
@@ -376,7 +402,7 @@ impl Reader {
             self.end_reading(now, out);
         }
         self.health.proved(now, Proof::Welcomed);
-        out.push(ReaderCommand::Open { session, version });
+        out.push(ReaderCommand::Open { session, version, facts });
     }
 
     /// Lets everything end whose time is over.
@@ -386,8 +412,8 @@ impl Reader {
         {
             self.timers.remove(&(at, timer));
             match timer {
-                Timer::Want(want) => self.miss(now, want, MissReason::TierTimeout, out),
-                Timer::Question(number) => self.end_question(number, out),
+                Timer::Want(want) => self.late(now, want, out),
+                Timer::Question(number) => self.end_question(now, number, out),
                 Timer::Cancelled(read) => self.stuck(now, read, out),
             }
         }
@@ -402,11 +428,22 @@ impl Reader {
                 let limit = self.config.silence_max;
                 if session.silent_since.is_some_and(|since| since.after(limit) <= now) {
                     let why = format!("it said nothing for {limit:?}");
+                    return self.hangup(now, Strike::Silent, why, out);
+                }
+                let limit = self.pong_max();
+                let late = session.ping.is_some_and(|(_, at)| at.after(limit) <= now);
+                if late && session.silent_since.is_some() {
+                    let why = format!("it talked, and answered no ping for {limit:?}");
                     self.hangup(now, Strike::Silent, why, out);
                 }
             }
             _ => {}
         }
+    }
+
+    /// How long a pong may take while other words come: these may have been under way for as long as one may be silent.
+    fn pong_max(&self) -> Duration {
+        2 * self.config.silence_max
     }
 
     /// Whether the owner owes us an answer, or we it a word.
@@ -460,10 +497,21 @@ impl Reader {
             return;
         };
         path.errors_in_row = 0;
-        path.report.state = match up {
+        path.report.state = match &up {
             Ok(()) => PathState::Up,
-            Err(why) => PathState::Down { why },
+            Err(why) => PathState::Down { why: why.clone() },
         };
+        if id == PathId::TCP
+            && let Err(why) = up
+        {
+            // Only a new connection brings it back. An owner may go while nothing is wanted of it.
+            let why = format!("no path carries anything: {why}");
+            return if self.owed() {
+                self.hangup(now, Strike::Unread, why, out);
+            } else {
+                self.close(now, why, out);
+            };
+        }
         self.retry_parked(now, out);
     }
 }

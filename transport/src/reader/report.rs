@@ -17,6 +17,8 @@ pub struct ReaderConfig {
     pub epoch: Epoch,
     /// Names of the principals whose blocks are asked for; wants count through them.
     pub principals: Vec<String>,
+    /// What the owner is told about this node's devices.
+    pub facts: Vec<u8>,
     /// Name of the peer's node. Nobody else may answer.
     pub peer: String,
     /// Paths to it other than TCP.
@@ -51,6 +53,7 @@ impl Default for ReaderConfig {
             node: String::new(),
             epoch: Epoch(0),
             principals: Vec::new(),
+            facts: Vec::new(),
             peer: String::new(),
             paths: Vec::new(),
             block_bytes_max: 64 << 20,

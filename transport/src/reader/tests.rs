@@ -38,7 +38,15 @@ fn config() -> ReaderConfig {
 
 fn welcome() -> Welcome {
     let credits = Credits { wants_max: 4096, bytes_max: 1 << 30 };
-    Welcome { version: 1, node: "b".into(), epoch: Epoch(9), session: 5, credits, leaving: false }
+    Welcome {
+        version: 1,
+        node: "b".into(),
+        epoch: Epoch(9),
+        session: 5,
+        credits,
+        leaving: false,
+        facts: vec![],
+    }
 }
 
 fn grant(id: u64) -> Grant {
@@ -429,11 +437,53 @@ fn a_taken_block_waits_for_tcp_to_come_up() {
     rig.heard(Answer::Granted(vec![grant(1)]));
     assert_eq!(rig.take(1), [""; 0]);
     assert_eq!(rig.tell(ReaderEvent::Path { path: PathId::TCP, up: Ok(()) }), ["read 1 by 0"]);
-    rig.want(2);
-    rig.heard(Answer::Granted(vec![grant(2)]));
-    let down = rig.tell(ReaderEvent::Path { path: PathId::TCP, up: Err("refused".into()) });
-    assert_eq!(down, [""; 0], "only a slot needs a path");
-    assert_eq!(rig.take(2), ["missed 2 path_failed", "done 2"]);
+}
+
+#[test]
+fn without_tcp_a_connection_is_no_use() {
+    let lost = || ReaderEvent::Path { path: PathId::TCP, up: Err("refused".into()) };
+    let mut rig = Rig::up();
+    assert_eq!(rig.tell(lost()), ["hangup: no path carries anything: refused"]);
+    assert_eq!(rig.reader.report().strikes, 0, "nothing was wanted of it");
+    rig.connect(welcome());
+    rig.reading(grant(1));
+    let ended = ["hangup: no path carries anything: refused", "cancel by 0", "missed 1 peer_down"];
+    assert_eq!(rig.tell(lost()), ended);
+    assert_eq!(rig.reader.report().strikes, 1);
+}
+
+#[test]
+fn reads_that_bring_nothing_are_strikes_in_the_end() {
+    let soon = config().ping_every;
+    // They fail: those of one moment count once.
+    let mut rig = Rig::up();
+    for (strikes, pause) in [(1, soon), (2, Duration::ZERO), (2, soon)] {
+        rig.reading(grant(1));
+        assert_eq!(rig.read(Err(path_error())), ["missed 1 path_failed", "done 1"]);
+        assert_eq!(rig.reader.report().strikes, strikes);
+        rig.later(pause);
+    }
+    rig.reading(grant(1));
+    let third = rig.read(Err(path_error()));
+    assert_eq!(third, ["missed 1 path_failed", "hangup: pulled"], "paths like these are not kept");
+    // They do not end: only when nothing else comes either.
+    let mut rig = Rig::up();
+    for (id, lands) in [(1, true), (3, false)] {
+        rig.want_by(id, rig.now.after(Duration::from_secs(3)));
+        rig.heard(Answer::Granted(vec![grant(id)]));
+        rig.take(id);
+        if lands {
+            rig.reading(grant(2));
+            rig.reads.swap(0, 1);
+            assert_eq!(rig.read(Ok(())), ["landed 2 by 0", "done 2"]);
+        }
+        for _ in 0..3 {
+            rig.later(Duration::from_secs(1));
+            rig.pong();
+        }
+        rig.read(Err(LinkError::Cancelled));
+        assert_eq!(rig.reader.report().strikes, u64::from(!lands));
+    }
 }
 
 #[test]
@@ -457,6 +507,14 @@ fn a_deadline_ends_a_want_in_every_stage() {
     assert_eq!(rig.read(Ok(())), [""; 0], "nobody waits for it");
     assert_eq!(rig.used(), 0);
     assert_eq!(rig.want_by(4, rig.now), ["missed 4 tier_timeout"]);
+}
+
+#[test]
+fn who_leaves_hears_no_more_even_at_the_deadline() {
+    let mut rig = Rig::up();
+    rig.want(1);
+    rig.now = rig.now.after(Duration::from_secs(1));
+    assert_eq!(rig.tell(ReaderEvent::Leave { want: WantId(1) }), ["done 1"]);
 }
 
 #[test]
@@ -521,6 +579,19 @@ fn silence_is_noticed_while_something_is_owed() {
 }
 
 #[test]
+fn words_are_no_answer_to_a_ping() {
+    let mut rig = Rig::up();
+    rig.want_by(1, rig.now.after(Duration::from_secs(9)));
+    let credits = || Answer::Credits(welcome().credits);
+    for _ in 0..3 {
+        rig.later(Duration::from_secs(1));
+        assert_eq!(rig.heard(credits()), [""; 0]);
+    }
+    let silent = rig.later(Duration::from_secs(1));
+    assert_eq!(silent, ["hangup: it talked, and answered no ping for 4s", "missed 1 peer_down"]);
+}
+
+#[test]
 fn an_open_circuit_misses_at_once_and_lets_one_through_later() {
     let mut rig = Rig::new(config());
     for id in 0..3 {
@@ -578,6 +649,20 @@ fn probes_and_offers_are_answered_once() {
     assert_eq!(rig.tell(ReaderEvent::Offer { offer, deadline }), ["ask offer"]);
     let id = *rig.reader.questions.keys().next().unwrap();
     assert_eq!(rig.heard(Answer::Taken(Taken { id, taken: 2, left: 1 })), ["taken 50 2"]);
+}
+
+#[test]
+fn a_question_that_is_never_answered_ends_the_connection() {
+    let mut rig = Rig::up();
+    rig.probe(40, 1);
+    assert_eq!(rig.later(Duration::from_secs(1)), ["probed 40 none"]);
+    rig.pong();
+    rig.later(Duration::from_secs(1));
+    rig.pong();
+    let silent = rig.later(Duration::from_secs(1));
+    assert_eq!(silent, ["hangup: it left a question unanswered for 2s"]);
+    let report = rig.reader.report();
+    assert_eq!((report.strikes, report.questions), (1, 0));
 }
 
 #[test]

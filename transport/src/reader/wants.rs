@@ -80,6 +80,8 @@ pub(super) struct Read {
     connection: u64,
     /// Until when a cancelled one should have come back.
     until: Option<Micros>,
+    /// When it began, and how many blocks had landed then.
+    since: (Micros, u64),
 }
 
 /// What was said and is to be said to the owner.
@@ -204,6 +206,24 @@ impl Reader {
     pub(super) fn miss(&mut self, now: Micros, id: WantId, reason: MissReason, out: &mut Out) {
         if self.end(now, id, out) {
             self.missed(id, reason, out);
+        }
+    }
+
+    /// A want's time is over. A read that was under way for so long that silence would be a strike, while nothing
+    /// landed from this peer, is one: what waits behind it waits in vain.
+    pub(super) fn late(&mut self, now: Micros, id: WantId, out: &mut Out) {
+        let limit = self.config.silence_max;
+        let read = match self.wants.get(&id).map(|want| &want.stage) {
+            Some(WantStage::Reading { read, .. }) => self.reads.get(read),
+            _ => None,
+        };
+        let in_vain = read.is_some_and(|read| {
+            let (since, landed) = read.since;
+            now.since(since) >= limit && landed == self.landed && read.connection == self.connection
+        });
+        self.miss(now, id, MissReason::TierTimeout, out);
+        if in_vain {
+            self.unread(now, format!("nothing could be read for {limit:?}"), out);
         }
     }
 
@@ -369,7 +389,8 @@ impl Reader {
                 want.stage = WantStage::Reading { grant, read, path, tried };
                 let record = want.record(&grant);
                 let connection = self.connection;
-                self.reads.insert(read, Read { want: Some(id), path, connection, until: None });
+                let since = (now, self.landed);
+                self.reads.insert(read, Read { want: Some(id), path, connection, until: None, since });
                 out.push(ReaderCommand::Read { path, read, want: id, window, record, into });
             }
             Err(NoPath::Yet) => want.stage = WantStage::Parked { grant, into, tried },
@@ -441,7 +462,14 @@ impl Reader {
             LinkError::Corrupt if tried.corrupt => self.miss(now, id, MissReason::Corrupt, out),
             LinkError::Corrupt if !here => self.miss(now, id, MissReason::Corrupt, out),
             _ if !here => self.miss(now, id, MissReason::PeerDown, out),
-            _ => self.read(now, id, grant, into, next, out),
+            error => {
+                self.read(now, id, grant, into, next, out);
+                if let LinkError::Path { what } = error
+                    && !self.wants.contains_key(&id)
+                {
+                    self.unread(now, what, out);
+                }
+            }
         }
     }
 

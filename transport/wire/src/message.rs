@@ -39,6 +39,8 @@ pub struct Hello {
     pub epoch: Epoch,
     /// Names of the principals whose blocks it will ask for; [`Want::principal`] counts through them.
     pub principals: Vec<String>,
+    /// What the reader knows about its devices, for choosing paths; opaque here. Empty: nothing.
+    pub facts: Vec<u8>,
 }
 
 /// The owner takes the connection.
@@ -56,6 +58,8 @@ pub struct Welcome {
     pub credits: Credits,
     /// The owner takes no new readers for long: it is about to leave.
     pub leaving: bool,
+    /// What the owner knows about its devices, as in [`Hello::facts`].
+    pub facts: Vec<u8>,
 }
 
 /// What a reader may have outstanding: wanted and not done.
