@@ -2,13 +2,13 @@
 
 use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use kv_block::ShardId;
 use kv_node::{Exchange, ExchangeCommand, ExchangeConfig, ExchangeEvent, FetchDone, FetchOp, PeerId};
 use kv_tcp::Dialer;
 use kv_transport::link::{Link, LinkDone, LinkError, LinkOp, Wake};
-use kv_transport::plan::PathPlan;
+use kv_transport::plan::{PathPlan, PlannedPath};
 use kv_transport::reader::{PathId, ReaderCommand, ReaderConfig, ReaderEvent};
 use kv_verbs::Endpoint;
 use kv_wire::message::{PathEnd, Taken};
@@ -26,6 +26,9 @@ use crate::shard::ShardHandle;
 
 /// Words of peers that wait to be heard; whoever says more waits.
 const WORDS_MAX: usize = 64;
+/// How long a path besides TCP stays down before it is asked for again: at first, and at most.
+const MEND_MIN: Duration = Duration::from_secs(1);
+const MEND_MAX: Duration = Duration::from_secs(60);
 /// Of one kind, what is taken in one turn.
 const TURN_MAX: usize = 4096;
 
@@ -59,6 +62,8 @@ struct Line {
     links: BTreeMap<PathId, Box<dyn Link>>,
     /// Our ends of paths whose other end is not known yet.
     ends: BTreeMap<PathId, Endpoint>,
+    /// Planned paths that are down, when each is asked for again, and after how long it was the last time.
+    mending: BTreeMap<PathId, (Instant, Duration)>,
     /// Of this connection, or the last one.
     plan: PathPlan,
 }
@@ -103,6 +108,7 @@ impl Fetching {
             address: None,
             links: BTreeMap::new(),
             ends: BTreeMap::new(),
+            mending: BTreeMap::new(),
             plan: PathPlan::default(),
         };
         let (words, heard) = mpsc::channel(WORDS_MAX);
@@ -134,7 +140,9 @@ impl Fetching {
         let mut wanted = Vec::new();
         let wake = Arc::clone(&self.wake);
         loop {
-            let due = self.exchange.next_tick().map(|at| self.clock.moment(at));
+            let mending = self.lines.iter().flat_map(|line| line.mending.values()).map(|(due, _)| *due);
+            let due =
+                self.exchange.next_tick().map(|at| self.clock.moment(at)).into_iter().chain(mending).min();
             let tick = async {
                 match due {
                     Some(due) => tokio::time::sleep_until(due.into()).await,
@@ -153,6 +161,7 @@ impl Fetching {
                 () = tick => {
                     let now = self.clock.now();
                     self.exchange.handle(now, ExchangeEvent::Tick, &mut self.commands);
+                    self.mend();
                 }
             }
             // What else is there belongs to the same turn: many wants become few messages.
@@ -306,15 +315,56 @@ impl Fetching {
     fn ask_for_rails(&mut self, peer: PeerId) {
         let planned = self.lines[usize::from(peer.0)].plan.paths.clone();
         for planned in planned.iter().filter(|planned| planned.path != PathId::TCP) {
-            let path = planned.path;
-            let event = match self.rails.ask(planned) {
-                Ok((endpoint, end)) => {
-                    self.lines[usize::from(peer.0)].ends.insert(path, endpoint);
-                    ReaderEvent::Reach(end)
+            self.ask_for_rail(peer, planned);
+        }
+    }
+
+    fn ask_for_rail(&mut self, peer: PeerId, planned: &PlannedPath) {
+        let path = planned.path;
+        match self.rails.ask(planned) {
+            Ok((endpoint, end)) => {
+                self.lines[usize::from(peer.0)].ends.insert(path, endpoint);
+                self.tell(peer, ReaderEvent::Reach(end));
+            }
+            Err(why) => self.path_down(peer, path, why),
+        }
+    }
+
+    /// A path besides TCP is down: it is asked for again later, each time after twice as long.
+    fn path_down(&mut self, peer: PeerId, path: PathId, why: String) {
+        let line = &mut self.lines[usize::from(peer.0)];
+        let last = line.mending.get(&path).map(|(_, after)| *after);
+        let after = last.map_or(MEND_MIN, |after| (2 * after).min(MEND_MAX));
+        line.mending.insert(path, (Instant::now() + after, after));
+        tracing::info!(
+            peer = line.member.name,
+            path = path.0,
+            why,
+            ?after,
+            "a path is down; it is tried again"
+        );
+        self.tell(peer, ReaderEvent::Path { path, up: Err(why) });
+    }
+
+    /// Asks again for the paths that were down for long enough.
+    fn mend(&mut self) {
+        let now = Instant::now();
+        for at in 0..self.lines.len() {
+            let line = &mut self.lines[at];
+            let due: Vec<PathId> =
+                line.mending.iter().filter(|(_, (due, _))| *due <= now).map(|(path, _)| *path).collect();
+            for path in due {
+                let line = &mut self.lines[at];
+                // An answer that does not come is as good as a refusal.
+                if let Some((due, after)) = line.mending.get_mut(&path) {
+                    *after = (2 * *after).min(MEND_MAX);
+                    *due = now + *after;
                 }
-                Err(why) => ReaderEvent::Path { path, up: Err(why) },
-            };
-            self.tell(peer, event);
+                let planned = line.plan.paths.iter().find(|planned| planned.path == path).cloned();
+                if let Some(planned) = planned.filter(|_| line.say.is_some()) {
+                    self.ask_for_rail(PeerId(at as u16), &planned);
+                }
+            }
         }
     }
 
@@ -324,18 +374,19 @@ impl Fetching {
         let wake = Arc::clone(&self.wake);
         let wake: Wake = Arc::new(move || wake.notify_one());
         let line = &mut self.lines[usize::from(peer.0)];
-        let up = match line.ends.remove(&path) {
-            None => Err("it was not asked for".to_owned()),
-            Some(_) if end.words.is_empty() => Err("the peer has no device for it".to_owned()),
-            Some(endpoint) => match endpoint.connect(&end.words, wake) {
-                Ok(link) => {
-                    line.links.insert(path, Box::new(link));
-                    Ok(())
-                }
-                Err(error) => Err(line::chain(&error)),
-            },
-        };
-        self.tell(peer, ReaderEvent::Path { path, up });
+        // What was not asked for is not answered.
+        let Some(endpoint) = line.ends.remove(&path) else { return };
+        if end.words.is_empty() {
+            return self.path_down(peer, path, "the peer does not open its end".into());
+        }
+        match endpoint.connect(&end.words, wake) {
+            Ok(link) => {
+                line.links.insert(path, Box::new(link));
+                line.mending.remove(&path);
+                self.tell(peer, ReaderEvent::Path { path, up: Ok(()) });
+            }
+            Err(error) => self.path_down(peer, path, line::chain(&error)),
+        }
     }
 
     /// A connection is over, and not because we said so.
@@ -356,6 +407,7 @@ impl Fetching {
         }
         (line.say, line.address) = (None, None);
         line.ends.clear();
+        line.mending.clear();
         let links = std::mem::take(&mut line.links);
         self.closing.extend(links.into_iter().map(|(path, link)| (peer, path, link)));
     }
@@ -374,11 +426,7 @@ impl Fetching {
                         LinkDone::Read { read, into, result } => {
                             events.push((peer, ReaderEvent::Read { read, into, result }));
                         }
-                        LinkDone::Broken { why } => {
-                            let (path, up) = (*path, Err(why.to_string()));
-                            events.push((peer, ReaderEvent::Path { path, up }));
-                            broken.push((peer, path));
-                        }
+                        LinkDone::Broken { why } => broken.push((peer, *path, why.to_string())),
                         // The owner's words; this end has none of them.
                         LinkDone::Exposed { .. } | LinkDone::Concealed { .. } => {}
                     }
@@ -399,11 +447,16 @@ impl Fetching {
             }
             !over && link.usage().in_flight > 0
         });
-        for (peer, path) in broken {
-            self.lines[usize::from(peer.0)].links.remove(&path);
-        }
         for (peer, event) in events {
             self.tell(peer, event);
+        }
+        for (peer, path, why) in broken {
+            self.lines[usize::from(peer.0)].links.remove(&path);
+            if path == PathId::TCP {
+                self.tell(peer, ReaderEvent::Path { path, up: Err(why) });
+            } else {
+                self.path_down(peer, path, why);
+            }
         }
     }
 

@@ -311,9 +311,12 @@ impl Reader {
     fn open(&mut self, end: &PathEnd) {
         let path = PathId(end.path);
         let planned = self.plan.paths.iter().find(|planned| planned.path == path);
-        let answered = planned
-            .ok_or_else(|| "it is not planned".to_owned())
-            .and_then(|planned| self.serving.rails.answer(planned, &end.words, Arc::clone(&self.wake)));
+        let answered = match planned {
+            None => Err("it is not planned".to_owned()),
+            // A reader that lost its end may come before we have noticed. It comes again.
+            Some(_) if self.links.contains_key(&path) => Err("its last end is still open here".to_owned()),
+            Some(planned) => self.serving.rails.answer(planned, &end.words, Arc::clone(&self.wake)),
+        };
         match answered {
             Ok((link, answer)) => {
                 self.links.insert(path, link);
