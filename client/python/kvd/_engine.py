@@ -178,7 +178,14 @@ def settings(kind: type[T], given: Mapping[str, Any], where: str) -> T:
 
 
 WEIGHTS = frozenset({".safetensors", ".bin", ".pt", ".pth", ".gguf"})
-CONFIGURATIONS = frozenset({"config.json", "adapter_config.json"})
+CONFIGURATIONS = frozenset(
+    {
+        *("config.json", "adapter_config.json", "params.json"),
+        *("hf_quant_config.json", "quantize_config.json", "quant_config.json", "quantization_config.json"),
+        *("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json"),
+    }
+)
+"""What decides how weights are computed with, and what pictures and sounds become; a model's own code beside it."""
 
 
 def files_of(model: str) -> list[tuple[str, int, int]]:
@@ -186,14 +193,19 @@ def files_of(model: str) -> list[tuple[str, int, int]]:
     folder = Path(model)
     if not folder.is_dir():
         return []
-    paths = [path for path in folder.iterdir() if path.suffix in WEIGHTS or path.name in CONFIGURATIONS]
+    paths = [one for one in folder.iterdir() if one.suffix in WEIGHTS | {".py"} or one.name in CONFIGURATIONS]
     return sorted((path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in paths)
 
 
+def has_weights(model: str) -> bool:
+    """Whether a directory has files of weights; others hold a configuration, and weights come from elsewhere."""
+    return any(Path(name).suffix in WEIGHTS for name, _, _ in files_of(model))
+
+
 def weights_of(model: str, revision: str | None = None) -> str:
-    """Tells one set of weights from another: a digest over the configuration, and over three places of each tensor of a
-    safetensors file, or 256 of another, when ``model`` is a directory; else the revision. Equal on all nodes that hold
-    equal files. Training changes a tensor everywhere; a change that keeps to the gaps between these places is not seen.
+    """Tells one set of weights from another: a digest over the configuration and the model's own code, and over three
+    places of each tensor of a safetensors file, or 256 of another, when ``model`` is a directory; else the revision. Equal
+    on all nodes that hold equal files. Training changes a tensor everywhere; a change that keeps to the gaps between these places is not seen.
     """
     if not (files := files_of(model)):
         return revision or ""
@@ -208,7 +220,7 @@ def weights_of(model: str, revision: str | None = None) -> str:
 
 
 def _places(file: BinaryIO, name: str, size: int) -> Iterator[tuple[int, int]]:
-    if name.endswith(".json"):
+    if name.endswith((".json", ".py")):
         yield 0, size
         return
     piece = 4 << 10

@@ -49,7 +49,7 @@ from sglang.srt.observability.metrics_collector import StorageMetrics
 from sglang.srt.runtime_context import get_serving, get_server_args
 
 import kvd
-from kvd._engine import Link, checked, held, model_name, settings, weights_of
+from kvd._engine import Link, checked, has_weights, held, model_name, settings, weights_of
 
 __all__ = ["KvdStore", "Settings"]
 
@@ -482,12 +482,12 @@ def _identity(config: HiCacheStorageConfig, chosen: Settings) -> dict[str, Any]:
     if not model:
         raise ValueError("extra config: 'model' is needed: SGLang does not say what the model is called")
     weights = chosen.weights
-    if not weights and server:
+    if not weights and server and (has_weights(server.model_path) or not os.path.isdir(server.model_path)):
         weights = weights_of(server.model_path, server.revision)
     if not weights:
         raise ValueError(
-            "extra config: 'weights' is needed: SGLang was given no directory and no --revision, so nothing says "
-            "which weights it has loaded; name the revision"
+            "extra config: 'weights' is needed: SGLang was given no directory with weights and no --revision, so nothing "
+            "says which weights it has loaded; name the revision"
         )
     return {"model": model, "weights": weights + (_altered(server) if server else "")}
 
@@ -495,8 +495,9 @@ def _identity(config: HiCacheStorageConfig, chosen: Settings) -> dict[str, Any]:
 def _altered(server: Any) -> str:
     """What else decides about the bytes: arguments that change the model, and the model that drafts."""
     told: dict[str, Any] = {}
-    for field, usual in (("json_model_override_args", "{}"), ("quantization", None), ("quantization_param_path", None)):
-        if (value := getattr(server, field)) not in (usual, None):
+    usual = {"json_model_override_args": "{}", "dtype": "auto", "quantization": None, "quantization_param_path": None}
+    for field, value in ((field, getattr(server, field)) for field in usual):
+        if value not in (usual[field], None):
             told[field] = value
     if told.get("quantization_param_path"):
         told["scales"] = hashlib.blake2b(Path(server.quantization_param_path).read_bytes()).hexdigest()

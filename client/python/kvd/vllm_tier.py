@@ -31,6 +31,7 @@ from typing import TYPE_CHECKING, Any, get_args
 import numpy as np
 import vllm
 from vllm.config.cache import CacheDType
+from vllm.platforms import current_platform
 from vllm.v1.kv_cache_layout import KVCacheLayout
 from vllm.v1.kv_offload.base import (
     Locality,
@@ -46,7 +47,7 @@ from vllm.v1.kv_offload.tiering.async_lookup import AsyncLookupManager
 from vllm.v1.kv_offload.tiering.base import JobResult, SecondaryTierManager, TransferJob
 
 import kvd
-from kvd._engine import Link, checked, held, model_name, settings, weights_of
+from kvd._engine import Link, checked, has_weights, held, model_name, settings, weights_of
 
 if TYPE_CHECKING:
     from vllm.v1.kv_offload.base import OffloadingSpec
@@ -308,10 +309,11 @@ def _scopes(spec: "OffloadingSpec", chosen: Settings) -> dict[int, dict[str, Any
         raise _unsupported(f"kv_cache_layout = {config.kv_cache_layout!r}", f"{', '.join(KVCacheLayout.__members__)} are")
     if config.model.dtype not in DTYPES:
         raise _unsupported(f"dtype = {config.model.dtype!r}", f"{', '.join(sorted(DTYPES))} are")
-    if not (weights := chosen.weights or weights_of(config.model.name)):
+    found = weights_of(config.model.name) if has_weights(config.model.name) else ""
+    if not (weights := chosen.weights or found):
         raise ValueError(
-            f"secondary_tiers: 'weights' is needed: vLLM was given {config.model.name!r}, which is no directory, "
-            "and does not say which revision of it was loaded; name the revision"
+            f"secondary_tiers: 'weights' is needed: vLLM was given {config.model.name!r}, which is no directory with "
+            "weights, and does not say which revision of it was loaded; name the revision"
         )
     parallel = config.parallel
     sizes = [parallel.tp_size, parallel.pp_size, parallel.pcp_size, parallel.dcp_size]
@@ -325,6 +327,7 @@ def _scopes(spec: "OffloadingSpec", chosen: Settings) -> dict[int, dict[str, Any
     # Groups share tensors, so where a layer lies in a row depends on all of them.
     told = [(group.group_id, group.tokens_per_block, group.layer_names) for group in config.groups]
     digest = hashlib.blake2b(repr((config.cache.tokens_per_hash, told)).encode(), digest_size=16).hexdigest()
+    row = f"vllm-{VERSION}-row,{current_platform.device_name},{config.kv_cache_layout},{order}"
     scopes: dict[int, dict[str, Any]] = {
         group.group_id: {
             "model": chosen.model or model_name(config.model.name),
@@ -333,7 +336,7 @@ def _scopes(spec: "OffloadingSpec", chosen: Settings) -> dict[int, dict[str, Any
             "block_tokens": group.tokens_per_block * chunk,
             "dtype": config.model.dtype,
             "attention": f"group:{group.group_id}",
-            "layout": f"vllm-{VERSION}-row,{config.kv_cache_layout},{order},blocks{chunk};layers={digest}",
+            "layout": f"{row},blocks{chunk};layers={digest}",
         }
         for group in config.groups
     }

@@ -28,7 +28,8 @@ from vllm.distributed.parallel_state import get_tensor_model_parallel_rank
 from vllm.logger import init_logger
 
 from kvd._engine import Link, settings
-from kvd.vllm._layout import layout_of
+from kvd.vllm._identity import weights_named
+from kvd.vllm._layout import check_backends, layout_of
 from kvd.vllm._scheduler import Events, Scheduler
 from kvd.vllm._stats import PromStats, Stats
 from kvd.vllm._worker import Step, Worker
@@ -109,7 +110,7 @@ class KvdConnector(KVConnectorBase_V1, SupportsHMA):
         transfer = vllm_config.kv_transfer_config
         assert transfer is not None, "vLLM made a connector without a configuration for it"
         chosen = settings(Settings, transfer.kv_connector_extra_config, "kv_connector_extra_config")
-        layout = layout_of(vllm_config, kv_cache_config, chosen.model, chosen.weights)
+        layout = layout_of(vllm_config, kv_cache_config, chosen.model)
         # vLLM's default is to fail the request; a cache must not do that.
         transfer.kv_load_failure_policy = "recompute"
         rank = get_tensor_model_parallel_rank() if role == KVConnectorRole.WORKER else 0
@@ -121,6 +122,7 @@ class KvdConnector(KVConnectorBase_V1, SupportsHMA):
             log=logger,
             staging_bytes=chosen.staging_bytes if role == KVConnectorRole.WORKER else None,
         )
+        self._config = vllm_config
         self._scheduler: Scheduler | None = None
         self._worker: Worker | None = None
         if role == KVConnectorRole.SCHEDULER:
@@ -129,6 +131,7 @@ class KvdConnector(KVConnectorBase_V1, SupportsHMA):
                 link,
                 layout,
                 chosen.tenant,
+                weights_named(vllm_config, chosen.weights),
                 wait=chosen.wait,
                 match_seconds=chosen.match_seconds,
                 request_wait_max=chosen.request_wait_max,
@@ -227,7 +230,9 @@ class KvdConnector(KVConnectorBase_V1, SupportsHMA):
     # Worker
 
     def register_kv_caches(self, kv_caches: "dict[str, torch.Tensor]") -> None:
-        self._there(self._worker).register(kv_caches)
+        worker = self._there(self._worker)
+        check_backends(self._config, worker.layout)
+        worker.register(kv_caches)
 
     def bind_connector_metadata(self, connector_metadata: KVConnectorMetadata) -> None:
         super().bind_connector_metadata(connector_metadata)

@@ -102,6 +102,7 @@ class _Track:
 class Scheduler:
     """See the top of the file.
 
+    ``weights``: what of the model decides about keys and values, see ``_identity.py``; here alone, and the ranks are told.
     ``wait``: seconds to wait for blocks that another engine has announced. ``match_seconds``: for how long a request is
     looked up at most, on top of what it waits. ``loads`` and ``stores``: what this engine does.
     """
@@ -111,6 +112,7 @@ class Scheduler:
         link: Link,
         layout: Layout,
         tenant: str,
+        weights: str,
         *,
         wait: float,
         match_seconds: float,
@@ -120,6 +122,7 @@ class Scheduler:
         events: "Events | None",
     ):
         self.link, self.layout, self.tenant = link, layout, tenant
+        self._weights = self._first_weights = weights
         self.wait, self.match_seconds, self.request_wait_max = wait, match_seconds, request_wait_max
         self.loads, self.stores = loads, stores
         self.stats = Stats()
@@ -127,7 +130,6 @@ class Scheduler:
         self._tracks: dict[str, _Track] = {}
         self._loads: list[Work] = []
         self._adapters: dict[tuple[Any, ...], str] = {}
-        self._life = ""
         self._lookers = ThreadPoolExecutor(LOOKERS, "kvd-look")
         # One group: vLLM can recompute from a block that failed. Several: only a request that waits may fail.
         # Several ranks: what one of them could not load, all would compute with, and store.
@@ -146,7 +148,7 @@ class Scheduler:
         if not self.loads or not self.link.is_up:
             return 0
         track = self._track(request)
-        if track.gave_up or track.owner.life != self._life:
+        if track.gave_up or track.owner.weights != self._weights:
             return 0
         # The last token is computed always: vLLM needs its logits.
         limit = (request.num_tokens - 1) // self.layout.align_tokens * self.layout.align_tokens
@@ -235,7 +237,7 @@ class Scheduler:
                 continue
             if name not in loading:
                 track.loading = False
-            if self.stores and self.link.is_up and track.owner.life == self._life:
+            if self.stores and self.link.is_up and track.owner.weights == self._weights:
                 numbers = output.kv_connector_block_state and output.kv_connector_block_state.get_block_ids(name)
                 if numbers:
                     self._store(step, track, computed[name], computed[name] + tokens, numbers)
@@ -265,7 +267,7 @@ class Scheduler:
     def forget(self) -> None:
         """The weights may have changed: what was stored so far is not found any more by this engine."""
         # Requests that are under way keep the old one: they load and store no more.
-        self._life = f"+{time.time_ns():x}"
+        self._weights = f"{self._first_weights}+{time.time_ns():x}"
         for track in self._tracks.values():
             self._let_go(track)
         logger.info("kvd: a new life begins; blocks stored before it are not used by this engine")
@@ -309,7 +311,7 @@ class Scheduler:
         return found
 
     def _bindings(self, session: kvd.Session, owner: Owner, group: Group) -> list[kvd.Binding]:
-        scope = self.layout.scope(group, self.tenant, owner.lora, owner.salt, owner.life)
+        scope = self.layout.scope(group, self.tenant, owner.weights, owner.lora, owner.salt)
         parts = (self.layout.part(group, slice_) for slice_ in range(self.layout.slices))
         return [self.link.binding(session, scope, group.block_bytes, part) for part in parts]
 
@@ -443,7 +445,7 @@ class Scheduler:
 
     def _track(self, request: "Request") -> _Track:
         if (track := self._tracks.get(request.request_id)) is None:
-            owner = Owner(self._adapter(request), request.cache_salt or "", self._life)
+            owner = Owner(self._weights, self._adapter(request), request.cache_salt or "")
             track = self._tracks[request.request_id] = _Track(request, owner, min(_wait_of(request), self.request_wait_max))
         return track
 
@@ -509,7 +511,7 @@ class Events:
 
     def remember(self, request: "Request", group: Group, first: int, names: list[bytes], owner: Owner) -> None:
         """These blocks are about to be stored."""
-        scope = self.layout.scope(group, self.tenant, owner.lora, owner.salt, owner.life)
+        scope = self.layout.scope(group, self.tenant, owner.weights, owner.lora, owner.salt)
         part = self.layout.part(group, 0)
         binding = self.link.ask(lambda s: self.link.binding(s, scope, group.block_bytes, part))
         if binding is None:
