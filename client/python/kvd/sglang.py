@@ -49,7 +49,20 @@ from sglang.srt.observability.metrics_collector import StorageMetrics
 from sglang.srt.runtime_context import get_serving, get_server_args
 
 import kvd
-from kvd._engine import Link, checked, has_weights, held, model_name, settings, weights_of
+from kvd._engine import (
+    TENANT,
+    WAIT_SECONDS,
+    WEIGHTS_BYTES,
+    Link,
+    checked,
+    has_weights,
+    held,
+    model_name,
+    number,
+    settings,
+    text,
+    weights_of,
+)
 
 __all__ = ["KvdStore", "Settings"]
 
@@ -83,17 +96,17 @@ PREFIX = 256
 class Settings:
     """What ``--hicache-storage-backend-extra-config`` may say besides the keys of SGLang."""
 
-    socket: str = ""
+    socket: str = text(most=4096)
     """Where the daemon is; see :func:`kvd.connect`. Empty: the default of this node."""
-    tenant: str = "default"
+    tenant: str = text("default", form=TENANT)
     """Who pays for the pages: ``[a-z0-9-]{1,63}``."""
-    model: str = ""
+    model: str = text()
     """What the model is called in names of pages. Empty: as SGLang calls it, a directory by its last part."""
-    weights: str = ""
+    weights: str = text(most=WEIGHTS_BYTES)
     """Revision of the weights. Empty: a digest of the model's directory, else ``--revision``; one of them must be."""
-    deadline: float = 1.0
+    deadline: float = number(1.0, least=0.001, most=WAIT_SECONDS)
     """Seconds that one call to the daemon may take."""
-    call_seconds: float = 5.0
+    call_seconds: float = number(5.0, least=0.001, most=WAIT_SECONDS)
     """Seconds after which a call of SGLang begins nothing more: the pages left are misses, or not stored."""
 
 

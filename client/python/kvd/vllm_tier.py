@@ -47,7 +47,21 @@ from vllm.v1.kv_offload.tiering.async_lookup import AsyncLookupManager
 from vllm.v1.kv_offload.tiering.base import JobResult, SecondaryTierManager, TransferJob
 
 import kvd
-from kvd._engine import Link, checked, has_weights, held, model_name, settings, weights_of
+from kvd._engine import (
+    STAGING_BYTES,
+    TENANT,
+    WAIT_SECONDS,
+    WEIGHTS_BYTES,
+    Link,
+    checked,
+    has_weights,
+    held,
+    model_name,
+    number,
+    settings,
+    text,
+    weights_of,
+)
 
 if TYPE_CHECKING:
     from vllm.v1.kv_offload.base import OffloadingSpec
@@ -68,22 +82,22 @@ BATCH_BYTES = 32 << 20
 class Settings:
     """What an entry of ``secondary_tiers`` may say besides ``type``, ``module_path`` and ``backpressure``."""
 
-    socket: str = ""
+    socket: str = text(most=4096)
     """Where the daemon is; see :func:`kvd.connect`. Empty: the default of this node."""
-    tenant: str = "default"
+    tenant: str = text("default", form=TENANT)
     """Who pays for the blocks: ``[a-z0-9-]{1,63}``."""
-    model: str = ""
+    model: str = text()
     """What the model is called in names of blocks. Empty: as vLLM calls it, a directory by its last part."""
-    weights: str = ""
+    weights: str = text(most=WEIGHTS_BYTES)
     """Revision of the weights, and of adapters if there are any. Empty: a digest of the model's directory. Must be given
     when the model is no directory: vLLM does not tell the tier which revision it has loaded."""
-    deadline: float = 1.0
+    deadline: float = number(1.0, least=0.001, most=WAIT_SECONDS)
     """Seconds that one call to the daemon may take."""
-    job_seconds: float = 10.0
+    job_seconds: float = number(10.0, least=0.001, most=WAIT_SECONDS)
     """Seconds that a job may take; what it has not copied by then has failed."""
-    threads: int = 2
+    threads: int = number(2, least=1, most=64)
     """Threads that load, and as many that store."""
-    staging_bytes: int = 64 << 20
+    staging_bytes: int = number(64 << 20, least=1, most=STAGING_BYTES)
     """What may be on its way into the daemon at once; four rows at least."""
 
 

@@ -46,6 +46,8 @@ STORES_PER_STEP = 1024
 """Blocks of a request that one step may store."""
 ADAPTERS_KEPT = 1024
 """LoRA adapters whose digest is remembered."""
+SHOWN = 200
+"""Letters of what a client said that are shown in the log."""
 EVENTS_KEPT = 1 << 18
 """Blocks whose hash is remembered, to name them in events."""
 
@@ -240,7 +242,7 @@ class Scheduler:
             if self.stores and self.link.is_up and track.owner.weights == self._weights:
                 numbers = output.kv_connector_block_state and output.kv_connector_block_state.get_block_ids(name)
                 if numbers:
-                    self._store(step, track, computed[name], computed[name] + tokens, numbers)
+                    self._offer(step, track, computed[name], computed[name] + tokens, numbers)
             if name not in loading and track.looking is not None:
                 # It is computed; what it was promised is loaded.
                 self._let_go(track)
@@ -414,6 +416,13 @@ class Scheduler:
 
     # Stores
 
+    def _offer(self, step: Step, track: _Track, computed: int, until: int, numbers: Sequence[list[int]]) -> None:
+        """Stores what there is to store, if that goes well: the step has to go on, and can do without."""
+        try:
+            self._store(step, track, computed, until, numbers)
+        except Exception:
+            logger.exception("kvd: a defect of the connector; a request is not stored. Please report it")
+
     def _store(self, step: Step, track: _Track, computed: int, until: int, numbers: Sequence[list[int]]) -> None:
         """Blocks of a request that are full after this step, and that kvd may lack."""
         request = track.request
@@ -468,7 +477,8 @@ def _wait_of(request: "Request") -> float:
     said = (request.kv_transfer_params or {}).get("kvd", {})
     wait = said.get("wait", 0) if isinstance(said, dict) and said.keys() <= {"wait"} else None
     if isinstance(wait, bool) or not isinstance(wait, int | float) or not 0 <= wait <= 600:
-        logger.warning('kvd: kv_transfer_params["kvd"] is %r; expected {"wait": SECONDS}, up to 600', said)
+        shown = repr(said)[:SHOWN]
+        logger.warning('kvd: kv_transfer_params["kvd"] is %s; expected {"wait": SECONDS}, up to 600', shown)
         return 0.0
     return float(wait)
 
@@ -510,7 +520,13 @@ class Events:
         self._thread.start()
 
     def remember(self, request: "Request", group: Group, first: int, names: list[bytes], owner: Owner) -> None:
-        """These blocks are about to be stored."""
+        """These blocks are about to be stored. Never raises: who stores them goes on."""
+        try:
+            self._remember(request, group, first, names, owner)
+        except Exception:
+            logger.exception("kvd: a defect of the connector; blocks are not named in events. Please report it")
+
+    def _remember(self, request: "Request", group: Group, first: int, names: list[bytes], owner: Owner) -> None:
         scope = self.layout.scope(group, self.tenant, owner.weights, owner.lora, owner.salt)
         part = self.layout.part(group, 0)
         binding = self.link.ask(lambda s: self.link.binding(s, scope, group.block_bytes, part))

@@ -19,7 +19,9 @@ import torch
 import vllm
 from conftest import Daemon, soon
 from safetensors.torch import save_file
+from vllm.config import KVTransferConfig
 from vllm.distributed.kv_events import BlockRemoved, BlockStored
+from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorRole
 from vllm.engine.arg_utils import EngineArgs
 from vllm.v1.kv_cache_interface import (
     FullAttentionSpec,
@@ -30,13 +32,15 @@ from vllm.v1.kv_cache_interface import (
     SlidingWindowSpec,
 )
 
+import kvd
 from kvd._engine import Link, settings, weights_of
-from kvd.vllm import Settings, _layout, logger
+from kvd.vllm import KvdConnector, Settings, _layout, _scheduler, logger
 from kvd.vllm._identity import computed_as, weights_named
 from kvd.vllm._layout import check_backends, pages_of
 from kvd.vllm._layout import layout_of as kvd_layout
 from kvd.vllm._scheduler import Events, Scheduler
 from kvd.vllm._worker import Owner, Piece, Step, Work, Worker
+from kvd.vllm_tier import Settings as TierSettings
 
 BLOCKS, TOKENS = 64, 16
 FULL = FullAttentionSpec(block_size=TOKENS, num_kv_heads=2, head_size=32, dtype=torch.bfloat16)
@@ -612,10 +616,84 @@ def test_tensors_of_another_layout_are_refused_by_name(layout_of: Any, shape: tu
 
 
 def test_settings_are_checked():
-    assert settings(Settings, {"socket": "/x", "wait": 3}, "extra").wait == 3
+    assert settings(Settings, {"socket": "/x", "wait": 3, "deadline": 600}, "extra").wait == 3
     with pytest.raises(ValueError, match="unknown key 'sockt'; did you mean 'socket'"):
         settings(Settings, {"sockt": "/x"}, "extra")
     with pytest.raises(ValueError, match="'wait' is 'long'; expected float"):
         settings(Settings, {"wait": "long"}, "extra")
     with pytest.raises(ValueError, match="'layerwise' is 1; expected bool"):
         settings(Settings, {"layerwise": 1}, "extra")
+
+
+@pytest.mark.parametrize("kind", [Settings, TierSettings])
+def test_settings_that_cannot_work_are_refused_by_name(kind: Any):
+    wrong: list[tuple[str, Any]] = [("tenant", one) for one in ("Team-A", "", "a" * 64, "a b", "a\n")]
+    wrong += [("deadline", one) for one in (0, 0.0, -1.0, float("nan"), float("inf"), 1e9, 10**400)]
+    wrong += [("staging_bytes", one) for one in (0, -1, 1 << 60)]
+    wrong += [("model", "x" * 1025), ("weights", "x" * 1025), ("socket", "/" * 5000)]
+    seconds = ("load_seconds", "match_seconds", "job_seconds")
+    wrong += [(name, one) for name in seconds if hasattr(kind, name) for one in (0, -1.0, float("nan"), 601)]
+    wrong += [(name, one) for name in ("wait", "request_wait_max") if hasattr(kind, name) for one in (-5, float("nan"), 1e9)]
+    wrong += [("threads", one) for one in (0, -1, 1000) if hasattr(kind, "threads")]
+    for name, value in wrong:
+        with pytest.raises(ValueError, match=f"^extra: '{name}' "):
+            settings(kind, {name: value}, "extra")
+
+
+def connector(config: Any, role: KVConnectorRole, spec: Any = FULL, kv_role: str = "kv_both", **extra: Any) -> KvdConnector:
+    made = config()
+    made.kv_transfer_config = KVTransferConfig(
+        kv_connector="KvdConnector", kv_connector_module_path="kvd.vllm", kv_role=kv_role, kv_connector_extra_config=extra
+    )
+    return KvdConnector(made, role, cache(spec))
+
+
+def test_what_cannot_be_a_name_is_refused_when_the_engine_starts(config: Any, tmp_path: Path):
+    scheduler = KVConnectorRole.SCHEDULER
+    with pytest.raises(ValueError, match="'tenant' is 'Team-A'; expected the form"):
+        connector(config, scheduler, tenant="Team-A")
+    made = config()
+    made.model_config.model = "x" * 1025
+    with pytest.raises(ValueError, match="`model` has 1025 bytes"):
+        connector(lambda: made, scheduler)
+
+
+def test_staging_that_holds_no_block_is_refused_with_both_numbers(config: Any):
+    block_bytes = 3 * 2 * TOKENS * 64 * 2
+    role = KVConnectorRole.SCHEDULER
+    with pytest.raises(ValueError, match=f"'staging_bytes' is 10,000, and a block of group 0 has {block_bytes:,}"):
+        connector(config, role, staging_bytes=10_000)
+    connector(config, role, staging_bytes=block_bytes).shutdown()
+    # It announces nothing.
+    connector(config, role, kv_role="kv_consumer", staging_bytes=10_000).shutdown()
+
+
+def test_whatever_a_call_raises_the_engine_goes_on(daemon: Daemon, layout_of: Any, caplog: pytest.LogCaptureFixture):
+    layout, one = layout_of(cache(FULL)), link(daemon)
+    for wrong in (ValueError, OverflowError, TypeError, RuntimeError, kvd.errors.Invalid):
+
+        def fail(session: kvd.Session, wrong: Any = wrong) -> None:
+            raise wrong("that")
+
+        assert one.ask(fail) is None
+    # A salt that no scope can hold, with events on.
+    asked = request(names(3), cache_salt="s" * 2000, all_token_ids=list(range(3 * TOKENS + 5)))
+    events = Events(link(daemon), layout, "default")
+    asks = scheduler(daemon, layout, events=events)
+    assert matched(asks, asked) == 0
+    assert asks.step(planned(3)).stores, "it is offered, and comes to nothing"
+    events.remember(SimpleNamespace(), layout.groups[0], 0, names(3), OWNER)
+    store(worker(daemon, layout, tensors(layout, 1)), [Piece(0, names(3), [1, 2, 3])], Owner("w", salt="s" * 2000))
+    asks.close()
+
+
+def test_what_a_client_says_wrongly_is_cut_short_in_the_log(daemon: Daemon, layout_of: Any, monkeypatch: pytest.MonkeyPatch):
+    said: list[str] = []
+    monkeypatch.setattr(_scheduler.logger, "warning", lambda form, *values: said.append(form % values))
+    wrong = request(names(4), kv_transfer_params={"kvd": {"wait": "x" * 10_000}})
+    assert scheduler(daemon, layout_of(cache(FULL)))._track(wrong).wait == 0
+    assert len(said) == 1 and len(said[0]) < 400
+
+
+def test_the_name_of_a_session_may_be_of_any_length(daemon: Daemon):
+    assert link(daemon, "ü" * 500).ask(lambda session: session.is_connected) is not None
