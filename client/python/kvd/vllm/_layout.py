@@ -192,9 +192,12 @@ def _attention(spec: AttentionSpec) -> str:
 def _dtype(spec: AttentionSpec, numbers: str) -> str:
     """What numbers these are. torch's type alone does not tell where vLLM keeps them as bare bytes; then it is
     ``numbers``, what vLLM was told to keep."""
-    if spec.kv_quant_mode == KVQuantMode.NONE and spec.dtype.is_floating_point:
-        return str(spec.dtype).removeprefix("torch.")
-    return str(getattr(spec, "cache_dtype_str", None) or numbers)
+    name = str(spec.dtype).removeprefix("torch.")
+    told = str(getattr(spec, "cache_dtype_str", None) or numbers)
+    if spec.kv_quant_mode == KVQuantMode.NONE:
+        # What an indexer keeps as bytes, the digest of the configuration has.
+        return name if spec.dtype.is_floating_point else f"{name}:{told}"
+    return told
 
 
 def _unsupported(what: str, instead: str) -> ValueError:

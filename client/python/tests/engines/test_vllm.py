@@ -492,6 +492,8 @@ def test_numbers_that_torch_calls_bytes_are_called_by_what_they_are(layout_of: A
     bare = dataclasses.replace(FULL, dtype=torch.uint8, kv_quant_mode=KVQuantMode.FP8_PER_TENSOR)
     for kept in ("fp8_e4m3", "fp8_e5m2", "fp8_per_token_head"):
         assert layout_of(cache(bare), kv_cache_dtype=kept).groups[0].dtype == kept
+    unsaid = dataclasses.replace(FULL, dtype=torch.uint8)
+    assert layout_of(cache(unsaid), kv_cache_dtype="fp8_e4m3").groups[0].dtype == "uint8:fp8_e4m3"
     # A layer that was left out of it.
     assert layout_of(cache(FULL), kv_cache_dtype="fp8_e4m3").groups[0].dtype == "bfloat16"
 
