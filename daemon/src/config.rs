@@ -295,6 +295,9 @@ section! {
         instances_max: u32 = 8,
         /// Tenant that all of their blocks belong to.
         tenant: String = "default".into(),
+        /// What numbers `uint8` elements are, such as fp8_e4m3: vLLM calls its FP8 caches of every kind bytes. It holds
+        /// for all engines of this kvd, and is part of the names of their blocks. off: who has such is refused.
+        uint8_as: OrOff<Label> = OrOff::Off,
         /// How long a lookup waits for chunks that another engine has announced and not stored yet.
         pending_wait: Span = Span::seconds(1),
         /// How long chunks that a lookup found are held for the engine to load them.
