@@ -1,5 +1,6 @@
 //! The account of promises: blocks that the daemon acknowledged as durable must be found again, whatever
-//! happened to it, unless it says that it evicted them.
+//! happened to it, unless it says that it evicted them. What another node has does not count: each must keep
+//! its own promises.
 //!
 //! What a daemon evicted before a kill it may not remember after it. So the account is settled just before
 //! each kill: what it says it evicted leaves the account, the rest must be there afterwards.
@@ -89,10 +90,15 @@ impl Audit {
     ) -> Result<Self, Error> {
         let mut audit = Self::default();
         for batch in hashes.chunks(BATCH) {
-            let names: Vec<SequenceHash> = batch.iter().copied().map(SequenceHash::from).collect();
+            // What is not here is not waited for: it would come from whichever node has it.
+            let look = || Self::look(worker, binding, batch);
+            let here = patience.insist(worker, &mut tally.retries, look)?;
+            audit.evicted += here.evicted;
+            audit.lost += here.lost;
+            let names: Vec<SequenceHash> = here.kept.iter().copied().map(SequenceHash::from).collect();
             let ask = || worker.acquire_many(binding, &names, Duration::from_secs(5));
             let answers = patience.insist(worker, &mut tally.retries, ask)?;
-            for (hash, got) in batch.iter().zip(answers) {
+            for (hash, got) in here.kept.iter().zip(answers) {
                 match got {
                     Got::Miss(miss) => audit.enter(*hash, Some(miss.reason)),
                     Got::Block(block) => {
