@@ -73,7 +73,7 @@ pub struct Options {
     /// Host tier of each node, in shared memory [default: 256MiB for all, less where there is less]
     #[arg(long, value_name = "SIZE", value_parser = text::<Size>)]
     pub host_bytes: Option<Size>,
-    /// Disk tier of each node [default: 2GiB for all, less where there is less]
+    /// Disk tier of each node [default: 2GiB, of several 1GiB, less where there is less]
     #[arg(long, value_name = "SIZE", value_parser = text::<Size>)]
     pub disk_bytes: Option<Size>,
     /// Which blocks are written to disk when they leave host memory: budget, frequency, all or never
@@ -118,7 +118,8 @@ pub fn run(options: &Options, stop: &Stop) -> anyhow::Result<Report> {
     };
     let nodes = usize::from(options.nodes);
     let host = share(Size::mib(256), nodes, Size::mib(16));
-    let disk = share(Size::gib(2), nodes, Size::mib(256));
+    // Enough for all that is durable: of old evictions a small disk forgets that they were any.
+    let disk = Size::gib(if nodes == 1 { 2 } else { 1 });
     let places = Places::make(&wishes, host, disk, nodes)?;
     let workers = options.workers.map_or_else(
         || std::thread::available_parallelism().map_or(2, |cores| cores.get().clamp(2, 8)),
@@ -379,12 +380,16 @@ impl Director<'_> {
         ));
         self.report.recovered_blocks += recovery.host_blocks + recovery.disk_blocks;
         self.report.restarts.push(restart);
-        self.enter(&before);
-        self.enter(&after);
+        self.enter(victim, &before);
+        self.enter(victim, &after);
         Ok(())
     }
 
-    fn enter(&mut self, audit: &Audit) {
+    fn enter(&mut self, node: usize, audit: &Audit) {
+        if let Some((hash, reason)) = audit.first_lost {
+            let words = || format!("block {hash} of {}: {}", self.nodes[node].setup.name, reason.name());
+            self.report.first_lost.get_or_insert_with(words);
+        }
         self.report.durable_evicted += audit.evicted;
         self.report.lost_durable_blocks += audit.lost;
         // What is undecided stays in the account; only the last word on it counts.
@@ -400,7 +405,7 @@ impl Director<'_> {
                 let (worker, binding) = &self.nodes[at].auditor;
                 let asked = self.replay.acked(at);
                 let audit = Audit::read(worker, binding, &asked, &self.patience, &mut self.tally)?;
-                self.enter(&audit);
+                self.enter(at, &audit);
                 undecided += audit.undecided;
                 told = self.status(at)?;
                 self.report.disk_bytes_written += told.disk_bytes_written;

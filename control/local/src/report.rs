@@ -59,6 +59,8 @@ pub struct Report {
     pub durable_undecided: u64,
     /// Of those, blocks that are gone without such a reason.
     pub lost_durable_blocks: u64,
+    /// The first of them, in words.
+    pub first_lost: Option<String>,
     /// Reading a block, wherever it was.
     pub read_us: Quantiles,
     /// Reading a block in host memory.
@@ -332,6 +334,9 @@ impl fmt::Display for Report {
             size(self.bytes_read),
             grouped(self.wrong_bytes)
         )?;
+        if let Some(first) = &self.first_lost {
+            writeln!(f, "           the first lost: {first}")?;
+        }
         if let Some(first) = &self.first_wrong {
             writeln!(f, "           the first: {first}")?;
         }
