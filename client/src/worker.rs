@@ -277,7 +277,7 @@ impl Worker {
     }
 
     /// The blocks' names, as many in each request as the daemon takes.
-    fn batches(&self, binding: &Binding, hashes: &[SequenceHash]) -> Vec<Option<v1::Names>> {
+    pub(crate) fn batches(&self, binding: &Binding, hashes: &[SequenceHash]) -> Vec<Option<v1::Names>> {
         let batch = |hashes: &[SequenceHash]| Some(names_of(&binding.keys(hashes)));
         hashes.chunks(self.inner.client.keys_per_request_max()).map(batch).collect()
     }

@@ -140,6 +140,10 @@ fn lookups_see_what_peers_have_when_they_are_told_to() {
     assert_eq!(found.prefix, 4, "{found:?}");
     let nodes: Vec<&str> = found.found.iter().map(|found| found.node.as_str()).collect();
     assert_eq!(nodes, ["a", "a", "b", "b", ""]);
+    // What is here behind a gap that a peer fills counts as well.
+    store(&at_c, 4..5);
+    assert_eq!(look(true).prefix, 5);
+    assert_eq!(look(false).prefix, 0);
     // Nothing has moved.
     assert_eq!(at_c.status().fetched_blocks, 0);
 }

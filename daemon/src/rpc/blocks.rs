@@ -160,11 +160,17 @@ impl v1::blocks_server::Blocks for BlocksService {
         let view = self.view(who, request.session)?;
         let names = self.names(request.names.as_ref()).map_err(status)?;
         let keys = self.node().keys(&names).map_err(status)?;
-        let mut answers = view.lookup(&keys, request.all, until).await.map_err(status)?;
+        // Behind the first block that is not here may be others that are, and the peers fill the gap.
+        let all = request.all || request.peers;
+        let mut answers = view.lookup(&keys, all, until).await.map_err(status)?;
         let mut nodes = Vec::new();
         if request.peers && answers.iter().any(|found| matches!(found, Found::Miss(_))) {
-            let further = self.0.look_further(who.principal, &keys, &mut answers, request.all, until).await;
+            let further = self.0.look_further(who.principal, &keys, &mut answers, until).await;
             nodes = further.map_err(status)?;
+            let first = answers.iter().position(|found| matches!(found, Found::Miss(_)));
+            if let Some(first) = first.filter(|_| !request.all) {
+                answers.truncate(first + 1);
+            }
         }
         let prefix = answers.iter().take_while(|found| matches!(found, Found::In(_))).count() as u32;
         let mut found = Vec::with_capacity(answers.len());

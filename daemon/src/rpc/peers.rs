@@ -31,15 +31,13 @@ impl Shared {
         &self,
         principal: usize,
         keys: &[kv_block::BlockKey],
-        answers: &mut Vec<Found>,
-        all: bool,
+        answers: &mut [Found],
         until: Instant,
     ) -> Result<Vec<String>, Fault> {
         let mut nodes = vec![String::new(); keys.len()];
         let Some(peers) = self.peers.as_ref().filter(|peers| !peers.members().is_empty()) else {
             return Ok(nodes);
         };
-        answers.resize(keys.len(), Found::Miss(MissReason::NeverStored));
         let absent: Vec<usize> =
             (0..keys.len()).filter(|at| matches!(answers[*at], Found::Miss(_))).collect();
         let until = until.min(Instant::now() + self.config.peers.probe_limit.0);
@@ -52,9 +50,6 @@ impl Shared {
                 Sight::In(tier) => Found::In(tier),
                 Sight::Pending | Sight::Absent => Found::Miss(MissReason::NotComplete),
             };
-        }
-        if !all && let Some(first) = answers.iter().position(|found| matches!(found, Found::Miss(_))) {
-            answers.truncate(first + 1);
         }
         Ok(nodes)
     }
