@@ -108,7 +108,14 @@ pub(crate) fn get_of(
     let request = v1::GetRequest { session: 0, names: Some(names), wait_ms, node: node.into() };
     let key = key_in(tenant, number);
     let got = door.runtime.block_on(async {
-        let mut stream = door.blocks().get(request).await.expect("get").into_inner();
+        let mut stream = match door.blocks().get(request).await {
+            Ok(stream) => stream.into_inner(),
+            // A shard that was kept from its core for longer than a caller waits says so, instead of a miss.
+            Err(late) if late.code() == tonic::Code::DeadlineExceeded => {
+                return Err(v1::MissReason::TierTimeout);
+            }
+            Err(fault) => panic!("get: {fault}"),
+        };
         let (mut bytes, mut wanted) = (Vec::new(), None);
         while let Some(message) = stream.message().await.expect("a message") {
             match message.what.expect("something") {
