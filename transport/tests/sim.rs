@@ -61,6 +61,7 @@ fn nothing_is_lost_whatever_goes_wrong() {
         "unreachable",
         "refused",
         "silent",
+        "unread",
         "rules",
     ] {
         assert!(tally.counts.get(what).is_some_and(|count| *count > 10), "{what} was hardly seen");

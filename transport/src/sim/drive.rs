@@ -66,7 +66,8 @@ impl World {
                 let report = self.side(node, peer).reader.report();
                 let strike = report.last_error.map_or("", |(strike, _)| strike);
                 self.tally.count(strike);
-                let fair = ["unreachable", "silent", "stuck"].contains(&strike);
+                // Without a strike it accuses nobody: no path is left, and nothing was wanted.
+                let fair = ["", "unreachable", "silent", "stuck", "unread"].contains(&strike);
                 assert!(fair || !self.weather.is_honest(), "an honest peer is accused: {strike}, {why}");
                 if let Some(conn) = self.leave_conn(node, peer) {
                     self.sever_all(conn, 0);
