@@ -58,7 +58,7 @@ pub use kv_block::{
     ScopeKind, SequenceHash, SessionId, ShardId, Slice, Tier,
 };
 pub use options::{ClientOptions, Endpoint, PutOptions, Tls, WorkerOptions};
-pub use read::{BlockGuard, Got, Lookup};
+pub use read::{BlockGuard, Got, Lookup, Sighting};
 pub use runtime::Call;
 pub use worker::{Doors, Evicted, Pinned, Prefetched, Worker};
 pub use write::{Reservation, Stored};

@@ -15,6 +15,7 @@ use crate::client::Client;
 use crate::error::{Error, Miss, bug, of_status, timed_out};
 use crate::hub::{Hold, Ticket};
 use crate::options::DEADLINE_MAX;
+use crate::runtime::Call;
 use crate::session::{Known, Life, Link, Shm, Way, unix_now};
 use crate::worker::{Worker, miss, names_of};
 
@@ -35,6 +36,27 @@ impl Lookup {
     pub fn prefix(&self) -> usize {
         self.tiers.len()
     }
+}
+
+/// Where a block is, as far as this node and its peers know.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Sighting {
+    /// In a tier of this node.
+    Here(Tier),
+    /// In a tier of a peer.
+    At {
+        /// The peer's name.
+        node: String,
+        /// Its fastest tier that has the block.
+        tier: Tier,
+    },
+    /// A peer expects it: somebody there is about to store it.
+    Expected {
+        /// The peer's name.
+        node: String,
+    },
+    /// Nowhere.
+    Absent(Miss),
 }
 
 /// What asking for a block gave.
@@ -190,7 +212,11 @@ impl Worker {
         let ask = self.client().call(async move {
             let mut lookup = Lookup::default();
             for names in batches {
-                let message = v1::LookupRequest { names: Some(names), all: false, session: session.0 };
+                let message = v1::LookupRequest {
+                    names: Some(names),
+                    session: session.0,
+                    ..v1::LookupRequest::default()
+                };
                 let answer = client.within(client.blocks().lookup(client.request(message))).await?;
                 for found in answer.found {
                     match found.what {
@@ -212,12 +238,31 @@ impl Worker {
         ask.wait()
     }
 
+    /// Where each of these blocks is: here, or at a peer that the daemon asks. Nothing moves; what a peer has comes
+    /// with [`Worker::prefetch`], or when an acquire waits for it.
+    pub fn locate(&self, binding: &Binding, hashes: &[SequenceHash]) -> Call<Vec<Sighting>> {
+        let (client, session) = (self.client(), self.session());
+        let requests = self.batches(binding, hashes);
+        self.client().call(async move {
+            let mut sightings = Vec::new();
+            for names in requests {
+                let message = v1::LookupRequest { names, all: true, session: session.0, peers: true };
+                let answer = client.within(client.blocks().lookup(client.request(message))).await?;
+                for found in answer.found {
+                    sightings.push(sighting(found)?);
+                }
+            }
+            Ok(sightings)
+        })
+    }
+
     /// Opens a block that is in host memory now.
     pub fn acquire(&self, binding: &Binding, hash: &SequenceHash) -> Result<Got, Error> {
         self.acquire_wait(binding, hash, Duration::ZERO)
     }
 
-    /// [`Worker::acquire`] that waits up to `wait` for a block that is announced, or on disk.
+    /// [`Worker::acquire`] that waits up to `wait` for a block that is announced, on disk, or with a peer of the
+    /// node.
     pub fn acquire_wait(&self, binding: &Binding, hash: &SequenceHash, wait: Duration) -> Result<Got, Error> {
         let mut got = self.acquire_keys(&[binding.key(hash)], wait)?;
         got.pop().ok_or_else(|| bug("one block asked for, none answered"))
@@ -309,6 +354,7 @@ impl Worker {
             session: life.session.0,
             names: Some(names_of(&[*key])),
             wait_ms: u32::try_from(wait.as_millis()).unwrap_or(u32::MAX),
+            node: String::new(),
         };
         let (key, epoch) = (*key, life.epoch);
         let work = async move {
@@ -325,6 +371,19 @@ impl Worker {
             Err(miss) => Got::Miss(miss),
         })
     }
+}
+
+fn sighting(found: v1::Found) -> Result<Sighting, Error> {
+    let v1::Found { what, node } = found;
+    Ok(match what {
+        Some(v1::found::What::Tier(tier)) => {
+            let tier = convert::tier(tier)?.ok_or_else(|| bug("a hit without a tier"))?;
+            if node.is_empty() { Sighting::Here(tier) } else { Sighting::At { node, tier } }
+        }
+        Some(v1::found::What::Miss(_)) if !node.is_empty() => Sighting::Expected { node },
+        Some(v1::found::What::Miss(found)) => Sighting::Absent(miss(found)),
+        None => return Err(bug("a block without an answer")),
+    })
 }
 
 async fn read_all(
@@ -437,6 +496,8 @@ impl Shm {
             Err(_) => return Ok(Err(Next::Ask(link))),
         };
         Ok(Err(match Known::of(entry.as_ref(), unix) {
+            // Whoever has time has the daemon ask the peers.
+            Known::Never | Known::Gone(_) if wait => Next::Ask(link),
             Known::Never => Next::Miss(MissReason::NeverStored),
             Known::Gone(reason) => Next::Miss(reason),
             Known::Pending if !wait => Next::Miss(MissReason::NotComplete),

@@ -213,14 +213,25 @@ impl Worker {
         })
     }
 
-    /// Starts bringing blocks up to host memory.
+    /// Starts bringing blocks up to host memory, from disk or from whichever peer has them.
     pub fn prefetch(&self, binding: &Binding, hashes: &[SequenceHash]) -> Call<Prefetched> {
-        let (client, session) = (self.client(), self.session());
+        self.prefetch_from(binding, hashes, "")
+    }
+
+    /// [`Worker::prefetch`] that asks `node` first for what is not here: whoever knows where blocks are saves the
+    /// daemon the search. Empty: nobody in particular.
+    pub fn prefetch_from(
+        &self,
+        binding: &Binding,
+        hashes: &[SequenceHash],
+        node: impl Into<String>,
+    ) -> Call<Prefetched> {
+        let (client, session, node) = (self.client(), self.session(), node.into());
         let requests = self.batches(binding, hashes);
         self.client().call(async move {
             let mut sum = Prefetched::default();
             for names in requests {
-                let message = v1::PrefetchRequest { names, session: session.0 };
+                let message = v1::PrefetchRequest { names, session: session.0, node: node.clone() };
                 let answer = client.within(client.blocks().prefetch(client.request(message))).await?;
                 sum.started += answer.started;
                 sum.resident += answer.resident;
@@ -266,7 +277,7 @@ impl Worker {
     }
 
     /// The blocks' names, as many in each request as the daemon takes.
-    fn batches(&self, binding: &Binding, hashes: &[SequenceHash]) -> Vec<Option<v1::Names>> {
+    pub(crate) fn batches(&self, binding: &Binding, hashes: &[SequenceHash]) -> Vec<Option<v1::Names>> {
         let batch = |hashes: &[SequenceHash]| Some(names_of(&binding.keys(hashes)));
         hashes.chunks(self.inner.client.keys_per_request_max()).map(batch).collect()
     }

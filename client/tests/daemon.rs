@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 
 use kv_client::{
     Binding, BlockKey, Client, ClientOptions, Doors, EventKind, Evicted, FaultKind, Got, MissReason,
-    PutOptions, Scope, SequenceHash, Slice, Tier, WatchOptions, Worker, WorkerOptions,
+    PutOptions, Scope, SequenceHash, Sighting, Slice, Tier, WatchOptions, Worker, WorkerOptions,
 };
 
 const BLOCK: usize = 64 << 10;
@@ -171,6 +171,51 @@ fn both_doors(name: &str, story: impl Fn(&Daemon, &Worker)) {
         let worker = daemon.worker(WorkerOptions { grpc_only, ..WorkerOptions::default() });
         assert_eq!(matches!(worker.doors(), Doors::GrpcOnly { .. }), grpc_only, "{:?}", worker.doors());
         story(&daemon, &worker);
+    }
+}
+
+/// Two daemons that are each other's peers.
+fn pair(name: &str) -> Option<[Daemon; 2]> {
+    // Ports that were free a moment ago; both are taken before the first is given back.
+    let free = [0, 1].map(|_| std::net::TcpListener::bind("127.0.0.1:0").unwrap());
+    let ports = free.each_ref().map(|one| one.local_addr().unwrap().port());
+    drop(free);
+    let start = |at: usize| {
+        let settings = [
+            format!("node.name=node-{at}"),
+            format!("peers.listen=127.0.0.1:{}", ports[at]),
+            format!("peers.members=node-0=127.0.0.1:{},node-1=127.0.0.1:{}", ports[0], ports[1]),
+        ];
+        let settings = settings.map(|setting| &*String::leak(setting));
+        Daemon::start_with(&format!("{name}-{at}"), Vec::leak(settings.to_vec()))
+    };
+    Some([start(0)?, start(1)?])
+}
+
+#[test]
+fn what_a_peer_has_is_located_and_comes_to_whoever_waits() {
+    for grpc_only in [false, true] {
+        let Some([there, here]) = pair(&format!("pair-{grpc_only}")) else { return };
+        let theirs = there.worker(WorkerOptions::default());
+        let worker = here.worker(WorkerOptions { grpc_only, ..WorkerOptions::default() });
+        let (binding, from) = (bind(&worker), bind(&theirs));
+        (0..2).for_each(|number| assert!(!put(&theirs, &from, number)));
+        assert!(!put(&worker, &binding, 2));
+        let hashes: Vec<_> = (0..4).map(hash).collect();
+        let at = || Sighting::At { node: "node-0".into(), tier: Tier::Host };
+        let absent = Sighting::Absent(MissReason::NeverStored.into());
+        let located = worker.locate(&binding, &hashes).wait().unwrap();
+        assert_eq!(located, [at(), at(), Sighting::Here(Tier::Host), absent]);
+        // Whoever has no time gets what is here.
+        let got = worker.acquire(&binding, &hash(0)).unwrap();
+        assert_eq!(reason(&got), Some(MissReason::NeverStored));
+        let got = worker.acquire_many(&binding, &hashes, LONG).unwrap();
+        for (number, got) in (0..3).zip(&got) {
+            let Got::Block(block) = got else { panic!("block {number}: {got:?}") };
+            assert_right(&binding, number, block);
+        }
+        assert_eq!(reason(&got[3]), Some(MissReason::NeverStored));
+        assert_eq!(worker.lookup(&binding, &hashes).unwrap().prefix(), 3, "what came stays");
     }
 }
 

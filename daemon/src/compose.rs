@@ -17,9 +17,10 @@ use anyhow::Context as _;
 use kv_arena::{Adoption, Geometry, Grower, HazardSet, MemorySpec, ShardMemory};
 use kv_block::code::Code;
 use kv_block::{Epoch, Record, SessionId, ShardId};
-use kv_node::{Brain, BrainConfig, Event, Micros, Now};
+use kv_node::{Brain, BrainConfig, Event, FetchOp, Micros, Now};
 use kv_tiers::catalog::Catalog;
 use kv_tiers::host::{HostTier, Watermarks};
+use tokio::sync::mpsc;
 
 use crate::config::units::{Admission, HugePages, Policy};
 use crate::config::{Config, Loaded};
@@ -43,6 +44,8 @@ pub struct Running {
     pub grpc: std::os::unix::net::UnixListener,
     threads: Vec<JoinHandle<()>>,
     growth: Growth,
+    /// What shards look for among the peers.
+    pub fetches: mpsc::UnboundedReceiver<(ShardId, FetchOp, Instant)>,
     door: Option<(StopDoor, JoinHandle<()>)>,
     /// Held until the end: the run directory's lock and socket files.
     _files: (RunDir, [SocketFile; 2]),
@@ -107,6 +110,7 @@ pub fn start(loaded: &Loaded, plan: &Plan) -> anyhow::Result<Running> {
     let sessions = Sessions::new(config.limits.sessions_max as usize + 1);
     // Of nobody who can call: its number opens nothing.
     let guest = sessions.open("grpc".into(), Door::Grpc, Caller::Unknown, 0).map_err(anyhow::Error::new)?.id;
+    let (fetch_door, fetches) = mpsc::unbounded_channel();
     let mut shards = Vec::new();
     let mut memory = Vec::new();
     let mut notes = Vec::new();
@@ -127,6 +131,7 @@ pub fn start(loaded: &Loaded, plan: &Plan) -> anyhow::Result<Running> {
             one.shard.tell(Event::Bound(bound.binding()));
         }
         one.shard.tell(Event::Opened { session: guest });
+        one.shard.set_peers(fetch_door.clone());
         growers.extend(one.grower.map(|grower| (one.handle.clone(), grower)));
         shards.push(one.handle);
         memory.push(one.fds);
@@ -164,6 +169,7 @@ pub fn start(loaded: &Loaded, plan: &Plan) -> anyhow::Result<Running> {
         grpc,
         threads,
         growth,
+        fetches,
         door: Some(door),
         _files: (run_dir, [grpc_file, workers_file]),
     })
@@ -362,6 +368,8 @@ fn brain_config(config: &Config, bounds: &Bounds, shard: &ShardPlan, epoch: Epoc
         stalled_max: bounds.stalled_max as usize,
         offloads_max: bounds.offloads_max as usize,
         onboards_max: bounds.onboards_max as usize,
+        fetches_max: bounds.fetches_max as usize,
+        fetch_limit_ms: config.peers.fetch_limit.0.as_millis() as u64,
         events_kept_max: bounds.events_max as usize,
     }
 }

@@ -22,8 +22,8 @@ use serde::{Deserialize, Serialize};
 
 pub use layer::{ConfigError, Facts, Loaded, Origin, Problem, Sources};
 use units::{
-    Address, Admission, Engine, FilePath, HugePages, Label, LogFormat, Mode, OrAuto, OrOff, Place, Policy,
-    Share, Size, SizeOrShare, Span, Sync, UidRule,
+    Address, Admission, Engine, FilePath, HugePages, Label, LogFormat, Member, Mode, OrAuto, OrOff, Place,
+    Policy, Rdma, Share, Size, SizeOrShare, Span, Sync, UidRule,
 };
 
 /// Status with which the daemon ends when its configuration is refused (`EX_CONFIG`).
@@ -75,6 +75,8 @@ pub struct Config {
     pub limits: Limits,
     /// Users whose blocks lie apart.
     pub principals: BTreeMap<String, Principal>,
+    /// Nodes that serve each other's blocks.
+    pub peers: Peers,
     /// The door for engines that speak LMCache's protocol.
     pub lmcache: Lmcache,
     /// Quotas by tenant.
@@ -94,6 +96,7 @@ impl Config {
         ("disk", Disk::DOCS),
         ("catalog", Catalog::DOCS),
         ("limits", Limits::DOCS),
+        ("peers", Peers::DOCS),
         ("lmcache", Lmcache::DOCS),
         ("principals.*", Principal::DOCS),
         ("tenants.*", Tenant::DOCS),
@@ -243,6 +246,36 @@ section! {
 }
 
 section! {
+    /// Nodes that serve each other's blocks.
+    Peers {
+        /// Where other nodes fetch blocks from this one. Beyond this machine it needs `listen.tls` with a client CA:
+        /// the certificate of a node must carry its name.
+        listen: OrOff<Address> = OrOff::Off,
+        /// The other nodes, each as `<name>=<host>:<port>`. The same list may stand on all of them: a node passes
+        /// over itself.
+        members: Vec<Member> = vec![],
+        /// Connections that large blocks of one peer come by, beside one for small blocks.
+        connections: u32 = 4,
+        /// How long a block may be on its way from a peer, the search for it included.
+        fetch_limit: Span = Span::seconds(10),
+        /// How long the peers may take to say whether they have a block.
+        probe_limit: Span = Span::millis(500),
+        /// How many peers are asked for a block that nobody hinted at.
+        probe_peers_max: u32 = 16,
+        /// Blocks that one peer may want of this node at one moment.
+        wants_max: u32 = 16384,
+        /// Bytes of blocks that this node holds for one peer at one moment.
+        held_bytes_max: Size = Size::gib(1),
+        /// How long a block is held for a peer that does not say that it is done.
+        lease_ttl: Span = Span::seconds(30),
+        /// Whether blocks move by RDMA where both nodes can: auto, off or required.
+        rdma: Rdma = Rdma::Auto,
+        /// RDMA device to use, by the kernel's name. auto: those that are up, the nearest first.
+        rdma_device: OrAuto<Label> = OrAuto::Auto,
+    }
+}
+
+section! {
     /// The door for engines that speak LMCache's protocol: kvd in the place of `lmcache server`.
     Lmcache {
         /// Where they connect: an address and port such as 127.0.0.1:6555, or unix:/path/of/a/socket, which LMCache's
@@ -262,6 +295,9 @@ section! {
         instances_max: u32 = 8,
         /// Tenant that all of their blocks belong to.
         tenant: String = "default".into(),
+        /// What numbers `uint8` elements are, such as fp8_e4m3: vLLM calls its FP8 caches of every kind bytes. It holds
+        /// for all engines of this kvd, and is part of the names of their blocks. off: who has such is refused.
+        uint8_as: OrOff<Label> = OrOff::Off,
         /// How long a lookup waits for chunks that another engine has announced and not stored yet.
         pending_wait: Span = Span::seconds(1),
         /// How long chunks that a lookup found are held for the engine to load them.
@@ -326,6 +362,17 @@ impl Config {
     /// Directory of the shared memory files. Settled by [`Config::load`].
     pub fn memory_dir(&self) -> PathBuf {
         self.host.memory_dir.get().map_or_else(|| "/dev/shm/kvd".into(), |path| path.0.clone())
+    }
+
+    /// The other nodes, without this one.
+    pub fn peers(&self) -> impl Iterator<Item = &Member> {
+        self.peers.members.iter().filter(|member| member.name != self.node_name())
+    }
+
+    /// Whether certificates of both sides are checked.
+    pub fn has_mutual_tls(&self) -> bool {
+        let Tls { cert, key, client_ca } = &self.listen.tls;
+        cert.get().is_some() && key.get().is_some() && client_ca.get().is_some()
     }
 
     /// What the pools of the LMCache door are called. Settled by [`Config::load`].

@@ -4,18 +4,20 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use kv_node::ShardReport;
+use kv_transport::health::Circuit;
 use metrics_exporter_prometheus::PrometheusHandle;
 
 use crate::beats::Beats;
 use crate::metrics as m;
 use crate::node::Node;
+use crate::peers::{PeerView, Peers};
 use crate::sessions::Door;
 use crate::shard::ShardHandle;
 
 const PERIOD: Duration = Duration::from_secs(1);
 
 /// Keeps the metrics up to date for as long as the runtime lives.
-pub async fn follow(node: Arc<Node>, recorder: PrometheusHandle) {
+pub async fn follow(node: Arc<Node>, peers: Option<Peers>, recorder: PrometheusHandle) {
     let mut beat = tokio::time::interval(PERIOD);
     beat.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
     let mut beats = Beats::default();
@@ -29,6 +31,11 @@ pub async fn follow(node: Arc<Node>, recorder: PrometheusHandle) {
         }
         if let Ok(reports) = node.reports(Instant::now() + PERIOD).await {
             publish(&node, &reports);
+        }
+        if let Some(peers) = &peers
+            && let Ok(views) = peers.views().await
+        {
+            of_peers(&views);
         }
     }
 }
@@ -104,6 +111,24 @@ fn counters(reports: &[ShardReport]) {
         if let Some(metric) = m::ALL.iter().find(|metric| metric.name == name) {
             metric.counter(&[&label]).absolute(count);
         }
+    }
+}
+
+/// What each peer gives and gets.
+fn of_peers(views: &[PeerView]) {
+    for PeerView { member, reader, served, .. } in views {
+        let peer = &member.name[..];
+        let down = matches!(reader.circuit, Circuit::Open { .. });
+        m::PEER_UP.gauge(&[peer]).set(f64::from(u8::from(!down)));
+        m::PEER_STRIKES.counter(&[peer]).absolute(reader.strikes);
+        if let Some(rtt) = reader.rtt {
+            m::PEER_RTT.gauge(&[peer]).set(rtt.as_secs_f64());
+        }
+        m::FETCH_BLOCKS.counter(&[peer]).absolute(reader.landed);
+        m::FETCH_BYTES.counter(&[peer]).absolute(reader.paths.values().map(|path| path.bytes).sum());
+        m::SERVE_BLOCKS.counter(&[peer]).absolute(served.blocks());
+        m::SERVE_BYTES.counter(&[peer]).absolute(served.bytes());
+        m::SERVE_HELD.gauge(&[peer]).set(served.held_bytes() as f64);
     }
 }
 

@@ -25,6 +25,7 @@ pub mod logging;
 pub mod metrics;
 pub mod node;
 pub mod peercred;
+pub mod peers;
 pub mod plan;
 pub mod private;
 pub mod registry;

@@ -76,6 +76,31 @@ pub(crate) fn refusals(config: &Config) -> Vec<(&'static str, String)> {
             ),
         ));
     }
+    if let Some(address) = beyond_this_machine(&config.peers.listen)
+        && !config.has_mutual_tls()
+        && !listen.insecure
+    {
+        found.push((
+            "peers.listen",
+            format!(
+                "{address} can be reached from other machines, and there is no mutual TLS: set listen.tls.cert, \
+                 listen.tls.key and listen.tls.client_ca, or listen.insecure = true (--insecure) where the \
+                 network itself is trusted"
+            ),
+        ));
+    }
+    if let Some(member) = config.peers().find(|member| !member.is_local())
+        && !config.has_mutual_tls()
+        && !listen.insecure
+    {
+        found.push((
+            "peers.members",
+            format!(
+                "{member} is another machine, and there is no mutual TLS: set listen.tls.cert, listen.tls.key and \
+                 listen.tls.client_ca, or listen.insecure = true (--insecure) where the network itself is trusted"
+            ),
+        ));
+    }
     match config.lmcache.listen.get() {
         Some(Place::Tcp(address)) if !address.ip().to_canonical().is_loopback() && !listen.insecure => {
             found.push((

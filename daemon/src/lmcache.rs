@@ -51,6 +51,7 @@ pub async fn open(
         shm_name: config.lmcache_shm_name().to_owned(),
         instances_max: lmcache.instances_max as usize,
         tenant: lmcache.tenant.clone(),
+        uint8_as: lmcache.uint8_as.get().map(|label| label.0.clone()),
         pending_wait: lmcache.pending_wait.0,
         hold_ttl: lmcache.hold_ttl.0,
         // A block lies in one region of the arena.

@@ -98,6 +98,23 @@ metrics! {
     TRANSFERS_IN_FLIGHT = "kvd_transfers_inflight", Gauge, Count, ["shard"],
         "Copies and disk operations under way";
 
+    PEER_UP = "kvd_peer_up", Gauge, Count, ["peer"],
+        "1 unless the circuit of a peer is open";
+    PEER_STRIKES = "kvd_peer_strikes_total", Counter, Count, ["peer"],
+        "Wrong bytes, nonsense, silence and failed connections of a peer";
+    PEER_RTT = "kvd_peer_rtt_seconds", Gauge, Seconds, ["peer"],
+        "From a question to a peer to its answer, the newest one";
+    FETCH_BLOCKS = "kvd_fetch_blocks_total", Counter, Count, ["peer"],
+        "Blocks that came from a peer";
+    FETCH_BYTES = "kvd_fetch_bytes_total", Counter, Bytes, ["peer"],
+        "Bytes that came from a peer";
+    SERVE_BLOCKS = "kvd_serve_blocks_total", Counter, Count, ["peer"],
+        "Blocks that a peer was let read";
+    SERVE_BYTES = "kvd_serve_bytes_total", Counter, Bytes, ["peer"],
+        "Bytes that a peer was let read";
+    SERVE_HELD = "kvd_serve_held_bytes", Gauge, Bytes, ["peer"],
+        "Bytes of blocks held for a peer";
+
     TIER_CAPACITY = "kvd_tier_capacity_bytes", Gauge, Bytes, ["shard", "tier"],
         "Room of a tier; of host memory, what is allocated";
     TIER_CONFIGURED = "kvd_tier_configured_bytes", Gauge, Bytes, ["shard", "tier"],

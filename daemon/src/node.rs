@@ -4,6 +4,7 @@
 //! counts; a question that must have one home (a store, an announcement) goes to the shard that the key picks.
 //! Whoever uses blocks sees the shards of its principal, administrators see all.
 
+use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -12,7 +13,7 @@ use kv_api::convert::Names;
 use kv_arena::Held;
 use kv_block::code::Code;
 use kv_block::{BlockKey, Epoch, Fault, MissReason, SessionId, ShardId, Tier};
-use kv_node::{BlockReport, Event, Found, Grant, Op, Reply, ShardReport};
+use kv_node::{BlockReport, Event, Found, Grant, Op, Reach, Reply, ShardReport};
 
 use crate::drain::Drain;
 use crate::plan::PrincipalPlan;
@@ -352,11 +353,12 @@ impl<'a> View<'a> {
         &self,
         session: SessionId,
         key: &BlockKey,
-        wait: bool,
+        (wait, reach): (bool, Reach),
         deadline: Instant,
     ) -> Result<(ShardId, Result<Grant, MissReason>), Fault> {
         let shard = self.owner(key, deadline).await?;
-        match self.ask(shard, session, deadline, Op::Acquire { key: *key, wait }, Bytes::new()).await? {
+        match self.ask(shard, session, deadline, Op::Acquire { key: *key, wait, reach }, Bytes::new()).await?
+        {
             Reply::Leased(grant) => Ok((shard.id, Ok(grant))),
             Reply::Miss(reason) => Ok((shard.id, Err(reason))),
             other => Err(unexpected(&other)),
@@ -369,7 +371,7 @@ impl<'a> View<'a> {
         &self,
         session: SessionId,
         key: &BlockKey,
-        wait: bool,
+        wait: (bool, Reach),
         deadline: Instant,
     ) -> Result<Result<(Held, Tier), MissReason>, Fault> {
         if let Some(held) = self.shards.iter().find_map(|shard| shard.hold_now(session, key)) {
@@ -387,6 +389,30 @@ impl<'a> View<'a> {
         let held =
             held.ok_or_else(|| Fault::new(Code::Bug, format!("leased block {key} is not in its slot")))?;
         Ok(Ok((held, grant.tier)))
+    }
+
+    /// Starts bringing blocks up, each on the shard that has it or would: how many are on their way, and how many
+    /// need not be.
+    pub async fn prefetch(
+        &self,
+        session: SessionId,
+        keys: &[BlockKey],
+        reach: Reach,
+        deadline: Instant,
+    ) -> Result<(u64, u64), Fault> {
+        let mut by_shard: BTreeMap<ShardId, Vec<BlockKey>> = BTreeMap::new();
+        for key in keys {
+            by_shard.entry(self.owner(key, deadline).await?.id).or_default().push(*key);
+        }
+        let mut sum = (0, 0);
+        for (shard, keys) in by_shard {
+            let shard = &self.node.shards[usize::from(shard.0)];
+            match self.ask(shard, session, deadline, Op::Prefetch { keys, reach }, Bytes::new()).await? {
+                Reply::Counted { done, kept, .. } => sum = (sum.0 + done, sum.1 + kept),
+                other => return Err(unexpected(&other)),
+            }
+        }
+        Ok(sum)
     }
 
     /// Asks every shard that is seen the same and adds the counts up.

@@ -62,6 +62,8 @@ pub struct Plan {
     pub region_bytes: u64,
     /// Threads of the control runtime.
     pub control_threads: usize,
+    /// Threads that blocks from and to peers move on.
+    pub peer_threads: usize,
     /// Bounds of queues and pools.
     pub bounds: Bounds,
     /// What may be taken at most, one line per owner.
@@ -134,6 +136,8 @@ pub struct Bounds {
     pub offloads_max: u32,
     /// Blocks on their way up from disk.
     pub onboards_max: u32,
+    /// Blocks on their way from peers; 0 without any.
+    pub fetches_max: u32,
     /// Requests that wait for room.
     pub stalled_max: u32,
     /// Requests from gRPC not yet taken by the shard.
@@ -267,6 +271,7 @@ pub fn plan(topology: &Topology, loaded: &Loaded, resources: &Resources) -> Resu
         principals,
         region_bytes,
         control_threads: control_threads(topology),
+        peer_threads: peer_threads(topology),
         bounds,
         budget,
         notes,
@@ -402,6 +407,12 @@ fn shared_out(whole: u64, shares: &[Share]) -> Vec<u64> {
 fn control_threads(topology: &Topology) -> usize {
     let cpus: usize = topology.nodes.iter().map(|node| node.cpus.len()).sum();
     (cpus / 8).clamp(1, 8)
+}
+
+/// With two at least, a small block does not wait for a large one.
+fn peer_threads(topology: &Topology) -> usize {
+    let cpus: usize = topology.nodes.iter().map(|node| node.cpus.len()).sum();
+    (cpus / 4).clamp(2, 8)
 }
 
 /// Parts of `whole` in proportion to `weights`, summing to `whole`, each at least 1 while there is enough.
@@ -551,12 +562,16 @@ fn topology_notes(topology: &Topology, shards: &[ShardPlan]) -> Vec<String> {
     notes
 }
 
+/// Blocks that a shard with peers has on their way from them at one moment.
+const FETCHES_MAX: u32 = 16384;
+
 fn bounds(config: &Config) -> Bounds {
     let depth = config.disk.queue_depth;
     Bounds {
         disk_queue_depth: depth,
         offloads_max: depth * 2,
         onboards_max: depth * 2,
+        fetches_max: if config.peers().next().is_some() { FETCHES_MAX } else { 0 },
         stalled_max: config.limits.sessions_max.saturating_mul(16),
         requests_max: 1024,
         events_max: 1 << 16,
@@ -612,6 +627,24 @@ fn budget(config: &Config, shards: &[ShardPlan], homes: u64, bounds: &Bounds) ->
         line("requests", format!("{sessions} messages of {message}"), sessions.saturating_mul(message.0)),
         line("events", format!("{events} kept, 48B each"), events * 48),
     ];
+    let peers = config.peers().count() as u64;
+    if peers > 0 {
+        // A search, its want and its read; what it lands in is of the arena.
+        let searches = u64::from(bounds.fetches_max) * count;
+        lines.push(line(
+            "searches among peers",
+            format!("{count} shard(s) of {}, 512B each", bounds.fetches_max),
+            searches * 512,
+        ));
+    }
+    if config.peers.listen.get().is_some() {
+        let wants = u64::from(config.peers.wants_max);
+        lines.push(line(
+            "wants of peers",
+            format!("{} readers of {wants}, 256B each", peers.max(1)),
+            peers.max(1) * wants * 256,
+        ));
+    }
     if config.lmcache.listen.get().is_some() {
         let (instances, pool) = (config.lmcache.instances_max, config.lmcache.pool_bytes);
         lines.push(line(

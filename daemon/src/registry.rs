@@ -221,6 +221,38 @@ impl Registry {
         Ok((bound, true))
     }
 
+    /// Makes known what another node says of a binding. As [`Registry::register`], without the tenant's salt: the scope
+    /// id, which it went into, is what counts.
+    pub fn introduce(&self, mut kept: Kept) -> Result<(Arc<Bound>, bool), Fault> {
+        // Ours to forget, should the other node have told it.
+        kept.scope.salt.clear();
+        if !kept.is_itself() || !Scope::is_tenant(&kept.scope.tenant) {
+            let text = format!("the tag {:016x} is not that of the scope, slice and length told", kept.tag);
+            return Err(Fault::new(Code::BadRequest, text));
+        }
+        let mut state = self.write_state();
+        if let Some(id) = state.by_tag.get(&kept.tag).copied() {
+            let known = Arc::clone(&state.by_number[usize::from(id.0)]);
+            if known.scope_id().is_some() {
+                return Ok((known, false));
+            }
+            let named = Arc::new(Bound::new(id, kept));
+            state.by_number[usize::from(id.0)] = Arc::clone(&named);
+            state.unsaved.push(Arc::clone(&named));
+            return Ok((named, true));
+        }
+        let asleep = state.asleep.remove(&kept.tag);
+        let Some(bound) = state.add(kept) else {
+            let text =
+                format!("{BINDINGS_MAX} scopes and slices are registered, as many as there are numbers");
+            return Err(Fault::new(Code::TooManyBindings, text));
+        };
+        if asleep.as_ref() != Some(&bound.kept) {
+            state.unsaved.push(Arc::clone(&bound));
+        }
+        Ok((bound, true))
+    }
+
     /// The binding of a recovered block; one without a meaning when only its tag is known, and `None`, which
     /// is counted, when there is no number left.
     pub fn recovered(&self, record: &Record) -> Option<Arc<Bound>> {

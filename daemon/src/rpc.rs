@@ -6,6 +6,7 @@ mod blocks;
 mod events;
 mod guard;
 mod intake;
+mod peers;
 mod worker;
 
 use std::sync::Arc;
@@ -27,6 +28,7 @@ pub use worker::WorkerService;
 use crate::config::Config;
 use crate::node::{Node, View};
 use crate::peercred::Who;
+use crate::peers::Peers;
 
 /// How long a call may take when the caller does not say.
 const DEADLINE_DEFAULT: Duration = Duration::from_secs(10);
@@ -40,6 +42,8 @@ pub struct Shared {
     pub node: Arc<Node>,
     /// The configuration it runs with.
     pub config: Arc<Config>,
+    /// The node's peers, where it has any.
+    pub peers: Option<Peers>,
     /// Room for the bodies of puts while they arrive and are copied, in units of [`ROOM_BYTES`].
     bodies: Arc<Semaphore>,
     /// Puts that wait for such room.
@@ -65,11 +69,11 @@ impl Shared {
     }
 
     /// What the services of `node` share.
-    pub fn new(node: Arc<Node>, config: Arc<Config>) -> Self {
+    pub fn new(node: Arc<Node>, config: Arc<Config>, peers: Option<Peers>) -> Self {
         let room = config.limits.in_flight_bytes_max.0 / ROOM_BYTES;
         let room = usize::try_from(room).unwrap_or(usize::MAX).min(Semaphore::MAX_PERMITS);
         let waiting = Arc::new(Semaphore::new(WAITING_MAX));
-        Self { node, config, bodies: Arc::new(Semaphore::new(room)), waiting }
+        Self { node, config, peers, bodies: Arc::new(Semaphore::new(room)), waiting }
     }
 
     /// Room for a body of so many bytes, waiting for it if need be. A block longer than all the room there is
@@ -155,7 +159,7 @@ fn wait_until(deadline: Instant, wait_ms: u32) -> (Instant, bool) {
 
 /// For `map_err`.
 #[allow(clippy::needless_pass_by_value, reason = "map_err gives the fault away")]
-fn status(fault: Fault) -> Status {
+pub(crate) fn status(fault: Fault) -> Status {
     to_status(&fault)
 }
 

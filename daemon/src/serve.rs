@@ -15,10 +15,11 @@ use tonic_health::server::HealthReporter;
 use tower::layer::util::{Identity, Stack};
 
 use crate::beats::Beats;
-use crate::config::Loaded;
+use crate::config::{Config, Loaded};
 use crate::connections::{Connections, raise_descriptor_limit};
 use crate::http::{Check, HealthSource};
 use crate::node::Node;
+use crate::peers::{self, Peers};
 use crate::plan::Plan;
 use crate::requests::Timed;
 use crate::rpc::{
@@ -48,11 +49,18 @@ pub fn run(loaded: &Loaded, plan: &Plan, plan_text: String) -> anyhow::Result<()
         .context("starting the control runtime")?;
     // From here on a signal ends the daemon in order, also while it still recovers.
     let signals = runtime.block_on(async { Signals::watch() })?;
-    let running = compose::start(loaded, plan)?;
+    let mut running = compose::start(loaded, plan)?;
     let node = Arc::clone(&running.node);
+    let config = Arc::new(loaded.config.clone());
+    let fetches = std::mem::replace(&mut running.fetches, tokio::sync::mpsc::unbounded_channel().1);
+    let peers = peers::start(&node, &config, plan, fetches)?;
+    let known = peers.as_ref().map(|running| running.peers.clone());
     let listener = running.grpc.try_clone().context("sharing the gRPC socket")?;
-    let served = runtime.block_on(serve(loaded, plan, plan_text, node, listener, signals));
+    let served = runtime.block_on(serve(loaded, config, plan, plan_text, node, known, listener, signals));
     systemd::stopping("stopping shards");
+    if let Some(peers) = peers {
+        peers.stop();
+    }
     running.stop();
     // Calls that waited for a shard hear that it stopped.
     let served = served.map(|mut servers| {
@@ -85,20 +93,22 @@ impl Signals {
     }
 }
 
+#[allow(clippy::too_many_arguments, reason = "what the start put together")]
 async fn serve(
     loaded: &Loaded,
+    config: Arc<Config>,
     plan: &Plan,
     plan_text: String,
     node: Arc<Node>,
+    peers: Option<Peers>,
     listener: std::os::unix::net::UnixListener,
     mut signals: Signals,
 ) -> anyhow::Result<Servers> {
-    let config = Arc::new(loaded.config.clone());
     let recorder = metrics::install(&node.name);
     let (mut health_reporter, health_service) = tonic_health::server::health_reporter();
     say_health(&health_reporter, false).await;
     tokio::spawn(follow_drain(health_reporter.clone(), node.drain.watch()));
-    let shared = Shared::new(Arc::clone(&node), Arc::clone(&config));
+    let shared = Shared::new(Arc::clone(&node), Arc::clone(&config), peers.clone());
     let routes = || -> anyhow::Result<Routes> {
         let message_max = config.limits.message_bytes_max.0 as usize;
         let admin = AdminService {
@@ -176,7 +186,7 @@ async fn serve(
         let router = http::router(Arc::clone(&source) as Arc<dyn HealthSource>, recorder.clone());
         tokio::spawn(http::serve(http, router, end(stopped.clone())));
     }
-    tokio::spawn(gauges::follow(Arc::clone(&node), recorder));
+    tokio::spawn(gauges::follow(Arc::clone(&node), peers, recorder));
     tokio::spawn(watchdog(Arc::clone(&source)));
     let recovered = &node.recovered;
     tracing::info!(

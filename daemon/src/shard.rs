@@ -4,6 +4,7 @@
 //!   worker rings --take--> +-------------------------------+ --push--> worker rings
 //!   mailbox (gRPC) ------> | loop: events -> brain -> what | -------> whoever asked over gRPC
 //!   disk completions ----> |       it commands, done here  | --submit-> disk
+//!   what peers say ------> |                               | -------> whoever speaks with the peers
 //!                          +-------------------------------+
 //! ```
 //! The loop takes what is there, does what follows from it, and sleeps when nothing is left: first it spins
@@ -17,13 +18,17 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use bytes::Bytes;
-use crossbeam_queue::ArrayQueue;
+use crossbeam_queue::{ArrayQueue, SegQueue};
 use kv_arena::{Entry, EntryState, HazardFile, HazardSet, Held, ShardMemory, Slab, Slot, TableReader};
 use kv_block::code::Code;
-use kv_block::{BindingId, BlockKey, Checksum, Fault, LeaseId, SessionId, ShardId, SlotId};
-use kv_node::{Brain, Command, Event, Keep, Micros, Now, Op, Origin, Reply, RequestId, ShardReport};
+use kv_block::{BindingId, BlockKey, Checksum, Fault, LeaseId, SessionId, ShardId, SlotId, Tier};
+use kv_node::{
+    Brain, Command, Event, FetchDone, FetchOp, Keep, Micros, Now, Op, Origin, Reach, Reply, RequestId,
+    ShardReport,
+};
 use kv_shm::{Completion, Outcome, Place, Request, ShardEnd, Submission};
 use kv_tiers::store::{BlockStore, StoreDone, StoreOp};
+use kv_wire::message::Sight;
 use rustix::event::epoll::{self, EventData, EventFlags};
 use rustix::event::{EventfdFlags, eventfd};
 
@@ -130,6 +135,9 @@ enum Seen {
     Looked { binding: BindingId, count: u32 },
 }
 
+/// Where a shard's searches among the peers go. Each carries its deadline.
+pub type FetchDoor = tokio::sync::mpsc::UnboundedSender<(ShardId, FetchOp, Instant)>;
+
 /// How other threads reach a shard.
 #[derive(Clone)]
 pub struct ShardHandle {
@@ -141,6 +149,8 @@ pub struct ShardHandle {
     slab: Slab,
     table: TableReader,
     seen: Arc<ArrayQueue<Seen>>,
+    /// No more than a few for each search that the brain may have under way.
+    fetched: Arc<SegQueue<FetchDone>>,
     disk_trouble: Arc<Mutex<Option<String>>>,
     disk_room: Arc<AtomicU64>,
     host_trouble: Arc<Mutex<Option<String>>>,
@@ -156,6 +166,7 @@ impl ShardHandle {
             slab: memory.slab().clone(),
             table: memory.table_reader(),
             seen: Arc::new(ArrayQueue::new(UNHEARD_MAX)),
+            fetched: Arc::default(),
             disk_trouble: Arc::default(),
             disk_room: Arc::default(),
             host_trouble: Arc::default(),
@@ -204,6 +215,23 @@ impl ShardHandle {
                 letter = back;
                 tokio::time::sleep(Duration::from_millis(1)).await;
             }
+        });
+    }
+
+    /// Says what became of searches among the peers.
+    pub fn tell_fetched(&self, done: impl IntoIterator<Item = FetchDone>) {
+        done.into_iter().for_each(|done| self.fetched.push(done));
+        self.waker.wake();
+    }
+
+    /// What a look at the table tells of each of these: on which tier it is, or that it is expected.
+    pub fn sights(&self, keys: &[BlockKey], mut each: impl FnMut(usize, Sight)) {
+        let unix = unix_now();
+        let mut at = 0;
+        self.table.find_each(keys, |found| {
+            each(at, found.map_or(Sight::Absent, |entry| sight(&entry, unix)));
+            at += 1;
+            true
         });
     }
 
@@ -300,6 +328,8 @@ pub struct Shard {
     serving: bool,
     mailbox: Arc<ArrayQueue<Letter>>,
     seen: Arc<ArrayQueue<Seen>>,
+    fetched: Arc<SegQueue<FetchDone>>,
+    peers: Option<FetchDoor>,
     waker: Waker,
     heartbeat: Arc<AtomicU64>,
     epoll: std::os::fd::OwnedFd,
@@ -378,6 +408,8 @@ impl Shard {
             serving: true,
             mailbox: Arc::clone(&handle.mailbox),
             seen: Arc::clone(&handle.seen),
+            fetched: Arc::clone(&handle.fetched),
+            peers: None,
             waker: handle.waker.clone(),
             heartbeat: Arc::clone(&handle.heartbeat),
             epoll,
@@ -402,6 +434,11 @@ impl Shard {
     pub fn set_store(&mut self, store: Box<dyn DiskTier>) {
         self.disk_room.store(store.room_bytes(), Ordering::Relaxed);
         self.store = Some(store);
+    }
+
+    /// Joins whoever speaks with the peers.
+    pub fn set_peers(&mut self, door: FetchDoor) {
+        self.peers = Some(door);
     }
 
     /// Tells the brain something before the loop starts.
@@ -453,6 +490,7 @@ impl Shard {
         let mut busy = self.take_letters(now);
         busy |= self.take_rings(now);
         busy |= self.take_store(now);
+        busy |= self.take_fetched(now);
         let at = Instant::now();
         if at >= self.tick_due {
             self.tick_due = at + TICK;
@@ -614,9 +652,11 @@ impl Shard {
                 Op::CommitInPlace { key, slot, generation, checksum, durable }
             }
             Request::Abort { key } => Op::Abort { key },
-            Request::Acquire { key, wait } => Op::Acquire { key, wait: wait && deadline_us > 0 },
+            Request::Acquire { key, wait } => {
+                Op::Acquire { key, wait: wait && deadline_us > 0, reach: Reach::Peers { hint: None } }
+            }
             Request::Release { lease } => Op::Release { leases: vec![lease] },
-            Request::Prefetch { key } => Op::Prefetch { keys: vec![key] },
+            Request::Prefetch { key } => Op::Prefetch { keys: vec![key], reach: Reach::Peers { hint: None } },
         };
         let from = self.origin(session, Asked::Ring { id });
         self.brain.handle(now, Event::Request { from, deadline, op }, &mut self.commands);
@@ -652,6 +692,34 @@ impl Shard {
             }
         }
         busy
+    }
+
+    fn take_fetched(&mut self, now: Now) -> bool {
+        let mut busy = false;
+        while let Some(done) = self.fetched.pop() {
+            busy = true;
+            self.brain.handle(now, Event::Fetch(done), &mut self.commands);
+            self.obey(now);
+        }
+        busy
+    }
+
+    fn fetch(&mut self, now: Now, op: FetchOp) {
+        let deadline = match &op {
+            FetchOp::Find { deadline, .. } => {
+                Instant::now() + Duration::from_micros(deadline.0.saturating_sub(now.micros.0))
+            }
+            FetchOp::Into { .. } | FetchOp::Decline { .. } | FetchOp::Leave { .. } => Instant::now(),
+        };
+        let Some(Err(refused)) = self.peers.as_ref().map(|peers| peers.send((self.id, op, deadline))) else {
+            return;
+        };
+        // The daemon ends: whoever speaks with the peers is gone before the shards are.
+        if let FetchOp::Find { fetch, .. } | FetchOp::Into { fetch, .. } | FetchOp::Decline { fetch, .. } =
+            refused.0.1
+        {
+            self.fetched.push(FetchDone::Missed { fetch, reason: kv_block::MissReason::PeerDown });
+        }
     }
 
     /// False when the disk takes no more for now; the operation waits.
@@ -716,6 +784,7 @@ impl Shard {
                         self.submit(op);
                     }
                     Command::Store(op) => self.parked.push_back(op),
+                    Command::Fetch(op) => self.fetch(now, op),
                     Command::Sweep => {
                         let freed = self.slab.sweep(&self.hazards);
                         self.brain.handle(now, Event::Swept { freed }, &mut self.commands);
@@ -852,6 +921,17 @@ fn unix_now() -> u32 {
     u32::try_from(since).unwrap_or(u32::MAX)
 }
 
+fn sight(entry: &Entry, unix: u32) -> Sight {
+    let over = entry.expires_at != 0 && entry.expires_at <= unix;
+    match entry.state {
+        EntryState::Pending => Sight::Pending,
+        EntryState::Present if over => Sight::Absent,
+        EntryState::Present if entry.host.is_some() => Sight::In(Tier::Host),
+        EntryState::Present => Sight::In(Tier::Disk),
+        EntryState::Ghost(_) => Sight::Absent,
+    }
+}
+
 fn is_in_host(entry: &Entry, unix: u32) -> bool {
     let over = entry.expires_at != 0 && entry.expires_at <= unix;
     entry.state == EntryState::Present && entry.host.is_some() && !over
@@ -921,6 +1001,8 @@ mod tests {
             stalled_max: 8,
             offloads_max: 8,
             onboards_max: 8,
+            fetches_max: 0,
+            fetch_limit_ms: 1000,
             events_kept_max: 1024,
         };
         let brain = Brain::new(config, catalog, host);

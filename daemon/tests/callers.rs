@@ -80,9 +80,9 @@ fn steal(door: &Door, session: u64, lease: u64) {
         assert_eq!(code(blocks.release(release).await), Some(Code::Denied), "release");
         let abort = v1::AbortRequest { session, names: names(2) };
         assert_eq!(code(blocks.abort(abort).await), Some(Code::Denied), "abort");
-        let acquire = v1::AcquireRequest { session, names: names(1), wait_ms: 0 };
+        let acquire = v1::AcquireRequest { session, names: names(1), wait_ms: 0, node: String::new() };
         assert_eq!(code(blocks.acquire(acquire).await), Some(Code::Denied), "acquire");
-        let get = v1::GetRequest { session, names: names(1), wait_ms: 0 };
+        let get = v1::GetRequest { session, names: names(1), wait_ms: 0, node: String::new() };
         assert_eq!(code(blocks.get(get).await), Some(Code::Denied), "get");
     });
 }
@@ -103,7 +103,7 @@ fn victim(home: &Home, door: &Door) -> (Worker, u64) {
         };
         let reserve = v1::ReserveRequest { session, names: Some(names(2)), ..v1::ReserveRequest::default() };
         assert_eq!(blocks.reserve(reserve).await.unwrap().into_inner().reserved, [true]);
-        let acquire = v1::AcquireRequest { session, names: Some(names(1)), wait_ms: 0 };
+        let acquire = v1::AcquireRequest { session, names: Some(names(1)), wait_ms: 0, node: String::new() };
         match blocks.acquire(acquire).await.unwrap().into_inner().acquired.remove(0).what {
             Some(v1::acquired::What::Lease(lease)) => lease.lease,
             other => panic!("{other:?}"),

@@ -161,7 +161,7 @@ fn wrong_requests_get_typed_faults_and_the_daemon_goes_on() {
     assert_eq!(code(&door.put(&scope, 99, 1, BYTES, false).unwrap_err()), Code::UnknownBinding);
     let key = |bytes: usize| v1::Names { keys: vec![vec![0; bytes].into()], ..v1::Names::default() };
     let acquire = |session: u64, names| {
-        let request = v1::AcquireRequest { session, names, wait_ms: 0 };
+        let request = v1::AcquireRequest { session, names, wait_ms: 0, node: String::new() };
         door.runtime.block_on(door.blocks().acquire(request)).unwrap_err()
     };
     assert_eq!(code(&acquire(0, Some(key(16)))), Code::UnknownSession);

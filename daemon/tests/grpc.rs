@@ -81,9 +81,19 @@ fn an_announced_block_arrives_by_a_put_of_the_same_session_and_waiters_get_it() 
         // One waits for a lease and one for the bytes, by another session and by none.
         let (other, _other) = open(&door).await;
         let (mut leases, mut reads) = (door.blocks(), door.blocks());
-        let acquire = v1::AcquireRequest { session: other, names: Some(named(binding, 1)), wait_ms: 20_000 };
+        let acquire = v1::AcquireRequest {
+            session: other,
+            names: Some(named(binding, 1)),
+            wait_ms: 20_000,
+            node: String::new(),
+        };
         let leased = tokio::spawn(async move { leases.acquire(acquire).await });
-        let get = v1::GetRequest { session: 0, names: Some(named(binding, 1)), wait_ms: 20_000 };
+        let get = v1::GetRequest {
+            session: 0,
+            names: Some(named(binding, 1)),
+            wait_ms: 20_000,
+            node: String::new(),
+        };
         let read = tokio::spawn(async move {
             let mut stream = reads.get(get).await?.into_inner();
             let first = stream.message().await?.and_then(|message| message.what);
@@ -165,7 +175,12 @@ fn waiting_ends_at_the_deadline_and_a_reader_who_stalls_holds_a_block_no_longer(
         let (session, _open) = open(&door).await;
         let reserve = v1::ReserveRequest { session, names: Some(named(small, 7)), ..Default::default() };
         door.blocks().reserve(reserve).await.unwrap();
-        let acquire = v1::AcquireRequest { session, names: Some(named(small, 7)), wait_ms: u32::MAX };
+        let acquire = v1::AcquireRequest {
+            session,
+            names: Some(named(small, 7)),
+            wait_ms: u32::MAX,
+            node: String::new(),
+        };
         let mut blocks = door.blocks();
         let asked = blocks.acquire(within(SOON, acquire));
         match tokio::time::timeout(LONG, asked).await.expect("it ends") {
@@ -180,7 +195,8 @@ fn waiting_ends_at_the_deadline_and_a_reader_who_stalls_holds_a_block_no_longer(
     });
     // A reader takes the head of a block that does not fit into what the connection keeps under way.
     let mut stream = door.runtime.block_on(async {
-        let get = v1::GetRequest { session: 0, names: Some(named(large, 1)), wait_ms: 0 };
+        let get =
+            v1::GetRequest { session: 0, names: Some(named(large, 1)), wait_ms: 0, node: String::new() };
         let mut stream = door.blocks().get(within(SOON, get)).await.unwrap().into_inner();
         let first = stream.message().await.unwrap().and_then(|message| message.what);
         assert!(matches!(first, Some(v1::get_response::What::Header(_))), "{first:?}");
@@ -340,7 +356,8 @@ fn calls_that_wait_end_by_themselves_while_the_daemon_drains_and_the_rest_hear_w
         assert_eq!(door.blocks().reserve(reserve(1)).await.unwrap().into_inner().reserved, [true]);
         let (session, _other) = open(&door).await;
         let acquire = |wait_ms| {
-            let request = v1::AcquireRequest { session, names: Some(named(binding, 1)), wait_ms };
+            let request =
+                v1::AcquireRequest { session, names: Some(named(binding, 1)), wait_ms, node: String::new() };
             let mut blocks = door.blocks();
             tokio::spawn(async move { blocks.acquire(within(LONG, request)).await })
         };

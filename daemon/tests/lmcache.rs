@@ -513,7 +513,7 @@ fn blocks_of_one_salt_model_or_form_are_not_found_by_another() {
     drop(engine);
     let engine = Engine::of(&home);
     let said =
-        wire::RegisterKvCacheEngineDrivenContextRequest { dtype_str: "int32".into(), ..registration(4) };
+        wire::RegisterKvCacheEngineDrivenContextRequest { dtype_str: "float16".into(), ..registration(4) };
     until("the first engine is forgotten", || engine.register(said.clone()).is_ok());
     assert_eq!(engine.lookup(&mine), 0);
 
@@ -532,6 +532,25 @@ fn blocks_of_one_salt_model_or_form_are_not_found_by_another() {
     });
     assert_eq!(engine.lookup(&changed), 1, "one token in the second chunk is another");
     assert_eq!(engine.load(&pool, 5, &wire::IpcCacheServerKey { end: CHUNK, ..changed }, 1), Some(1));
+}
+
+#[test]
+fn bytes_are_taken_once_the_operator_has_said_what_they_are() {
+    let home = with_door(Home::new("bare").set("lmcache.uint8_as=fp8_e4m3"), "bare");
+    let _daemon = home.start();
+    let engine = Engine::of(&home);
+    let said = wire::RegisterKvCacheEngineDrivenContextRequest {
+        dtype_str: "uint8".into(),
+        hidden_dim_size: 4 * registration(1).hidden_dim_size,
+        ..registration(1)
+    };
+    let pool = engine.register(said).unwrap();
+    assert_eq!(engine.store(&pool, 1, &key("a", 0, 3), 10), [0, 1, 2]);
+    assert_eq!(engine.lookup(&key("b", 0, 3)), 3);
+    assert_eq!(engine.load(&pool, 1, &key("b", 0, 3), 10), Some(3));
+    // What says it itself is not called so.
+    let refused = engine.register(registration(2)).unwrap_err();
+    assert!(refused.message().contains("dtype_str"), "{refused}");
 }
 
 #[test]
@@ -562,8 +581,10 @@ fn what_cannot_be_served_is_refused_at_registration_with_the_field_and_what_to_d
     let _daemon = home.start();
     let engine = Engine::of(&home);
     type Change = fn(&mut wire::RegisterKvCacheEngineDrivenContextRequest);
-    let rows: [(Change, &str); 6] = [
+    let rows: [(Change, &str); 8] = [
         (|said| said.dtype_str = "complex64".into(), "dtype_str"),
+        (|said| said.dtype_str = "int8".into(), "dtype_str"),
+        (|said| said.dtype_str = "uint8".into(), "lmcache.uint8_as"),
         (|said| said.num_layers = 0, "num_layers"),
         (|said| said.hidden_dim_size = -5, "hidden_dim_size"),
         (|said| said.hidden_dim_size = 1 << 20, "lmcache.chunk_tokens"),

@@ -198,7 +198,7 @@ fn a_principal_finds_nothing_of_another_and_its_fill_evicts_nothing_of_it() {
     };
     assert_eq!(explain(0).as_deref(), Some("b"));
     assert_eq!(explain(worker.session().0), None);
-    let get = v1::GetRequest { session: 0, names: Some(names.clone()), wait_ms: 0 };
+    let get = v1::GetRequest { session: 0, names: Some(names.clone()), wait_ms: 0, node: String::new() };
     let first = door.runtime.block_on(async { door.blocks().get(get).await?.into_inner().message().await });
     let what = first.unwrap().and_then(|message| message.what);
     assert!(matches!(what, Some(v1::get_response::What::Miss(_))), "bytes do not cross: {what:?}");

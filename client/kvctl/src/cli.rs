@@ -59,9 +59,9 @@ pub(crate) struct Global {
 pub(crate) enum Command {
     /// Health of the daemon, on one screen
     Status(cmd::status::Arguments),
-    /// List tiers, blocks, clients, leases or tenants
+    /// List tiers, blocks, clients, leases, tenants, peers or transfers
     Get(cmd::get::Arguments),
-    /// Everything about one tier, block, client or tenant
+    /// Everything about one tier, block, client, tenant or peer
     Describe(cmd::describe::Arguments),
     /// Why a block is here, or why it is not
     Why(cmd::why::Arguments),
@@ -79,8 +79,11 @@ pub(crate) enum Command {
     Verify(cmd::verify::Arguments),
     /// Set a tenant's quota until the next restart
     Quota(cmd::quota::Arguments),
-    /// Stop taking new work, or take it again
+    /// Take no new work, move blocks to peers; `undrain` ends it
     Drain(cmd::drain::Arguments),
+    /// Take new work again
+    #[command(hide = true)]
+    Undrain,
     /// Put, look up and read blocks; print p50, p99 and throughput
     Bench(cmd::bench::Arguments),
     /// Name every missing prerequisite and the command that mends it

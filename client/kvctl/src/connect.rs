@@ -80,6 +80,30 @@ impl Daemon {
         request
     }
 
+    /// How long a call may take.
+    pub(crate) fn timeout(&self) -> Duration {
+        self.timeout
+    }
+
+    /// The same daemon with more patience, or less.
+    pub(crate) fn patient(&self, timeout: Duration) -> Self {
+        Self { client: self.client.clone(), timeout }
+    }
+
+    /// [`Daemon::within`] for calls that older daemons do not know: `None` from them.
+    pub(crate) async fn within_if_known<T>(
+        &self,
+        call: impl Future<Output = Result<Response<T>, Status>>,
+    ) -> Result<Option<T>, Failure> {
+        let asked = async {
+            match call.await {
+                Err(status) if unknown(&status) => Ok(Response::new(None)),
+                answer => answer.map(|answer| Response::new(Some(answer.into_inner()))),
+            }
+        };
+        self.within(asked).await
+    }
+
     /// The answer, or what is said when it does not come.
     pub(crate) async fn within<T>(
         &self,
@@ -90,6 +114,11 @@ impl Daemon {
             Err(_) => Err(silent()),
         }
     }
+}
+
+/// Whether a daemon of another version does not know the call at all. One that knows it and cannot do it says why.
+fn unknown(status: &Status) -> bool {
+    status.code() == tonic::Code::Unimplemented && status.details().is_empty()
 }
 
 /// Connects, within `--timeout`.

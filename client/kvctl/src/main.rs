@@ -60,6 +60,7 @@ async fn dispatch(Cli { global, command }: Cli) -> Result<Exit, Failure> {
         Command::Verify(arguments) => cmd::verify::run(&global, arguments).await,
         Command::Quota(arguments) => cmd::quota::run(&global, arguments).await,
         Command::Drain(arguments) => cmd::drain::run(&global, arguments).await,
+        Command::Undrain => cmd::drain::undo(&global).await,
         Command::Bench(arguments) => cmd::bench::run(&global, arguments).await,
         Command::Doctor(arguments) => cmd::doctor::run(&global, arguments).await,
         Command::Config(arguments) => cmd::config::run(&global, arguments).await,

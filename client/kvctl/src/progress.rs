@@ -24,14 +24,42 @@ pub(crate) fn bar(verb: &'static str, noun: &str, total: u64) -> ProgressBar {
         .with_message(verb)
 }
 
+/// A report on long work.
+pub(crate) trait Report: Default {
+    /// How much of how much is done.
+    fn done(&self) -> (u64, u64);
+    /// Whether it is the last one.
+    fn finished(&self) -> bool;
+}
+
+impl Report for v1::Progress {
+    fn done(&self) -> (u64, u64) {
+        (self.done, self.total)
+    }
+
+    fn finished(&self) -> bool {
+        self.finished
+    }
+}
+
+impl Report for v1::EvacuateProgress {
+    fn done(&self) -> (u64, u64) {
+        (self.offered, self.total)
+    }
+
+    fn finished(&self) -> bool {
+        self.finished
+    }
+}
+
 /// The last report of the stream. A stream that ends unfinished or falls silent is a failure.
-pub(crate) async fn follow(
+pub(crate) async fn follow<R: Report>(
     verb: &'static str,
-    mut stream: tonic::Streaming<v1::Progress>,
+    mut stream: tonic::Streaming<R>,
     timeout: Duration,
-) -> Result<v1::Progress, Failure> {
+) -> Result<R, Failure> {
     let bar = bar(verb, "blocks", 0);
-    let mut last = v1::Progress::default();
+    let mut last = R::default();
     let silence = timeout.max(SILENCE_MIN);
     loop {
         let next = tokio::time::timeout(silence, stream.message()).await.map_err(|_| {
@@ -40,14 +68,16 @@ pub(crate) async fn follow(
                 .help("`kvctl status` shows whether it lives; work that nobody waits for is stopped, what is done stays done")
         })?;
         let Some(report) = next? else { break };
-        bar.set_length(report.total);
-        bar.set_position(report.done);
+        let (done, total) = report.done();
+        bar.set_length(total);
+        bar.set_position(done);
         last = report;
     }
     bar.finish_and_clear();
-    if last.finished {
+    if last.finished() {
         return Ok(last);
     }
-    Err(Failure::new(Exit::Failure, format!("it ended early, after {} of {} blocks", last.done, last.total))
+    let (done, total) = last.done();
+    Err(Failure::new(Exit::Failure, format!("it ended early, after {done} of {total} blocks"))
         .help("run it again: what is done stays done"))
 }

@@ -31,7 +31,8 @@ macro_rules! named {
 named! {
     StatusResponse ListTiersResponse ListClientsResponse ListLeasesResponse ListTenantsResponse
     ListBlocksResponse GetConfigResponse SetQuotaResponse Progress DrainResponse TierInfo ClientInfo
-    TenantInfo BlockInfo ExplainResponse PinResponse UnpinResponse EvictResponse DescribeResponse
+    TenantInfo BlockInfo ExplainResponse PinResponse UnpinResponse EvictResponse DescribeResponse Found
+    ListPeersResponse DescribePeerResponse ListTransfersResponse
 }
 
 static POOL: LazyLock<DescriptorPool> =

@@ -47,6 +47,11 @@ impl Cell {
         Self::number(number, units::seconds(number))
     }
 
+    /// A duration in milliseconds.
+    pub(crate) fn milliseconds(number: u64) -> Self {
+        Self::number(number, units::milliseconds(number))
+    }
+
     /// A unix time to come, as the time until then; 0 is never.
     pub(crate) fn until(at: u64, now: u64) -> Self {
         let text = match at {
@@ -73,9 +78,9 @@ impl Cell {
 /// The colour of a state word.
 pub(crate) fn ink_of(state: &str) -> Ink {
     match state {
-        "ok" | "present" => Ink::Good,
-        "warn" | "degraded" | "pending" => Ink::Warn,
-        "error" | "off" | "quarantined" => Ink::Bad,
+        "ok" | "present" | "up" => Ink::Good,
+        "warn" | "degraded" | "pending" | "connecting" | "leaving" => Ink::Warn,
+        "error" | "off" | "quarantined" | "down" => Ink::Bad,
         _ => Ink::Plain,
     }
 }

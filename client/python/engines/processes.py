@@ -40,17 +40,16 @@ def free_port() -> int:
         return port
 
 
-def is_mapped(path: Path) -> bool:
-    """Whether some process has it open in memory; what we may not look at counts."""
-    for maps in Path("/proc").glob("[0-9]*/maps"):
+def maps(session: int | None = None) -> str:
+    """What all processes, or those of a session, have mapped. Of whom we may not look at, nothing: they are not ours."""
+    found = []
+    for process in Path("/proc").glob("[0-9]*"):
         try:
-            if str(path) in maps.read_text():
-                return True
-        except (FileNotFoundError, ProcessLookupError):
+            if session in (None, int((process / "stat").read_text().rpartition(")")[2].split()[3])):
+                found.append((process / "maps").read_text())
+        except (FileNotFoundError, ProcessLookupError, PermissionError):
             continue
-        except PermissionError:
-            return True
-    return False
+    return "".join(found)
 
 
 class Process:
@@ -190,7 +189,8 @@ class Vllm:
         core: int = 0,
         environment: dict[str, str] | None = None,
     ):
-        self.name, self.port, self.begun = name, free_port(), time.time()
+        self.name, self.port = name, free_port()
+        self._segments: set[str] = set()
         programs = Path(sys.executable).parent
         command = [str(programs / "vllm"), "serve", str(model), "--served-model-name", "tiny", "--host", "127.0.0.1"]
         command += ["--port", str(self.port), "--dtype", "float32", "--max-model-len", "4096", "--max-num-seqs", "8"]
@@ -225,6 +225,8 @@ class Vllm:
                 return False
 
         soon(ready, f"{self.name} comes up", ENGINE_START_SECONDS)
+        # Now, for it may be killed.
+        self._note_segments()
 
     def ask(
         self, prompt: str | list[int], *, tokens: int = 16, model: str = "tiny", timeout: float = 120, **more: Any
@@ -278,11 +280,17 @@ class Vllm:
         return {source: float(count) for source, count in pattern.findall(self._get("/metrics"))}
 
     def end(self, how: signal.Signals = signal.SIGTERM) -> None:
+        self._note_segments()
         self.process.end(how)
         # What an engine that was killed leaves in shared memory, Python does not collect.
-        for path in Path("/dev/shm").glob("psm_*"):
-            if path.stat().st_uid == os.getuid() and path.stat().st_mtime >= self.begun and not is_mapped(path):
-                path.unlink()
+        mapped = maps()
+        for segment in self._segments:
+            if segment not in mapped:
+                Path(segment).unlink(missing_ok=True)
+
+    def _note_segments(self) -> None:
+        """Remembers the segments of shared memory that its processes have made."""
+        self._segments.update(re.findall(r"/dev/shm/psm_\w+", maps(self.process.popen.pid)))
 
     def _get(self, path: str) -> str:
         with urllib.request.urlopen(f"http://127.0.0.1:{self.port}{path}", timeout=30) as answer:

@@ -159,6 +159,8 @@ class World:
         if self.kvd.process:
             wanted = answer.tokens // self.door.step
             soon(lambda: self.kvd.status()["put_blocks"] >= before + wanted, "the prompt is stored")
+            # What came in may have been an earlier prompt's.
+            soon(lambda: not self.held("pending"), "what is announced is stored")
         return answer
 
     def again(self, engine: Vllm, prompt: str, cold: Answer, what: str, **more: Any) -> Answer:

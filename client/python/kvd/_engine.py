@@ -9,11 +9,12 @@ import difflib
 import hashlib
 import json
 import os
+import re
 import threading
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import fields
+from dataclasses import field, fields
 from logging import Logger, LoggerAdapter
 from pathlib import Path
 from typing import Any, BinaryIO, TypeAlias, TypeVar
@@ -25,6 +26,8 @@ _Log: TypeAlias = "Logger | LoggerAdapter[Any]"
 
 PAUSE_SECONDS = (0.1, 3.0)
 """How long a link asks nothing after the first failed call, and after many."""
+NAME_BYTES = 128
+"""Longest name of a session."""
 BINDINGS = 512
 """Bindings that a link keeps: one for each group and slice of each adapter and salt in use."""
 LOOKUP = 64
@@ -40,7 +43,8 @@ class Link:
     def __init__(
         self, name: str, *, endpoint: str | None, deadline: float, log: _Log, staging_bytes: int | None = None
     ):
-        self.name, self.endpoint, self.deadline, self.log = name, endpoint, deadline, log
+        self.name = name.encode()[:NAME_BYTES].decode(errors="ignore")
+        self.endpoint, self.deadline, self.log = endpoint, deadline, log
         self._staging_bytes = staging_bytes
         self._lock = threading.Lock()
         self._session: kvd.Session | None = None
@@ -53,7 +57,8 @@ class Link:
         return time.monotonic() >= self._silent_until
 
     def ask(self, what: Callable[[kvd.Session], T]) -> T | None:
-        """What ``what`` answers; ``None`` while the daemon is away, and when it refuses."""
+        """What ``what`` answers; ``None`` while the daemon is away, when it refuses, and whatever else goes wrong: engines
+        do not catch what a connector raises."""
         if not self.is_up:
             return None
         try:
@@ -64,8 +69,12 @@ class Link:
         except (kvd.Busy, kvd.Full) as error:
             self.log.debug("kvd: %s", error)
             return None
-        except kvd.KvdError as error:
+        except (kvd.KvdError, ValueError, OverflowError) as error:
+            # The latter two: what cannot even be asked, such as a salt that is too long.
             self.log.error("kvd refuses a call; the engine goes on without it: %s", error)
+            return None
+        except Exception:
+            self.log.exception("kvd: a defect of the connector; the engine goes on without it. Please report it")
             return None
         if self._failures:
             with self._lock:
@@ -159,12 +168,32 @@ def _discard(session: kvd.Session, binding: kvd.Binding, name: bytes | str, what
     session.evict(binding, [name], tier="host")
 
 
+def number(default: Any, *, least: float, most: float) -> Any:
+    """A field of settings: a number within ``least`` and ``most``."""
+    return field(default=default, metadata={"least": least, "most": most})
+
+
+def text(default: str = "", *, form: str = "", most: int = 1024) -> Any:
+    """A field of settings: a text of at most ``most`` bytes that is of the regular expression ``form``."""
+    return field(default=default, metadata={"form": form, "most": most})
+
+
+TENANT = "[a-z0-9-]{1,63}"
+WEIGHTS_BYTES = 512
+"""A name of weights has more than that: digests, and the life of the engine."""
+WAIT_SECONDS = 600.0
+"""The longest that a setting may make anybody wait: beyond it, a request is as good as lost."""
+STAGING_BYTES = 1 << 38
+"""What the daemon's own limit on one session is."""
+
+
 def settings(kind: type[T], given: Mapping[str, Any], where: str) -> T:
     """``given`` as ``kind``, a dataclass of plain values.
 
-    Raises ``ValueError`` that names the key: unknown (with the nearest known), or of another type than the default.
+    Raises ``ValueError`` that names the key: unknown (with the nearest known), of another type than the default, or out
+    of the bounds that its field (:func:`number`, :func:`text`) has.
     """
-    known = {field.name: field for field in fields(kind)}  # type: ignore[arg-type]
+    known = {one.name: one for one in fields(kind)}  # type: ignore[arg-type]
     for key, value in given.items():
         if key not in known:
             near = difflib.get_close_matches(key, known, 1)
@@ -174,11 +203,43 @@ def settings(kind: type[T], given: Mapping[str, Any], where: str) -> T:
         wanted: tuple[type, ...] = (int, float) if isinstance(default, float) else (type(default),)
         if not isinstance(value, wanted) or isinstance(value, bool) != isinstance(default, bool):
             raise ValueError(f"{where}: {key!r} is {value!r}; expected {type(default).__name__}")
+        if wrong := _out_of_bounds(value, known[key].metadata):
+            raise ValueError(f"{where}: {key!r} {wrong}")
     return kind(**given)
 
 
+def _out_of_bounds(value: Any, bounds: Mapping[str, Any]) -> str:
+    """What is wrong with a value; empty when nothing is."""
+    if "least" in bounds:
+        # NaN is not within any.
+        if not bounds["least"] <= value <= bounds["most"]:
+            return f"is {value!r}; expected {bounds['least']:,} to {bounds['most']:,}"
+    elif "most" in bounds:
+        if (length := len(value.encode(errors="replace"))) > bounds["most"]:
+            return f"has {length} bytes; at most {bounds['most']} are allowed"
+        if bounds["form"] and not re.fullmatch(bounds["form"], value):
+            return f"is {value!r}; expected the form {bounds['form']}"
+    return ""
+
+
+def fits(staging_bytes: int, block_bytes: int, what: str, where: str) -> None:
+    """Raises ``ValueError`` when not even one block fits what may be announced and not yet stored: all stores would
+    fail."""
+    if staging_bytes < block_bytes:
+        raise ValueError(
+            f"{where}: 'staging_bytes' is {staging_bytes:,}, and {what} has {block_bytes:,}: nothing would be stored"
+        )
+
+
 WEIGHTS = frozenset({".safetensors", ".bin", ".pt", ".pth", ".gguf"})
-CONFIGURATIONS = frozenset({"config.json", "adapter_config.json"})
+CONFIGURATIONS = frozenset(
+    {
+        *("config.json", "adapter_config.json", "params.json"),
+        *("hf_quant_config.json", "quantize_config.json", "quant_config.json", "quantization_config.json"),
+        *("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json"),
+    }
+)
+"""What decides how weights are computed with, and what pictures and sounds become; a model's own code beside it."""
 
 
 def files_of(model: str) -> list[tuple[str, int, int]]:
@@ -186,14 +247,19 @@ def files_of(model: str) -> list[tuple[str, int, int]]:
     folder = Path(model)
     if not folder.is_dir():
         return []
-    paths = [path for path in folder.iterdir() if path.suffix in WEIGHTS or path.name in CONFIGURATIONS]
+    paths = [one for one in folder.iterdir() if one.suffix in WEIGHTS | {".py"} or one.name in CONFIGURATIONS]
     return sorted((path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in paths)
 
 
+def has_weights(model: str) -> bool:
+    """Whether a directory has files of weights; others hold a configuration, and weights come from elsewhere."""
+    return any(Path(name).suffix in WEIGHTS for name, _, _ in files_of(model))
+
+
 def weights_of(model: str, revision: str | None = None) -> str:
-    """Tells one set of weights from another: a digest over the configuration, and over three places of each tensor of a
-    safetensors file, or 256 of another, when ``model`` is a directory; else the revision. Equal on all nodes that hold
-    equal files. Training changes a tensor everywhere; a change that keeps to the gaps between these places is not seen.
+    """Tells one set of weights from another: a digest over the configuration and the model's own code, and over three
+    places of each tensor of a safetensors file, or 256 of another, when ``model`` is a directory; else the revision. Equal
+    on all nodes that hold equal files. Training changes a tensor everywhere; a change that keeps to the gaps between these places is not seen.
     """
     if not (files := files_of(model)):
         return revision or ""
@@ -208,7 +274,7 @@ def weights_of(model: str, revision: str | None = None) -> str:
 
 
 def _places(file: BinaryIO, name: str, size: int) -> Iterator[tuple[int, int]]:
-    if name.endswith(".json"):
+    if name.endswith((".json", ".py")):
         yield 0, size
         return
     piece = 4 << 10

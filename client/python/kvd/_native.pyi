@@ -188,7 +188,7 @@ class Miss:
     def reason(self) -> str:
         """``never_stored``, ``evicted_capacity``, ``evicted_quota``, ``evicted_request``, ``evicted_reclaim``,
         ``expired``, ``scope_differs``, ``corrupt``, ``tier_degraded``, ``not_complete``, ``quota``, ``tier_timeout``,
-        ``admission_rejected`` or ``overloaded``."""
+        ``admission_rejected``, ``overloaded``, ``peer_down``, ``path_failed`` or ``peer_evicted``."""
 
     @property
     def fields(self) -> list[str]:
@@ -402,8 +402,13 @@ class Session:
     def unpin(self, binding: Binding, hashes: Sequence[_Hash]) -> int:
         """End pins; how many there were."""
 
-    def prefetch(self, binding: Binding, hashes: Sequence[_Hash]) -> Prefetched:
-        """Start to bring blocks up to host memory, and return at once."""
+    def prefetch(
+        self, binding: Binding, hashes: Sequence[_Hash], *, node: str | None = None
+    ) -> Prefetched:
+        """Start to bring blocks up to host memory, from disk or from a peer, and return at once.
+
+        ``node`` is the peer to ask first for what is not here.
+        """
 
     def evict(
         self, binding: Binding, hashes: Sequence[_Hash], *, tier: _Tier | None = None

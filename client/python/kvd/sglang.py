@@ -49,7 +49,20 @@ from sglang.srt.observability.metrics_collector import StorageMetrics
 from sglang.srt.runtime_context import get_serving, get_server_args
 
 import kvd
-from kvd._engine import Link, checked, held, model_name, settings, weights_of
+from kvd._engine import (
+    TENANT,
+    WAIT_SECONDS,
+    WEIGHTS_BYTES,
+    Link,
+    checked,
+    has_weights,
+    held,
+    model_name,
+    number,
+    settings,
+    text,
+    weights_of,
+)
 
 __all__ = ["KvdStore", "Settings"]
 
@@ -83,17 +96,17 @@ PREFIX = 256
 class Settings:
     """What ``--hicache-storage-backend-extra-config`` may say besides the keys of SGLang."""
 
-    socket: str = ""
+    socket: str = text(most=4096)
     """Where the daemon is; see :func:`kvd.connect`. Empty: the default of this node."""
-    tenant: str = "default"
+    tenant: str = text("default", form=TENANT)
     """Who pays for the pages: ``[a-z0-9-]{1,63}``."""
-    model: str = ""
+    model: str = text()
     """What the model is called in names of pages. Empty: as SGLang calls it, a directory by its last part."""
-    weights: str = ""
+    weights: str = text(most=WEIGHTS_BYTES)
     """Revision of the weights. Empty: a digest of the model's directory, else ``--revision``; one of them must be."""
-    deadline: float = 1.0
+    deadline: float = number(1.0, least=0.001, most=WAIT_SECONDS)
     """Seconds that one call to the daemon may take."""
-    call_seconds: float = 5.0
+    call_seconds: float = number(5.0, least=0.001, most=WAIT_SECONDS)
     """Seconds after which a call of SGLang begins nothing more: the pages left are misses, or not stored."""
 
 
@@ -482,12 +495,12 @@ def _identity(config: HiCacheStorageConfig, chosen: Settings) -> dict[str, Any]:
     if not model:
         raise ValueError("extra config: 'model' is needed: SGLang does not say what the model is called")
     weights = chosen.weights
-    if not weights and server:
+    if not weights and server and (has_weights(server.model_path) or not os.path.isdir(server.model_path)):
         weights = weights_of(server.model_path, server.revision)
     if not weights:
         raise ValueError(
-            "extra config: 'weights' is needed: SGLang was given no directory and no --revision, so nothing says "
-            "which weights it has loaded; name the revision"
+            "extra config: 'weights' is needed: SGLang was given no directory with weights and no --revision, so nothing "
+            "says which weights it has loaded; name the revision"
         )
     return {"model": model, "weights": weights + (_altered(server) if server else "")}
 
@@ -495,8 +508,9 @@ def _identity(config: HiCacheStorageConfig, chosen: Settings) -> dict[str, Any]:
 def _altered(server: Any) -> str:
     """What else decides about the bytes: arguments that change the model, and the model that drafts."""
     told: dict[str, Any] = {}
-    for field, usual in (("json_model_override_args", "{}"), ("quantization", None), ("quantization_param_path", None)):
-        if (value := getattr(server, field)) not in (usual, None):
+    usual = {"json_model_override_args": "{}", "dtype": "auto", "quantization": None, "quantization_param_path": None}
+    for field, value in ((field, getattr(server, field)) for field in usual):
+        if value not in (usual[field], None):
             told[field] = value
     if told.get("quantization_param_path"):
         told["scales"] = hashlib.blake2b(Path(server.quantization_param_path).read_bytes()).hexdigest()

@@ -31,6 +31,7 @@ from typing import TYPE_CHECKING, Any, get_args
 import numpy as np
 import vllm
 from vllm.config.cache import CacheDType
+from vllm.platforms import current_platform
 from vllm.v1.kv_cache_layout import KVCacheLayout
 from vllm.v1.kv_offload.base import (
     Locality,
@@ -46,7 +47,21 @@ from vllm.v1.kv_offload.tiering.async_lookup import AsyncLookupManager
 from vllm.v1.kv_offload.tiering.base import JobResult, SecondaryTierManager, TransferJob
 
 import kvd
-from kvd._engine import Link, checked, held, model_name, settings, weights_of
+from kvd._engine import (
+    STAGING_BYTES,
+    TENANT,
+    WAIT_SECONDS,
+    WEIGHTS_BYTES,
+    Link,
+    checked,
+    has_weights,
+    held,
+    model_name,
+    number,
+    settings,
+    text,
+    weights_of,
+)
 
 if TYPE_CHECKING:
     from vllm.v1.kv_offload.base import OffloadingSpec
@@ -67,22 +82,22 @@ BATCH_BYTES = 32 << 20
 class Settings:
     """What an entry of ``secondary_tiers`` may say besides ``type``, ``module_path`` and ``backpressure``."""
 
-    socket: str = ""
+    socket: str = text(most=4096)
     """Where the daemon is; see :func:`kvd.connect`. Empty: the default of this node."""
-    tenant: str = "default"
+    tenant: str = text("default", form=TENANT)
     """Who pays for the blocks: ``[a-z0-9-]{1,63}``."""
-    model: str = ""
+    model: str = text()
     """What the model is called in names of blocks. Empty: as vLLM calls it, a directory by its last part."""
-    weights: str = ""
+    weights: str = text(most=WEIGHTS_BYTES)
     """Revision of the weights, and of adapters if there are any. Empty: a digest of the model's directory. Must be given
     when the model is no directory: vLLM does not tell the tier which revision it has loaded."""
-    deadline: float = 1.0
+    deadline: float = number(1.0, least=0.001, most=WAIT_SECONDS)
     """Seconds that one call to the daemon may take."""
-    job_seconds: float = 10.0
+    job_seconds: float = number(10.0, least=0.001, most=WAIT_SECONDS)
     """Seconds that a job may take; what it has not copied by then has failed."""
-    threads: int = 2
+    threads: int = number(2, least=1, most=64)
     """Threads that load, and as many that store."""
-    staging_bytes: int = 64 << 20
+    staging_bytes: int = number(64 << 20, least=1, most=STAGING_BYTES)
     """What may be on its way into the daemon at once; four rows at least."""
 
 
@@ -308,10 +323,11 @@ def _scopes(spec: "OffloadingSpec", chosen: Settings) -> dict[int, dict[str, Any
         raise _unsupported(f"kv_cache_layout = {config.kv_cache_layout!r}", f"{', '.join(KVCacheLayout.__members__)} are")
     if config.model.dtype not in DTYPES:
         raise _unsupported(f"dtype = {config.model.dtype!r}", f"{', '.join(sorted(DTYPES))} are")
-    if not (weights := chosen.weights or weights_of(config.model.name)):
+    found = weights_of(config.model.name) if has_weights(config.model.name) else ""
+    if not (weights := chosen.weights or found):
         raise ValueError(
-            f"secondary_tiers: 'weights' is needed: vLLM was given {config.model.name!r}, which is no directory, "
-            "and does not say which revision of it was loaded; name the revision"
+            f"secondary_tiers: 'weights' is needed: vLLM was given {config.model.name!r}, which is no directory with "
+            "weights, and does not say which revision of it was loaded; name the revision"
         )
     parallel = config.parallel
     sizes = [parallel.tp_size, parallel.pp_size, parallel.pcp_size, parallel.dcp_size]
@@ -325,6 +341,7 @@ def _scopes(spec: "OffloadingSpec", chosen: Settings) -> dict[int, dict[str, Any
     # Groups share tensors, so where a layer lies in a row depends on all of them.
     told = [(group.group_id, group.tokens_per_block, group.layer_names) for group in config.groups]
     digest = hashlib.blake2b(repr((config.cache.tokens_per_hash, told)).encode(), digest_size=16).hexdigest()
+    row = f"vllm-{VERSION}-row,{current_platform.device_name},{config.kv_cache_layout},{order}"
     scopes: dict[int, dict[str, Any]] = {
         group.group_id: {
             "model": chosen.model or model_name(config.model.name),
@@ -333,7 +350,7 @@ def _scopes(spec: "OffloadingSpec", chosen: Settings) -> dict[int, dict[str, Any
             "block_tokens": group.tokens_per_block * chunk,
             "dtype": config.model.dtype,
             "attention": f"group:{group.group_id}",
-            "layout": f"vllm-{VERSION}-row,{config.kv_cache_layout},{order},blocks{chunk};layers={digest}",
+            "layout": f"{row},blocks{chunk};layers={digest}",
         }
         for group in config.groups
     }

@@ -370,9 +370,16 @@ impl PySession {
         py.detach(|| self.0.unpin(&binding.0, &hashes).wait()).map_err(|error| raised(py, &error))
     }
 
-    fn prefetch(&self, py: Python<'_>, binding: &PyBinding, hashes: Vec<Hash>) -> PyResult<PyPrefetched> {
-        let hashes = self::hashes(hashes);
-        let did = py.detach(|| self.0.prefetch(&binding.0, &hashes).wait());
+    #[pyo3(signature = (binding, hashes, *, node=None))]
+    fn prefetch(
+        &self,
+        py: Python<'_>,
+        binding: &PyBinding,
+        hashes: Vec<Hash>,
+        node: Option<String>,
+    ) -> PyResult<PyPrefetched> {
+        let (hashes, node) = (self::hashes(hashes), node.unwrap_or_default());
+        let did = py.detach(|| self.0.prefetch_from(&binding.0, &hashes, node).wait());
         let did = did.map_err(|error| raised(py, &error))?;
         Ok(PyPrefetched { started: did.started, resident: did.resident })
     }

@@ -1,5 +1,6 @@
 //! The account of promises: blocks that the daemon acknowledged as durable must be found again, whatever
-//! happened to it, unless it says that it evicted them.
+//! happened to it, unless it says that it evicted them. What another node has does not count: each must keep
+//! its own promises.
 //!
 //! What a daemon evicted before a kill it may not remember after it. So the account is settled just before
 //! each kill: what it says it evicted leaves the account, the rest must be there afterwards.
@@ -26,6 +27,8 @@ pub struct Audit {
     pub lost: u64,
     /// Blocks that could not be read now, for a reason that passes.
     pub undecided: u64,
+    /// Of those lost, the first one and what is said of it.
+    pub first_lost: Option<(u64, MissReason)>,
 }
 
 enum Verdict {
@@ -45,7 +48,10 @@ fn verdict(reason: MissReason) -> Verdict {
         | MissReason::NotComplete
         | MissReason::Quota
         | MissReason::TierTimeout
-        | MissReason::Overloaded => Verdict::Undecided,
+        | MissReason::Overloaded
+        | MissReason::PeerDown
+        | MissReason::PathFailed
+        | MissReason::PeerEvicted => Verdict::Undecided,
         MissReason::NeverStored
         | MissReason::ScopeDiffers
         | MissReason::Corrupt
@@ -55,11 +61,14 @@ fn verdict(reason: MissReason) -> Verdict {
 
 impl Audit {
     fn enter(&mut self, hash: u64, reason: Option<MissReason>) {
-        match reason.map(verdict) {
-            None => self.kept.push(hash),
-            Some(Verdict::Evicted) => self.evicted += 1,
-            Some(Verdict::Lost) => self.lost += 1,
-            Some(Verdict::Undecided) => {
+        let Some(reason) = reason else { return self.kept.push(hash) };
+        match verdict(reason) {
+            Verdict::Evicted => self.evicted += 1,
+            Verdict::Lost => {
+                self.lost += 1;
+                self.first_lost.get_or_insert((hash, reason));
+            }
+            Verdict::Undecided => {
                 self.undecided += 1;
                 self.kept.push(hash);
             }
@@ -86,10 +95,16 @@ impl Audit {
     ) -> Result<Self, Error> {
         let mut audit = Self::default();
         for batch in hashes.chunks(BATCH) {
-            let names: Vec<SequenceHash> = batch.iter().copied().map(SequenceHash::from).collect();
+            // What is not here is not waited for: it would come from whichever node has it.
+            let look = || Self::look(worker, binding, batch);
+            let here = patience.insist(worker, &mut tally.retries, look)?;
+            audit.evicted += here.evicted;
+            audit.lost += here.lost;
+            audit.first_lost = audit.first_lost.or(here.first_lost);
+            let names: Vec<SequenceHash> = here.kept.iter().copied().map(SequenceHash::from).collect();
             let ask = || worker.acquire_many(binding, &names, Duration::from_secs(5));
             let answers = patience.insist(worker, &mut tally.retries, ask)?;
-            for (hash, got) in batch.iter().zip(answers) {
+            for (hash, got) in here.kept.iter().zip(answers) {
                 match got {
                     Got::Miss(miss) => audit.enter(*hash, Some(miss.reason)),
                     Got::Block(block) => {
@@ -117,6 +132,7 @@ mod tests {
         for (hash, reason) in MissReason::ALL.into_iter().enumerate() {
             audit.enter(hash as u64 + 1, Some(reason));
         }
-        assert_eq!((audit.evicted, audit.lost, audit.undecided, audit.kept.len()), (5, 4, 5, 6));
+        assert_eq!((audit.evicted, audit.lost, audit.undecided, audit.kept.len()), (5, 4, 8, 9));
+        assert_eq!(audit.first_lost, Some((1, MissReason::NeverStored)));
     }
 }

@@ -33,6 +33,8 @@ pub fn main(args: impl Iterator<Item = OsString>) -> ExitCode {
 /// How to start the daemon, again and again.
 #[derive(Clone, Debug)]
 pub struct Setup {
+    /// What its node is called.
+    pub name: String,
     /// Its flags.
     pub args: Vec<OsString>,
     /// Its run directory.
@@ -72,6 +74,11 @@ impl Daemon {
         Ok(Self { child, setup: setup.clone() })
     }
 
+    /// What its node is called.
+    pub fn name(&self) -> &str {
+        &self.setup.name
+    }
+
     /// Its process.
     pub fn pid(&self) -> u32 {
         self.child.id()
@@ -105,7 +112,7 @@ impl Daemon {
             (None, Some(signal)) => format!("by signal {signal}"),
             (None, None) => "somehow".into(),
         };
-        bail!("the daemon ended {how}{}", self.last_words())
+        bail!("the daemon {} ended {how}{}", self.setup.name, self.last_words())
     }
 
     /// `kill -9`, and waits until it is gone.
@@ -115,12 +122,17 @@ impl Daemon {
         Ok(())
     }
 
+    /// Tells it to end in order; does not wait.
+    pub fn end(&mut self) -> anyhow::Result<()> {
+        if self.child.try_wait()?.is_none() {
+            kill_process(Pid::from_child(&self.child), Signal::TERM).context("stopping the daemon")?;
+        }
+        Ok(())
+    }
+
     /// Ends it in order; says whether it managed to within its time.
     pub fn stop(&mut self) -> anyhow::Result<bool> {
-        let pid = Pid::from_child(&self.child);
-        if self.child.try_wait()?.is_none() {
-            kill_process(pid, Signal::TERM).context("stopping the daemon")?;
-        }
+        self.end()?;
         let until = Instant::now() + DRAIN_LIMIT;
         while Instant::now() < until {
             if let Some(status) = self.child.try_wait()? {

@@ -1,4 +1,5 @@
-//! The demo: a daemon, workers that replay a trace, a `kill -9` on the way, and the account at the end.
+//! The demo: one daemon or several, workers that replay a trace, a `kill -9` on the way, and the account at
+//! the end.
 
 use std::collections::BTreeMap;
 use std::io::IsTerminal as _;
@@ -8,15 +9,16 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, ensure};
 use clap::Args;
-use kv_client::{Binding, Client, Tier, Worker, WorkerOptions, v1};
+use kv_client::{Client, Tier, WorkerOptions, v1};
 use kvd::config::units::{Admission, Policy, Size, Text};
 
 use crate::audit::Audit;
-use crate::daemon::{Daemon, Setup, flags};
-use crate::places::{Places, Wishes};
+use crate::daemon::{Daemon, Setup};
+use crate::nodes::{self, NODES_MAX};
+use crate::places::{Places, Wishes, share};
 use crate::progress::Progress;
-use crate::replay::{Patience, Plan, Replay, scope, slice};
-use crate::report::{Report, Restart};
+use crate::replay::{Patience, Plan, Replay, Seat, scope, slice};
+use crate::report::{Moved, NodeReport, Report, Restart};
 use crate::stop::Stop;
 use crate::tally::Tally;
 use crate::trace;
@@ -43,6 +45,10 @@ fn speed(value: &str) -> Result<f64, String> {
 /// What to run.
 #[derive(Args, Clone, Debug)]
 pub struct Options {
+    /// So many nodes, each a daemon of its own, that serve each other's blocks
+    #[arg(long, value_name = "COUNT", default_value_t = 1)]
+    #[arg(value_parser = clap::value_parser!(u16).range(1..=NODES_MAX))]
+    pub nodes: u16,
     /// Replay this trace instead of the built-in one; Mooncake's format, one JSON object a line
     #[arg(long, value_name = "FILE")]
     pub trace: Option<PathBuf>,
@@ -55,19 +61,19 @@ pub struct Options {
     /// At most so many requests
     #[arg(long, value_name = "COUNT")]
     pub requests: Option<usize>,
-    /// Kill the daemon so often, at equal distances
+    /// Kill the daemon so often, at equal distances; of several, each but the first in turn
     #[arg(long, value_name = "COUNT", default_value_t = 1)]
     pub kills: usize,
-    /// Worker sessions, each a thread [default: one a core, 2 to 8]
+    /// Workers, each a thread with a session at every node [default: one a core, 2 to 8]
     #[arg(long, value_name = "COUNT", value_parser = clap::value_parser!(u16).range(1..=32))]
     pub workers: Option<u16>,
     /// Length of a block
     #[arg(long, value_name = "SIZE", default_value = "64KiB", value_parser = text::<Size>)]
     pub block_bytes: Size,
-    /// Host tier, in shared memory [default: 256MiB, less where there is less]
+    /// Host tier of each node, in shared memory [default: 256MiB for all, less where there is less]
     #[arg(long, value_name = "SIZE", value_parser = text::<Size>)]
     pub host_bytes: Option<Size>,
-    /// Disk tier [default: 2GiB, less where there is less]
+    /// Disk tier of each node [default: 2GiB, of several 1GiB, less where there is less]
     #[arg(long, value_name = "SIZE", value_parser = text::<Size>)]
     pub disk_bytes: Option<Size>,
     /// Which blocks are written to disk when they leave host memory: budget, frequency, all or never
@@ -110,35 +116,44 @@ pub fn run(options: &Options, stop: &Stop) -> anyhow::Result<Report> {
         memory_dir: options.memory_dir.clone(),
         data_dir: options.data_dir.clone(),
     };
-    let places = Places::make(&wishes, Size::mib(256), Size::gib(2))?;
+    let nodes = usize::from(options.nodes);
+    let host = share(Size::mib(256), nodes, Size::mib(16));
+    // Enough for all that is durable: of old evictions a small disk forgets that they were any.
+    let disk = Size::gib(if nodes == 1 { 2 } else { 1 });
+    let places = Places::make(&wishes, host, disk, nodes)?;
     let workers = options.workers.map_or_else(
         || std::thread::available_parallelism().map_or(2, |cores| cores.get().clamp(2, 8)),
         usize::from,
     );
     let total = requests.len();
+    let (daemons, memory) = match nodes {
+        1 => ("a kvd daemon".to_owned(), places.of(0).memory_dir),
+        _ => (format!("{nodes} kvd daemons, each"), places.memory().to_owned()),
+    };
     eprintln!(
-        "a kvd daemon with {} of host memory and {} of disk; {workers} workers replay {total} requests of {name}\n\
+        "{daemons} with {} of host memory and {} of disk; {workers} workers replay {total} requests of {name}\n\
          in blocks of {}; files in {} and {}, removed at the end",
         places.host.about(),
         places.disk.about(),
         Size(block_bytes.into()).about(),
-        places.memory_dir().display(),
-        places.data_dir().display(),
+        memory.display(),
+        places.data().display(),
     );
     places.notes.iter().for_each(|note| eprintln!("note: {note}"));
 
-    let mut args =
-        flags(&places.run_dir(), &places.memory_dir(), places.data_dir(), places.host.0, places.disk.0);
     let settings = [
         "listen.http=off".to_owned(),
         format!("disk.admission={}", options.admission),
         format!("host.policy={}", options.policy),
-        "node.name=kv-local".to_owned(),
     ];
-    args.extend(settings.iter().flat_map(|setting| ["--set".into(), setting.into()]));
-    let setup = Setup { args, run_dir: places.run_dir(), log: Some(places.log()) };
-    let mut daemon = Daemon::start(&setup)?;
-    let client = daemon.wait_ready(START_LIMIT, || stop.is_asked())?.with_deadline(DEADLINE);
+    let setups = nodes::setups(&places, &settings)?;
+    let started: Vec<_> = setups.iter().map(Daemon::start).collect::<Result<_, _>>()?;
+    let mut nodes = Vec::new();
+    for (setup, mut daemon) in setups.into_iter().zip(started) {
+        let client = daemon.wait_ready(START_LIMIT, || stop.is_asked())?.with_deadline(DEADLINE);
+        let auditor = session(&client, "auditor", block_bytes)?;
+        nodes.push(Node { setup, daemon, client, auditor, kills: 0, fetched: BTreeMap::new() });
+    }
 
     let report = Report {
         trace: name,
@@ -151,25 +166,25 @@ pub fn run(options: &Options, stop: &Stop) -> anyhow::Result<Report> {
     };
     let abort = Stop::default();
     let patience = Patience { limit: CALL_LIMIT, stop: abort.clone() };
-    let auditor = session(&client, "auditor", block_bytes)?;
-    let mut hands = Vec::new();
+    let mut hands: Vec<Vec<Seat>> = Vec::new();
     for at in 0..workers {
-        // Each with a connection of its own, as engine processes have.
-        let own = daemon.wait_ready(START_LIMIT, || stop.is_asked())?.with_deadline(DEADLINE);
-        hands.push(session(&own, &format!("worker {at}"), block_bytes)?);
+        let mut seats = Vec::new();
+        for node in &mut nodes {
+            // Each with a connection of its own, as engine processes have.
+            let own = node.daemon.wait_ready(START_LIMIT, || stop.is_asked())?.with_deadline(DEADLINE);
+            seats.push(session(&own, &format!("worker {at}"), block_bytes)?);
+        }
+        hands.push(seats);
     }
     let plan = Plan { requests, speed: options.speed, durable_every: DURABLE_EVERY, plant: options.plant };
     let gate = Director::gate(total, options.kills, 0, workers);
-    let replay = Replay::new(plan, patience.clone(), gate);
+    let replay = Replay::new(plan, patience.clone(), gate, nodes.len());
     let mut director = Director {
         options,
         total,
         workers,
-        setup,
-        daemon,
-        client,
+        nodes,
         runtime: tokio::runtime::Builder::new_current_thread().enable_all().build()?,
-        auditor,
         patience,
         replay: &replay,
         progress: Progress::new(total as u64, std::io::stderr().is_terminal()),
@@ -177,8 +192,7 @@ pub fn run(options: &Options, stop: &Stop) -> anyhow::Result<Report> {
         report,
     };
     let (directed, done) = std::thread::scope(|scope| {
-        let work = |(worker, binding): &(Worker, Binding)| replay.work(worker, binding);
-        let threads: Vec<_> = hands.iter().map(|hand| scope.spawn(move || work(hand))).collect();
+        let threads: Vec<_> = hands.iter().map(|seats| scope.spawn(|| replay.work(seats))).collect();
         let directed = director.direct(stop);
         if directed.is_err() || stop.is_asked() {
             abort.ask();
@@ -199,11 +213,11 @@ pub fn run(options: &Options, stop: &Stop) -> anyhow::Result<Report> {
     }
     drop(hands);
     director.close(stop)
-    // The daemon ended; `places` removes what is left.
+    // The daemons ended; `places` removes what is left.
 }
 
 /// A worker session and its binding.
-fn session(client: &Client, name: &str, block_bytes: u32) -> anyhow::Result<(Worker, Binding)> {
+fn session(client: &Client, name: &str, block_bytes: u32) -> anyhow::Result<Seat> {
     let options = WorkerOptions {
         name: format!("kv-local {name}"),
         staging_bytes: (4 * u64::from(block_bytes)).max(STAGING_BYTES_MIN),
@@ -220,16 +234,24 @@ fn session(client: &Client, name: &str, block_bytes: u32) -> anyhow::Result<(Wor
     Ok((worker, registered.with_context(context)?))
 }
 
+/// A daemon, and what the demo has with it.
+struct Node {
+    setup: Setup,
+    daemon: Daemon,
+    client: Client,
+    auditor: Seat,
+    kills: usize,
+    /// What it fetched from each peer, by name, in lives that are over; at the end, in all.
+    fetched: BTreeMap<String, Moved>,
+}
+
 /// Whoever watches the replay, kills the daemon and keeps the account.
 struct Director<'a> {
     options: &'a Options,
     total: usize,
     workers: usize,
-    setup: Setup,
-    daemon: Daemon,
-    client: Client,
+    nodes: Vec<Node>,
     runtime: tokio::runtime::Runtime,
-    auditor: (Worker, Binding),
     patience: Patience,
     replay: &'a Replay,
     progress: Progress,
@@ -248,6 +270,11 @@ impl Director<'_> {
     /// Requests after which kill number `kill` is due.
     fn point(total: usize, kills: usize, kill: usize) -> usize {
         (total as u128 * (kill as u128 + 1) / (kills as u128 + 1)) as usize
+    }
+
+    /// The node that kill number `kill` (from 0) is for: of several, the first is left alone.
+    fn victim(nodes: usize, kill: usize) -> usize {
+        if nodes == 1 { 0 } else { 1 + kill % (nodes - 1) }
     }
 
     /// Until all workers have ended.
@@ -271,7 +298,7 @@ impl Director<'_> {
                 self.report.ended = "duration";
                 self.replay.finish();
             }
-            self.daemon.check()?;
+            self.nodes.iter_mut().try_for_each(|node| node.daemon.check())?;
             self.progress.show(&self.replay.live);
             std::thread::sleep(Duration::from_millis(2));
         }
@@ -279,41 +306,64 @@ impl Director<'_> {
         Ok(())
     }
 
-    fn status(&self) -> anyhow::Result<v1::StatusResponse> {
+    fn status(&self, node: usize) -> anyhow::Result<v1::StatusResponse> {
         let ask = async {
-            let mut request = self.client.admin();
-            tokio::time::timeout(DEADLINE, request.status(v1::StatusRequest {})).await
+            let mut admin = self.nodes[node].client.admin();
+            tokio::time::timeout(DEADLINE, admin.status(v1::StatusRequest {})).await
         };
         let answer = self.runtime.block_on(ask).context("the daemon did not tell its status in time")?;
         Ok(answer.context("asking the daemon for its status")?.into_inner())
     }
 
-    /// Settles the account, kills the daemon at work, starts the next one and reads the account back.
+    /// Enters what a node fetched from its peers in this life of its daemon.
+    fn enter_fetched(&mut self, node: usize) -> anyhow::Result<()> {
+        if self.nodes.len() == 1 {
+            return Ok(());
+        }
+        let node = &mut self.nodes[node];
+        let ask = async {
+            let mut admin = node.client.admin();
+            tokio::time::timeout(DEADLINE, admin.list_peers(v1::ListPeersRequest {})).await
+        };
+        let answer = self.runtime.block_on(ask).context("the daemon did not tell of its peers in time")?;
+        for peer in answer.context("asking the daemon for its peers")?.into_inner().peers {
+            let moved = Moved { blocks: peer.blocks_in, bytes: peer.bytes_in };
+            *node.fetched.entry(peer.node).or_default() += moved;
+        }
+        Ok(())
+    }
+
+    /// Settles a node's account, kills its daemon at work, starts the next one and reads the account back.
     fn kill(&mut self, after_requests: u64, stop: &Stop) -> anyhow::Result<()> {
-        let asked = self.replay.acked();
-        let (worker, binding) = &self.auditor;
-        let look = || Audit::look(worker, binding, &asked);
-        let before = self.patience.insist(worker, &mut self.tally.retries, look)?;
-        self.replay.settle(&asked, &before.kept);
-        let status = self.status()?;
+        let victim = Self::victim(self.nodes.len(), self.report.kills);
+        let status = self.status(victim)?;
         self.report.disk_bytes_written += status.disk_bytes_written;
         let was = blocks(&status);
+        self.enter_fetched(victim)?;
+        let asked = self.replay.acked(victim);
+        let (worker, binding) = &self.nodes[victim].auditor;
+        let look = || Audit::look(worker, binding, &asked);
+        let before = self.patience.insist(worker, &mut self.tally.retries, look)?;
+        self.replay.settle(victim, &asked, &before.kept);
 
-        self.daemon.kill()?;
+        let node = &mut self.nodes[victim];
+        node.kills += 1;
+        node.daemon.kill()?;
         let since = Instant::now();
         self.report.kills += 1;
         let next = Self::gate(self.total, self.options.kills, self.report.kills, self.workers);
         self.replay.open(next);
-        self.daemon = Daemon::start(&self.setup)?;
-        self.client = self.daemon.wait_ready(START_LIMIT, || stop.is_asked())?.with_deadline(DEADLINE);
+        node.daemon = Daemon::start(&node.setup)?;
+        node.client = node.daemon.wait_ready(START_LIMIT, || stop.is_asked())?.with_deadline(DEADLINE);
         let ready_ms = since.elapsed().as_millis() as u64;
 
-        let recovery = self.status()?.recovery.unwrap_or_default();
-        let (worker, binding) = &self.auditor;
+        let recovery = self.status(victim)?.recovery.unwrap_or_default();
+        let (worker, binding) = &self.nodes[victim].auditor;
         let after = Audit::read(worker, binding, &before.kept, &self.patience, &mut self.tally)?;
-        self.replay.settle(&before.kept, &after.kept);
+        self.replay.settle(victim, &before.kept, &after.kept);
         let count = |tier: Tier| was.get(&tier).copied().unwrap_or(0);
         let restart = Restart {
+            node: self.nodes[victim].setup.name.clone(),
             after_requests,
             ready_ms,
             host_blocks_before: count(Tier::Host),
@@ -322,35 +372,70 @@ impl Director<'_> {
             disk_blocks: recovery.disk_blocks,
             durable_checked: after.kept.len() as u64 - after.undecided,
         };
+        let of = if self.nodes.len() > 1 { format!(" of {}", restart.node) } else { String::new() };
+        let Restart { host_blocks, disk_blocks, .. } = restart;
         self.progress.say(&format!(
-            "kill -9 after {after_requests} requests; back in {ready_ms} ms with {} blocks in memory and {} on disk",
-            restart.host_blocks, restart.disk_blocks
+            "kill -9{of} after {after_requests} requests; back in {ready_ms} ms with {host_blocks} blocks in \
+             memory and {disk_blocks} on disk"
         ));
         self.report.recovered_blocks += recovery.host_blocks + recovery.disk_blocks;
         self.report.restarts.push(restart);
-        self.enter(&before);
-        self.enter(&after);
+        self.enter(victim, &before);
+        self.enter(victim, &after);
         Ok(())
     }
 
-    fn enter(&mut self, audit: &Audit) {
+    fn enter(&mut self, node: usize, audit: &Audit) {
+        if let Some((hash, reason)) = audit.first_lost {
+            let words = || format!("block {hash} of {}: {}", self.nodes[node].setup.name, reason.name());
+            self.report.first_lost.get_or_insert_with(words);
+        }
         self.report.durable_evicted += audit.evicted;
         self.report.lost_durable_blocks += audit.lost;
         // What is undecided stays in the account; only the last word on it counts.
         self.report.durable_undecided = audit.undecided;
     }
 
-    /// Reads the whole account back, ends the daemon in order, and gives the report.
+    /// Reads the whole account of every node back, ends the daemons in order, and gives the report.
     fn close(mut self, stop: &Stop) -> anyhow::Result<Report> {
-        if !stop.is_asked() {
-            let (worker, binding) = &self.auditor;
-            let asked = self.replay.acked();
-            let audit = Audit::read(worker, binding, &asked, &self.patience, &mut self.tally)?;
-            self.enter(&audit);
-            self.report.disk_bytes_written += self.status()?.disk_bytes_written;
+        let mut undecided = 0;
+        for at in 0..self.nodes.len() {
+            let mut told = v1::StatusResponse::default();
+            if !stop.is_asked() {
+                let (worker, binding) = &self.nodes[at].auditor;
+                let asked = self.replay.acked(at);
+                let audit = Audit::read(worker, binding, &asked, &self.patience, &mut self.tally)?;
+                self.enter(at, &audit);
+                undecided += audit.undecided;
+                told = self.status(at)?;
+                self.report.disk_bytes_written += told.disk_bytes_written;
+                self.enter_fetched(at)?;
+            }
+            let held = blocks(&told);
+            let count = |tier: Tier| held.get(&tier).copied().unwrap_or(0);
+            self.report.nodes.push(NodeReport {
+                node: self.nodes[at].setup.name.clone(),
+                kills: self.nodes[at].kills,
+                host_blocks: count(Tier::Host),
+                disk_blocks: count(Tier::Disk),
+                ..NodeReport::default()
+            });
         }
-        let ended_in_order = self.daemon.stop()?;
-        ensure!(ended_in_order, "the daemon did not end in order when it was told to");
+        for (at, node) in self.nodes.iter().enumerate() {
+            for (peer, moved) in &node.fetched {
+                self.report.nodes[at].fetched += *moved;
+                let owner = self.report.nodes.iter_mut().find(|report| report.node == *peer);
+                owner.into_iter().for_each(|owner| owner.served += *moved);
+            }
+        }
+        self.nodes.iter_mut().try_for_each(|node| node.daemon.end())?;
+        for node in &mut self.nodes {
+            let name = &node.setup.name;
+            ensure!(node.daemon.stop()?, "the daemon {name} did not end in order when it was told to");
+        }
+        if !stop.is_asked() {
+            self.report.durable_undecided = undecided;
+        }
         self.report.take(&self.tally);
         Ok(self.report)
     }
@@ -381,6 +466,13 @@ mod tests {
         assert_eq!(Director::gate(300, 2, 2, 4), 300);
         assert_eq!(Director::gate(300, 0, 0, 4), 300);
         assert_eq!(Director::gate(1, 1, 0, 4), 1);
+    }
+
+    #[test]
+    fn the_first_of_several_nodes_is_never_killed_and_the_others_take_turns() {
+        assert_eq!([0, 1].map(|kill| Director::victim(1, kill)), [0, 0]);
+        assert_eq!([0, 1, 2].map(|kill| Director::victim(2, kill)), [1, 1, 1]);
+        assert_eq!([0, 1, 2].map(|kill| Director::victim(3, kill)), [1, 2, 1]);
     }
 
     #[test]

@@ -10,12 +10,14 @@
 //!        report.rs        a table for people, one JSON object for programs
 //! ```
 //! The daemon is this very program, started again with `kvd` as its first argument, so that there is only one
-//! thing to build and a `kill -9` hits a process, not a thread.
+//! thing to build and a `kill -9` hits a process, not a thread. There may be several (nodes.rs), each other's
+//! peers; then a worker has a session with each, and a block that another node has is fetched from there.
 
 pub mod audit;
 pub mod check;
 pub mod daemon;
 pub mod demo;
+pub mod nodes;
 pub mod places;
 pub mod progress;
 pub mod replay;

@@ -23,8 +23,12 @@ enum Command {
     /// request looks its prefix up, reads what is there without a copy and stores what is not. Host memory is
     /// too small on purpose, so blocks go to disk and come back. On the way the daemon is killed with SIGKILL
     /// and started again. The exit status is 1 when a single byte was wrong or a durable block was lost.
+    ///
+    /// With --nodes, requests are spread over several daemons by their number, as a router would that knows
+    /// nothing of KV cache. A prefix that another node has is fetched from there; while a node is away its
+    /// requests go to the next one. The exit status is also 1 when no block came from another node.
     Demo(Box<demo::Options>),
-    /// Run a daemon on embedded defaults until Ctrl-C, and print where its sockets are
+    /// Run a daemon, or several, on embedded defaults until Ctrl-C, and print where the sockets are
     Up(up::Options),
     /// Run the daemon itself: kv-local kvd ARGS is kvd ARGS
     #[command(disable_help_flag = true)]

@@ -6,6 +6,7 @@
 //!                         /kvd.log   what the daemon says
 //! /tmp/kv-local-RANDOM/              the disk tier   (no tmpfs: direct I/O, and it should not cost memory)
 //! ```
+//! Several nodes have a directory `node-1`, `node-2`, ... each in both places, and the same in it.
 
 use std::path::{Path, PathBuf};
 
@@ -42,17 +43,38 @@ pub struct Wishes {
 pub struct Places {
     memory: TempDir,
     data: TempDir,
-    /// Size of the host tier.
+    /// Nodes that have a place here.
+    pub nodes: usize,
+    /// Size of the host tier of each.
     pub host: Size,
-    /// Size of the disk tier.
+    /// Size of the disk tier of each.
     pub disk: Size,
     /// What had to be made smaller, in words.
     pub notes: Vec<String>,
 }
 
+/// Where one node puts its files.
+#[derive(Clone, Debug)]
+pub struct Place {
+    /// Directory of the sockets.
+    pub run_dir: PathBuf,
+    /// Directory of the host tier.
+    pub memory_dir: PathBuf,
+    /// Directory of the disk tier.
+    pub data_dir: PathBuf,
+    /// Where the daemon's words go.
+    pub log: PathBuf,
+}
+
+/// What one of several nodes has when they share `total` out: whole steps of `step`, one at least.
+pub fn share(total: Size, nodes: usize, step: Size) -> Size {
+    if nodes == 1 { total } else { Size((total.0 / nodes as u64 / step.0).max(1) * step.0) }
+}
+
 impl Places {
-    /// Makes the directories, after a look at what there is room for.
-    pub fn make(wishes: &Wishes, host: Size, disk: Size) -> anyhow::Result<Self> {
+    /// Makes the directories of so many nodes, after a look at what there is room for. Sizes are of each.
+    pub fn make(wishes: &Wishes, host: Size, disk: Size, nodes: usize) -> anyhow::Result<Self> {
+        let of_each = |bytes: u64| bytes / nodes as u64;
         let shared = wishes.memory_dir.clone().unwrap_or_else(|| SHARED_MEMORY.into());
         let data = match &wishes.data_dir {
             Some(dir) => dir.clone(),
@@ -67,7 +89,7 @@ impl Places {
         })?;
         let memory = shm.min(available_memory().unwrap_or(u64::MAX));
         let mut notes = Vec::new();
-        let spare = memory.saturating_sub(MEMORY_SPARE);
+        let spare = of_each(memory).saturating_sub(MEMORY_SPARE);
         let host =
             fit("host tier", wishes.host, host, spare, HOST_BYTES_MIN, &mut notes).map_err(|error| {
                 let free =
@@ -81,7 +103,7 @@ impl Places {
                 )
             })?;
         let free = room(&data).with_context(|| format!("no directory {}", data.display()))?;
-        let spare = free.saturating_sub(DISK_SPARE);
+        let spare = of_each(free.saturating_sub(DISK_SPARE));
         let disk =
             fit("disk tier", wishes.disk, disk, spare, DISK_BYTES_MIN, &mut notes).map_err(|error| {
                 anyhow!(
@@ -100,33 +122,49 @@ impl Places {
                 .tempdir_in(parent)
                 .with_context(|| format!("cannot make a directory in {}", parent.display()))
         };
-        let places = Self { memory: own(&shared)?, data: own(&data)?, host, disk, notes };
-        ensure!(
-            places.run_dir().as_os_str().len() <= 90,
-            "{} is too long a path for sockets; name a shorter one with --memory-dir",
-            places.run_dir().display()
-        );
+        let places = Self { memory: own(&shared)?, data: own(&data)?, nodes, host, disk, notes };
+        for node in 0..nodes {
+            let run_dir = places.of(node).run_dir;
+            ensure!(
+                run_dir.as_os_str().len() <= 90,
+                "{} is too long a path for sockets; name a shorter one with --memory-dir",
+                run_dir.display()
+            );
+            for dir in places.roots(node) {
+                std::fs::create_dir_all(&dir).with_context(|| format!("cannot make {}", dir.display()))?;
+            }
+        }
         Ok(places)
     }
 
-    /// Directory of the sockets.
-    pub fn run_dir(&self) -> PathBuf {
-        self.memory.path().join("run")
+    /// Directory in shared memory that has all of a run there.
+    pub fn memory(&self) -> &Path {
+        self.memory.path()
     }
 
-    /// Directory of the host tier.
-    pub fn memory_dir(&self) -> PathBuf {
-        self.memory.path().join("memory")
-    }
-
-    /// Directory of the disk tier.
-    pub fn data_dir(&self) -> &Path {
+    /// Directory on disk that has all of a run there.
+    pub fn data(&self) -> &Path {
         self.data.path()
     }
 
-    /// Where the daemon's words go.
-    pub fn log(&self) -> PathBuf {
-        self.memory.path().join("kvd.log")
+    /// Where node `at` (from 0) puts its files.
+    pub fn of(&self, at: usize) -> Place {
+        let [memory, data] = self.roots(at);
+        Place {
+            run_dir: memory.join("run"),
+            memory_dir: memory.join("memory"),
+            data_dir: data,
+            log: memory.join("kvd.log"),
+        }
+    }
+
+    /// What a node has in shared memory and on disk.
+    fn roots(&self, at: usize) -> [PathBuf; 2] {
+        let own = |dir: &TempDir| match self.nodes {
+            1 => dir.path().to_owned(),
+            _ => dir.path().join(format!("node-{}", at + 1)),
+        };
+        [own(&self.memory), own(&self.data)]
     }
 }
 
@@ -190,6 +228,8 @@ fn available_memory() -> Option<u64> {
 
 #[cfg(test)]
 mod tests {
+    use std::collections::HashSet;
+
     use super::*;
 
     const GIB: u64 = 1 << 30;
@@ -208,9 +248,17 @@ mod tests {
     }
 
     #[test]
+    fn nodes_share_a_size_out_in_whole_steps() {
+        let (total, step) = (Size::mib(256), Size::mib(16));
+        let shares = [1, 2, 3, 5].map(|nodes| share(total, nodes, step));
+        assert_eq!(shares, [256, 128, 80, 48].map(Size::mib));
+        assert_eq!(share(Size(1), 4, step), step);
+    }
+
+    #[test]
     fn too_large_a_wish_says_how_to_get_it() {
         let wishes = Wishes { host: Some(Size(1 << 60)), ..Wishes::default() };
-        match Places::make(&wishes, Size(GIB), Size(GIB)) {
+        match Places::make(&wishes, Size(GIB), Size(GIB), 1) {
             Ok(_) => unreachable!("nobody has an exbibyte"),
             Err(error) => assert!(error.to_string().contains("--"), "{error}"),
         }
@@ -225,12 +273,17 @@ mod tests {
             memory_dir: Some(memory.path().to_owned()),
             data_dir: Some(data.path().to_owned()),
         };
-        let places = Places::make(&wishes, Size(0), Size(0)).unwrap();
-        std::fs::create_dir(places.run_dir()).unwrap();
-        assert!(places.data_dir().starts_with(data.path()));
-        drop(places);
-        for dir in [memory, data] {
-            assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 0);
+        for nodes in [1, 3] {
+            let places = Places::make(&wishes, Size(0), Size(0), nodes).unwrap();
+            let dirs: HashSet<_> = (0..nodes).map(|node| places.of(node).data_dir).collect();
+            assert!(dirs.len() == nodes && dirs.iter().all(|dir| dir.starts_with(data.path())), "{dirs:?}");
+            for node in 0..nodes {
+                std::fs::create_dir(places.of(node).run_dir).unwrap();
+            }
+            drop(places);
+            for dir in [&memory, &data] {
+                assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 0);
+            }
         }
     }
 }

@@ -71,7 +71,10 @@ impl Progress {
 
 fn words(live: &Live) -> String {
     let count = |of: &std::sync::atomic::AtomicU64| of.load(Ordering::Relaxed);
-    let (host, disk, misses) = (count(&live.hits_host), count(&live.hits_disk), count(&live.misses));
-    let share = 100 * (host + disk) / (host + disk + misses).max(1);
-    format!("blocks read: host {host}, disk {disk} ({share}% hits)  wrong bytes {}", count(&live.wrong_bytes))
+    let (host, disk, peer) = (count(&live.hits_host), count(&live.hits_disk), count(&live.hits_peer));
+    let (hits, misses) = (host + disk + peer, count(&live.misses));
+    let share = 100 * hits / (hits + misses).max(1);
+    let peer = if peer > 0 { format!(", peer {peer}") } else { String::new() };
+    let wrong = count(&live.wrong_bytes);
+    format!("blocks read: host {host}, disk {disk}{peer} ({share}% hits)  wrong bytes {wrong}")
 }

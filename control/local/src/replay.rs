@@ -3,6 +3,10 @@
 //!
 //! Workers take the next request of the trace, one after the other. Calls that fail because the daemon is
 //! away, busy or full are made again; a killed daemon costs time, not requests.
+//!
+//! Of several nodes, each request has its own: its number modulo their count, as a router without an eye for
+//! KV cache would spread them. A prefix that another node has comes from there. While a node is away, its
+//! requests go to the next one.
 
 use std::collections::HashSet;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
@@ -11,16 +15,17 @@ use std::time::{Duration, Instant};
 
 use kv_block::payload;
 use kv_client::{
-    Binding, Error, FaultKind, Got, MissReason, PutOptions, Scope, ScopeKind, SequenceHash, Slice, Tier,
+    Binding, Error, FaultKind, Got, MissReason, PutOptions, Scope, ScopeKind, SequenceHash, Sighting, Slice,
     Worker,
 };
 
 use crate::check::wrong_bytes;
 use crate::stop::Stop;
-use crate::tally::Tally;
+use crate::tally::{Source, Tally};
 use crate::trace::{BLOCK_TOKENS, Request};
 
-/// How long a worker waits for a block to come up from disk, or from the worker that is storing it.
+/// How long a worker waits for a block to come up from disk, from another node, or from the worker that is
+/// storing it.
 const READ_WAIT: Duration = Duration::from_secs(2);
 /// A pause before trying again, when the daemon names none.
 const PAUSE: Duration = Duration::from_millis(1);
@@ -44,6 +49,9 @@ pub fn scope() -> Scope {
 pub fn slice() -> Slice {
     Slice::whole(1, 1)
 }
+
+/// What a worker has with one node: a session, and the binding of its blocks there.
+pub type Seat = (Worker, Binding);
 
 /// How long to go on trying.
 #[derive(Clone, Debug)]
@@ -74,6 +82,17 @@ impl Patience {
         &self,
         worker: &Worker,
         retries: &mut u64,
+        call: impl FnMut() -> Result<T, Error>,
+    ) -> Result<T, Error> {
+        self.insist_unless(|| false, worker, retries, call)
+    }
+
+    /// [`Patience::insist`] that also ends with a failure after which `leave` says so.
+    pub fn insist_unless<T>(
+        &self,
+        leave: impl Fn() -> bool,
+        worker: &Worker,
+        retries: &mut u64,
         mut call: impl FnMut() -> Result<T, Error>,
     ) -> Result<T, Error> {
         let until = Instant::now() + self.limit;
@@ -82,7 +101,7 @@ impl Patience {
                 Ok(answer) => return Ok(answer),
                 Err(error) => error,
             };
-            if !may_try_again(&error) || self.stop.is_asked() || Instant::now() >= until {
+            if !may_try_again(&error) || self.stop.is_asked() || leave() || Instant::now() >= until {
                 return Err(error);
             }
             *retries += 1;
@@ -115,6 +134,8 @@ pub struct Live {
     pub hits_host: AtomicU64,
     /// Blocks read from disk.
     pub hits_disk: AtomicU64,
+    /// Blocks read that came from another node.
+    pub hits_peer: AtomicU64,
     /// Blocks that were not here.
     pub misses: AtomicU64,
     /// Wrong bytes.
@@ -133,15 +154,16 @@ pub struct Replay {
     /// Requests from this one on are not begun yet.
     gate: AtomicUsize,
     finished: AtomicBool,
-    /// Hashes of blocks acknowledged as durable.
-    acked: Mutex<HashSet<u64>>,
+    /// For each node, hashes of blocks that it acknowledged as durable.
+    acked: Vec<Mutex<HashSet<u64>>>,
     /// To be watched.
     pub live: Live,
 }
 
 impl Replay {
-    /// A replay that begins now. Requests from `gate` on wait until [`Replay::open`] lets them through.
-    pub fn new(plan: Plan, patience: Patience, gate: usize) -> Self {
+    /// A replay over so many nodes that begins now. Requests from `gate` on wait until [`Replay::open`] lets
+    /// them through.
+    pub fn new(plan: Plan, patience: Patience, gate: usize, nodes: usize) -> Self {
         Self {
             plan,
             patience,
@@ -149,7 +171,7 @@ impl Replay {
             next: AtomicUsize::new(0),
             gate: AtomicUsize::new(gate),
             finished: AtomicBool::new(false),
-            acked: Mutex::default(),
+            acked: (0..nodes).map(|_| Mutex::default()).collect(),
             live: Live::default(),
         }
     }
@@ -169,35 +191,33 @@ impl Replay {
         self.began.elapsed()
     }
 
-    /// Blocks acknowledged as durable so far, by hash, in order.
-    pub fn acked(&self) -> Vec<u64> {
-        let acked = self.acked.lock().unwrap_or_else(PoisonError::into_inner);
+    /// Blocks that a node acknowledged as durable so far, by hash, in order.
+    pub fn acked(&self, node: usize) -> Vec<u64> {
+        let acked = self.acked[node].lock().unwrap_or_else(PoisonError::into_inner);
         let mut hashes: Vec<u64> = acked.iter().copied().collect();
         hashes.sort_unstable();
         hashes
     }
 
-    /// Of the blocks `asked` about, only the `kept` ones stay in the account.
-    pub fn settle(&self, asked: &[u64], kept: &[u64]) {
-        let mut acked = self.acked.lock().unwrap_or_else(PoisonError::into_inner);
+    /// Of the blocks that a node was `asked` about, only the `kept` ones stay in its account.
+    pub fn settle(&self, node: usize, asked: &[u64], kept: &[u64]) {
+        let mut acked = self.acked[node].lock().unwrap_or_else(PoisonError::into_inner);
         for hash in asked {
             acked.remove(hash);
         }
         acked.extend(kept);
     }
 
-    /// One worker: takes requests until there are none. Gives its counts, and what ended it early.
-    pub fn work(&self, worker: &Worker, binding: &Binding) -> (Tally, Option<Error>) {
-        let mut hand = Hand {
-            replay: self,
-            worker,
-            binding,
-            tally: Tally::default(),
-            buffer: vec![0; binding.block_bytes() as usize],
-        };
+    /// One worker, with a seat at each node: takes requests until there are none. Gives its counts, and what
+    /// ended it early.
+    pub fn work(&self, seats: &[Seat]) -> (Tally, Option<Error>) {
+        let block_bytes = seats.first().map_or(0, |(_, binding)| binding.block_bytes());
+        let buffer = vec![0; block_bytes as usize];
+        let mut hand =
+            Hand { replay: self, seats, at: 0, called: self.began, tally: Tally::default(), buffer };
         let mut failed = None;
-        while let Some(request) = self.take() {
-            if let Err(error) = hand.request(request) {
+        while let Some((number, request)) = self.take() {
+            if let Err(error) = hand.request(number, request) {
                 failed = (!self.patience.stop.is_asked()).then_some(error);
                 break;
             }
@@ -208,8 +228,8 @@ impl Replay {
         (hand.tally, failed)
     }
 
-    /// The next request, when it is time for it; `None` when there is none or all is over.
-    fn take(&self) -> Option<&Request> {
+    /// The next request and its number, when it is time for it; `None` when there is none or all is over.
+    fn take(&self) -> Option<(usize, &Request)> {
         let index = self.next.fetch_add(1, Ordering::AcqRel);
         let request = self.plan.requests.get(index)?;
         let first = self.plan.requests.first().map_or(0, |first| first.timestamp_ms);
@@ -224,7 +244,7 @@ impl Replay {
                 return None;
             }
             match (is_open, early) {
-                (true, Duration::ZERO) => return Some(request),
+                (true, Duration::ZERO) => return Some((index, request)),
                 (true, early) => std::thread::sleep(early.min(Duration::from_millis(20))),
                 (false, _) => std::thread::sleep(Duration::from_millis(1)),
             }
@@ -232,45 +252,139 @@ impl Replay {
     }
 }
 
+/// The node that a request goes to: its own, or the next one that is up.
+fn route(number: usize, nodes: usize, is_up: impl Fn(usize) -> bool) -> usize {
+    let own = number % nodes;
+    (own..own + nodes).map(|at| at % nodes).find(|at| is_up(*at)).unwrap_or(own)
+}
+
+/// Whether the node of the seat in use is away while another one is there.
+fn may_leave(seats: &[Seat], at: usize) -> bool {
+    let is_up = |(worker, _): &Seat| worker.is_connected();
+    !is_up(&seats[at]) && seats.iter().any(is_up)
+}
+
+/// Where a block is, as far as a request cares.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Seen {
+    In(Source),
+    Absent(MissReason),
+}
+
+impl From<Sighting> for Seen {
+    fn from(sighting: Sighting) -> Self {
+        match sighting {
+            Sighting::Here(tier) => Self::In(tier.into()),
+            Sighting::At { .. } => Self::In(Source::Peer),
+            Sighting::Expected { .. } => Self::Absent(MissReason::NotComplete),
+            Sighting::Absent(miss) => Self::Absent(miss.reason),
+        }
+    }
+}
+
+/// Blocks from the first on that can be read, without a gap.
+fn prefix(seen: &[Seen]) -> usize {
+    seen.iter().take_while(|seen| matches!(seen, Seen::In(_))).count()
+}
+
 /// A worker at work.
 struct Hand<'a> {
     replay: &'a Replay,
-    worker: &'a Worker,
-    binding: &'a Binding,
+    seats: &'a [Seat],
+    /// The node in use.
+    at: usize,
+    /// When it was asked for blocks of other nodes.
+    called: Instant,
     tally: Tally,
     buffer: Vec<u8>,
 }
 
-impl Hand<'_> {
-    fn request(&mut self, request: &Request) -> Result<(), Error> {
-        let names: Vec<SequenceHash> = request.blocks.iter().copied().map(SequenceHash::from).collect();
-        let (worker, binding) = (self.worker, self.binding);
-        let found = self.insist(|| worker.lookup(binding, &names))?;
-        let mut missing = Vec::new();
-        for (at, tier) in found.tiers.iter().enumerate() {
-            if let Some(reason) = self.read(&names[at], *tier)? {
-                self.miss(reason);
-                missing.push(at);
+impl<'a> Hand<'a> {
+    fn here(&self) -> (&'a Worker, &'a Binding) {
+        let (worker, binding) = &self.seats[self.at];
+        (worker, binding)
+    }
+
+    /// Does a request at its own node; begins it again elsewhere when that one goes away.
+    fn request(&mut self, number: usize, request: &Request) -> Result<(), Error> {
+        let (seats, nodes) = (self.seats, self.seats.len());
+        loop {
+            self.at = route(number, nodes, |node| seats[node].0.is_connected());
+            match self.serve(request) {
+                Ok(()) => break,
+                Err(error) if self.replay.patience.stop.is_asked() || !may_try_again(&error) => {
+                    return Err(error);
+                }
+                Err(_) if may_leave(seats, self.at) => {}
+                Err(error) => return Err(error),
             }
         }
-        if let Some((first, miss)) = found.first_miss {
-            self.miss(miss.reason);
-            missing.push(first);
-            for (at, name) in names.iter().enumerate().skip(first + 1) {
-                match self.insist(|| worker.lookup(binding, &[*name]))?.first_miss {
-                    None => self.tally.behind_gap += 1,
-                    Some((_, miss)) => {
-                        self.miss(miss.reason);
-                        missing.push(at);
-                    }
+        *self.tally.served.entry(self.at).or_default() += 1;
+        self.tally.rerouted += u64::from(self.at != number % nodes);
+        Ok(())
+    }
+
+    /// Reads what there is of a request's prefix and stores the rest.
+    fn serve(&mut self, request: &Request) -> Result<(), Error> {
+        let names: Vec<SequenceHash> = request.blocks.iter().copied().map(SequenceHash::from).collect();
+        let seen = self.look(&names)?;
+        let prefix = prefix(&seen);
+        self.call_in(&names[..prefix], &seen)?;
+        let mut missing = Vec::new();
+        for (at, seen) in seen.into_iter().enumerate() {
+            let miss = match seen {
+                Seen::In(source) if at < prefix => self.read(&names[at], source)?,
+                Seen::In(_) => {
+                    self.tally.behind_gap += 1;
+                    None
                 }
+                Seen::Absent(reason) => Some(reason),
+            };
+            if let Some(reason) = miss {
+                self.miss(reason);
+                missing.push(at);
             }
         }
         missing.into_iter().try_for_each(|at| self.store(request.blocks[at]))
     }
 
+    /// Where the blocks are: at this node without a call, or else wherever the daemon finds them.
+    fn look(&mut self, names: &[SequenceHash]) -> Result<Vec<Seen>, Error> {
+        let (worker, binding) = self.here();
+        let found = self.insist(|| worker.lookup(binding, names))?;
+        let mut seen: Vec<Seen> = found.tiers.iter().map(|tier| Seen::In((*tier).into())).collect();
+        let Some((first, miss)) = found.first_miss else { return Ok(seen) };
+        if self.seats.len() > 1 {
+            let located = self.insist(|| worker.locate(binding, &names[first..]).wait())?;
+            seen.extend(located.into_iter().map(Seen::from));
+            return Ok(seen);
+        }
+        seen.push(Seen::Absent(miss.reason));
+        for name in &names[first + 1..] {
+            let found = self.insist(|| worker.lookup(binding, &[*name]))?;
+            let tier = found.tiers.first().map(|tier| Seen::In((*tier).into()));
+            seen.extend(found.first_miss.map(|(_, miss)| Seen::Absent(miss.reason)).or(tier));
+        }
+        Ok(seen)
+    }
+
+    /// Has blocks of other nodes come here, all at once.
+    fn call_in(&mut self, names: &[SequenceHash], seen: &[Seen]) -> Result<(), Error> {
+        let elsewhere = names.iter().zip(seen).filter(|(_, seen)| **seen == Seen::In(Source::Peer));
+        let elsewhere: Vec<SequenceHash> = elsewhere.map(|(name, _)| *name).collect();
+        if elsewhere.is_empty() {
+            return Ok(());
+        }
+        let (worker, binding) = self.here();
+        self.called = Instant::now();
+        self.insist(|| worker.prefetch(binding, &elsewhere).wait())?;
+        Ok(())
+    }
+
     fn insist<T>(&mut self, call: impl FnMut() -> Result<T, Error>) -> Result<T, Error> {
-        self.replay.patience.insist(self.worker, &mut self.tally.retries, call)
+        let (seats, at) = (self.seats, self.at);
+        let leave = || may_leave(seats, at);
+        self.replay.patience.insist_unless(leave, &seats[at].0, &mut self.tally.retries, call)
     }
 
     fn miss(&mut self, reason: MissReason) {
@@ -279,8 +393,8 @@ impl Hand<'_> {
     }
 
     /// Reads one block and checks every byte of it; gives the reason when it is gone by now.
-    fn read(&mut self, name: &SequenceHash, tier: Tier) -> Result<Option<MissReason>, Error> {
-        let (worker, binding) = (self.worker, self.binding);
+    fn read(&mut self, name: &SequenceHash, source: Source) -> Result<Option<MissReason>, Error> {
+        let (worker, binding) = self.here();
         let mut took = Duration::ZERO;
         let got = self.insist(|| {
             let asked = Instant::now();
@@ -295,14 +409,21 @@ impl Hand<'_> {
             Err(error) if error.kind() == FaultKind::Corrupt => return Ok(Some(MissReason::Corrupt)),
             Err(error) => return Err(error),
         };
+        if source == Source::Peer {
+            took = self.called.elapsed();
+        }
         let live = &self.replay.live;
-        self.tally.hit(tier, took);
-        let hits = if tier == Tier::Disk { &live.hits_disk } else { &live.hits_host };
+        self.tally.hit(source, took);
+        let hits = match source {
+            Source::Host => &live.hits_host,
+            Source::Disk => &live.hits_disk,
+            Source::Peer => &live.hits_peer,
+        };
         hits.fetch_add(1, Ordering::Relaxed);
         let key = binding.key(name);
         let wrong = wrong_bytes(&key, &block, binding.block_bytes() as usize);
         live.wrong_bytes.fetch_add(wrong, Ordering::Relaxed);
-        self.tally.checked(block.len(), wrong, || format!("block {key} of {name}, from {}", tier.name()));
+        self.tally.checked(block.len(), wrong, || format!("block {key} of {name}, from {}", source.name()));
         Ok(None)
     }
 
@@ -311,14 +432,14 @@ impl Hand<'_> {
         let plan = &self.replay.plan;
         let name = SequenceHash::from(hash);
         let mut buffer = std::mem::take(&mut self.buffer);
-        payload::fill(&self.binding.key(&name), &mut buffer);
+        let (worker, binding) = self.here();
+        payload::fill(&binding.key(&name), &mut buffer);
         let first = plan.requests.iter().find_map(|request| request.blocks.first());
         if plan.plant && first == Some(&hash) {
             buffer[0] ^= 1;
         }
         let durable = plan.durable_every > 0 && hash.is_multiple_of(plan.durable_every);
         let options = PutOptions { durable, ..PutOptions::default() };
-        let (worker, binding) = (self.worker, self.binding);
         let mut took = Duration::ZERO;
         let stored = self.insist(|| {
             let asked = Instant::now();
@@ -332,7 +453,8 @@ impl Hand<'_> {
         if durable {
             self.tally.durable_blocks += 1;
             self.tally.put_durable.record(took);
-            self.replay.acked.lock().unwrap_or_else(PoisonError::into_inner).insert(hash);
+            let acked = &self.replay.acked[self.at];
+            acked.lock().unwrap_or_else(PoisonError::into_inner).insert(hash);
         } else {
             self.tally.put.record(took);
         }
@@ -347,17 +469,17 @@ mod tests {
     fn replay(count: u64, speed: Option<f64>, gate: usize) -> Replay {
         let requests = (0..count).map(|at| Request { timestamp_ms: at * 3_600_000, blocks: vec![at] });
         let plan = Plan { requests: requests.collect(), speed, durable_every: 1, plant: false };
-        Replay::new(plan, Patience { limit: Duration::ZERO, stop: Stop::default() }, gate)
+        Replay::new(plan, Patience { limit: Duration::ZERO, stop: Stop::default() }, gate, 2)
     }
 
     #[test]
     fn requests_are_taken_in_order_up_to_the_gate_and_on_when_it_opens() {
         let replay = replay(4, None, 2);
-        assert_eq!([0, 1].map(|_| replay.take().unwrap().blocks[0]), [0, 1]);
+        assert_eq!([0, 1].map(|_| replay.take().unwrap().0), [0, 1]);
         std::thread::scope(|scope| {
-            let waiting = scope.spawn(|| replay.take().map(|request| request.blocks[0]));
+            let waiting = scope.spawn(|| replay.take().map(|(number, request)| (number, request.blocks[0])));
             replay.open(4);
-            assert_eq!(waiting.join().unwrap(), Some(2));
+            assert_eq!(waiting.join().unwrap(), Some((2, 2)));
         });
         replay.finish();
         assert_eq!(replay.take(), None);
@@ -380,10 +502,45 @@ mod tests {
     #[test]
     fn the_account_of_durable_blocks_keeps_what_was_acknowledged_meanwhile() {
         let replay = replay(1, None, 1);
-        replay.acked.lock().unwrap().extend([1, 2, 3]);
-        let asked = replay.acked();
-        replay.acked.lock().unwrap().insert(4);
-        replay.settle(&asked, &[2]);
-        assert_eq!(replay.acked(), [2, 4]);
+        replay.acked[1].lock().unwrap().extend([1, 2, 3]);
+        let asked = replay.acked(1);
+        replay.acked[1].lock().unwrap().insert(4);
+        replay.settle(1, &asked, &[2]);
+        assert_eq!((replay.acked(0), replay.acked(1)), (vec![], vec![2, 4]));
+    }
+
+    #[test]
+    fn a_request_goes_to_its_own_node_or_the_next_one_that_is_there() {
+        let routes = |up: &[bool]| [0, 1, 2, 3, 7].map(|number| route(number, up.len(), |node| up[node]));
+        assert_eq!(routes(&[true]), [0, 0, 0, 0, 0]);
+        assert_eq!(routes(&[true, true, true]), [0, 1, 2, 0, 1]);
+        assert_eq!(routes(&[true, false, true]), [0, 2, 2, 0, 2]);
+        assert_eq!(routes(&[false, true, false]), [1, 1, 1, 1, 1]);
+        // Nobody is there: it waits for its own.
+        assert_eq!(routes(&[false, false, false]), [0, 1, 2, 0, 1]);
+    }
+
+    #[test]
+    fn a_block_is_of_use_from_wherever_it_can_be_read_and_only_without_a_gap_before_it() {
+        use kv_client::Tier;
+
+        let node = || "node-2".to_owned();
+        let sightings = vec![
+            Sighting::Here(Tier::Disk),
+            Sighting::At { node: node(), tier: Tier::Disk },
+            Sighting::Expected { node: node() },
+            Sighting::Here(Tier::Host),
+            Sighting::Absent(MissReason::EvictedCapacity.into()),
+        ];
+        let seen: Vec<Seen> = sightings.into_iter().map(Seen::from).collect();
+        let wanted = [
+            Seen::In(Source::Disk),
+            Seen::In(Source::Peer),
+            Seen::Absent(MissReason::NotComplete),
+            Seen::In(Source::Host),
+            Seen::Absent(MissReason::EvictedCapacity),
+        ];
+        assert_eq!(seen, wanted);
+        assert_eq!(prefix(&seen), 2);
     }
 }

@@ -17,13 +17,13 @@ pub struct Report {
     pub ended: &'static str,
     /// Time from the first request to the last answer, in seconds.
     pub seconds: f64,
-    /// Worker sessions.
+    /// Workers, each with a session at every node.
     pub workers: usize,
     /// Length of a block in bytes.
     pub block_bytes: u32,
-    /// Size of the host tier in bytes.
+    /// Size of the host tier of each node in bytes.
     pub host_bytes: u64,
-    /// Size of the disk tier in bytes.
+    /// Size of the disk tier of each node in bytes.
     pub disk_bytes: u64,
     /// Which blocks are written to disk when they leave host memory.
     pub admission: String,
@@ -37,7 +37,7 @@ pub struct Report {
     pub wrong_bytes: u64,
     /// The first wrong block, in words.
     pub first_wrong: Option<String>,
-    /// Blocks read, by the tier that had them.
+    /// Blocks read, by the tier that had them; `peer` for those of another node, where there are several.
     pub hits: BTreeMap<&'static str, u64>,
     /// Blocks that were not here, by reason.
     pub misses: BTreeMap<&'static str, u64>,
@@ -59,12 +59,17 @@ pub struct Report {
     pub durable_undecided: u64,
     /// Of those, blocks that are gone without such a reason.
     pub lost_durable_blocks: u64,
+    /// The first of them, in words.
+    pub first_lost: Option<String>,
     /// Reading a block, wherever it was.
     pub read_us: Quantiles,
     /// Reading a block in host memory.
     pub read_host_us: Quantiles,
     /// Reading a block on disk.
     pub read_disk_us: Quantiles,
+    /// Reading a block of another node: from asking for all that a request wants of others until this one was
+    /// here and its turn.
+    pub read_peer_us: Quantiles,
     /// Storing a block in host memory.
     pub put_us: Quantiles,
     /// Storing a block durably.
@@ -75,11 +80,62 @@ pub struct Report {
     pub disk_bytes_written: u64,
     /// Bytes written to disk for each byte read from either tier.
     pub bytes_written_per_byte_hit: f64,
+    /// Blocks that nodes fetched from each other. What came within milliseconds of a kill is not in it.
+    pub fetched_blocks: u64,
+    /// Their bytes.
+    pub fetched_bytes: u64,
+    /// Requests that went to another node while their own was away.
+    pub rerouted: u64,
+    /// The nodes.
+    pub nodes: Vec<NodeReport>,
+}
+
+/// One node at the end, and what it had from the others and gave to them.
+#[derive(Clone, Debug, Default, Serialize)]
+pub struct NodeReport {
+    /// What it is called.
+    pub node: String,
+    /// Requests that it did.
+    pub requests: u64,
+    /// How often it was killed.
+    pub kills: usize,
+    /// Blocks in its host memory.
+    pub host_blocks: u64,
+    /// Blocks on its disk.
+    pub disk_blocks: u64,
+    /// What it fetched from the others, over all its lives.
+    pub fetched: Moved,
+    /// What the others fetched from it, as they tell.
+    pub served: Moved,
+}
+
+/// What moved from one node to another.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
+pub struct Moved {
+    /// Blocks.
+    pub blocks: u64,
+    /// Their bytes.
+    pub bytes: u64,
+}
+
+impl std::ops::AddAssign for Moved {
+    fn add_assign(&mut self, other: Self) {
+        self.blocks += other.blocks;
+        self.bytes += other.bytes;
+    }
+}
+
+impl fmt::Display for Moved {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.pad(&format!("{}, {}", grouped(self.blocks), Size(self.bytes).about()))
+    }
 }
 
 /// One kill, and what the daemon brought back.
 #[derive(Clone, Debug, Default, Serialize)]
 pub struct Restart {
+    /// Which node.
+    pub node: String,
     /// Requests done at that time.
     pub after_requests: u64,
     /// From the kill until the next daemon answered, in milliseconds.
@@ -118,14 +174,23 @@ impl fmt::Display for Quantiles {
 }
 
 impl Report {
-    /// Takes the counts of all workers in.
+    /// Takes the counts of all workers in. The nodes must be there.
     pub fn take(&mut self, tally: &Tally) {
+        self.fetched_blocks = self.nodes.iter().map(|node| node.fetched.blocks).sum();
+        self.fetched_bytes = self.nodes.iter().map(|node| node.fetched.bytes).sum();
+        self.rerouted = tally.rerouted;
+        for (at, node) in self.nodes.iter_mut().enumerate() {
+            node.requests = tally.served.get(&at).copied().unwrap_or(0);
+        }
         self.requests = tally.requests;
         self.blocks_read = tally.blocks_read();
         self.bytes_read = tally.bytes_read;
         self.wrong_bytes = tally.wrong_bytes;
         self.first_wrong.clone_from(&tally.first_wrong);
         self.hits = BTreeMap::from([("host", tally.hits_host), ("disk", tally.hits_disk)]);
+        if self.is_many() {
+            self.hits.insert("peer", tally.hits_peer);
+        }
         self.misses.clone_from(&tally.misses);
         self.behind_gap = tally.behind_gap;
         self.put_blocks = tally.put_blocks;
@@ -133,9 +198,11 @@ impl Report {
         self.retries = tally.retries;
         let mut read = tally.read_host.clone();
         read.merge(&tally.read_disk);
+        read.merge(&tally.read_peer);
         self.read_us = (&read).into();
         self.read_host_us = (&tally.read_host).into();
         self.read_disk_us = (&tally.read_disk).into();
+        self.read_peer_us = (&tally.read_peer).into();
         self.put_us = (&tally.put).into();
         self.put_durable_us = (&tally.put_durable).into();
         let bytes_hit = self.blocks_read * u64::from(self.block_bytes);
@@ -143,9 +210,15 @@ impl Report {
         self.bytes_written_per_byte_hit = if bytes_hit == 0 { 0.0 } else { ratio };
     }
 
-    /// Whether every promise was kept.
+    fn is_many(&self) -> bool {
+        self.nodes.len() > 1
+    }
+
+    /// Whether every promise was kept. That several nodes had blocks of each other is one, unless somebody
+    /// stopped them.
     pub fn is_right(&self) -> bool {
-        self.wrong_bytes == 0 && self.lost_durable_blocks == 0
+        let fetched = !self.is_many() || self.fetched_blocks > 0 || self.ended == "signal";
+        self.wrong_bytes == 0 && self.lost_durable_blocks == 0 && fetched
     }
 
     /// One line of JSON.
@@ -177,9 +250,10 @@ impl fmt::Display for Report {
         };
         writeln!(
             f,
-            "tiers      host {}, disk {}, admission to disk {}",
+            "tiers      host {}, disk {}{}, admission to disk {}",
             size(self.host_bytes),
             size(self.disk_bytes),
+            if self.is_many() { " each" } else { "" },
             self.admission
         )?;
         writeln!(f, "hits       {}", counts(&self.hits))?;
@@ -187,7 +261,11 @@ impl fmt::Display for Report {
         if self.behind_gap > 0 {
             writeln!(f, "           {} were here, but behind one that was not", grouped(self.behind_gap))?;
         }
-        writeln!(f, "read       host {}; disk {}", self.read_host_us, self.read_disk_us)?;
+        write!(f, "read       host {}; disk {}", self.read_host_us, self.read_disk_us)?;
+        match self.is_many() {
+            true => writeln!(f, "; peer {}", self.read_peer_us)?,
+            false => writeln!(f)?,
+        }
         writeln!(
             f,
             "put        {} blocks, {}; durable {}",
@@ -201,10 +279,37 @@ impl fmt::Display for Report {
             size(self.disk_bytes_written),
             self.bytes_written_per_byte_hit
         )?;
-        for restart in &self.restarts {
+        if self.is_many() {
             writeln!(
                 f,
-                "kill -9    after {} requests, back in {} ms; in memory {} blocks ({} before), on disk {} ({})",
+                "fetched    {} blocks, {}, from each other; {} requests went to another node than their own",
+                grouped(self.fetched_blocks),
+                size(self.fetched_bytes),
+                grouped(self.rerouted),
+            )?;
+            writeln!(
+                f,
+                "           node      requests   in memory     on disk           fetched            served"
+            )?;
+        }
+        for node in self.nodes.iter().filter(|_| self.is_many()) {
+            let NodeReport { node, requests, host_blocks, disk_blocks, fetched, served, .. } = node;
+            writeln!(
+                f,
+                "           {node:<8}{:>10}{:>12}{:>12}{fetched:>18}{served:>18}",
+                grouped(*requests),
+                grouped(*host_blocks),
+                grouped(*disk_blocks),
+            )?;
+        }
+        for restart in &self.restarts {
+            let (of, then) = match self.is_many() {
+                true => (format!("{} ", restart.node), ";\n           "),
+                false => (String::new(), "; "),
+            };
+            writeln!(
+                f,
+                "kill -9    {of}after {} requests, back in {} ms{then}in memory {} blocks ({} before), on disk {} ({})",
                 grouped(restart.after_requests),
                 restart.ready_ms,
                 grouped(restart.host_blocks),
@@ -229,6 +334,9 @@ impl fmt::Display for Report {
             size(self.bytes_read),
             grouped(self.wrong_bytes)
         )?;
+        if let Some(first) = &self.first_lost {
+            writeln!(f, "           the first lost: {first}")?;
+        }
         if let Some(first) = &self.first_wrong {
             writeln!(f, "           the first: {first}")?;
         }
@@ -264,11 +372,12 @@ mod tests {
     use kv_client::Tier;
 
     use super::*;
+    use crate::tally::Source;
 
     fn report() -> Report {
         let mut tally = Tally { requests: 1234, put_blocks: 7, ..Tally::default() };
-        tally.hit(Tier::Host, Duration::from_micros(2));
-        tally.hit(Tier::Disk, Duration::from_micros(20_000));
+        tally.hit(Tier::Host.into(), Duration::from_micros(2));
+        tally.hit(Tier::Disk.into(), Duration::from_micros(20_000));
         tally.miss("never_stored");
         let mut report = Report {
             ended: "trace",
@@ -314,6 +423,46 @@ mod tests {
             assert!(table.contains(part), "{part}: {table}");
         }
         assert!(table.lines().all(|line| line.chars().count() <= 110), "{table}");
+    }
+
+    /// Of two nodes, the second of which fetched so many blocks.
+    fn of_two(blocks: u64) -> Report {
+        let fetched = Moved { blocks, bytes: 4096 * blocks };
+        let node = |at: usize| NodeReport { node: format!("node-{at}"), ..NodeReport::default() };
+        let nodes = vec![node(1), NodeReport { fetched, ..node(2) }];
+        let restarts = vec![Restart { node: "node-2".into(), ..Restart::default() }];
+        let mut report = Report { nodes, restarts, ..report() };
+        let mut tally = Tally { rerouted: 5, ..Tally::default() };
+        tally.served.insert(1, 7);
+        (0..blocks).for_each(|_| tally.hit(Source::Peer, Duration::from_micros(900)));
+        report.take(&tally);
+        report
+    }
+
+    #[test]
+    fn several_nodes_are_told_apart_and_a_single_one_is_told_as_before() {
+        let table = of_two(3).to_string();
+        for part in
+            ["peer 3 (", "fetched    3 blocks, 12KiB", "node-2", "3, 12KiB", "5 requests", "node-2 after"]
+        {
+            assert!(table.contains(part), "{part}: {table}");
+        }
+        assert!(table.lines().all(|line| line.chars().count() <= 110), "{table}");
+        let json: serde_json::Value = serde_json::from_str(&of_two(3).json()).unwrap();
+        assert_eq!((&json["fetched_blocks"], &json["hits"]["peer"]), (&3.into(), &3.into()));
+        let second = &json["nodes"][1];
+        assert_eq!((&second["node"], &second["fetched"]["blocks"]), (&"node-2".into(), &3.into()));
+        assert_eq!(second["requests"], 7);
+        for word in ["peer", "node", " each,"] {
+            assert!(!report().to_string().contains(word), "{word}");
+        }
+    }
+
+    #[test]
+    fn nodes_that_had_nothing_from_each_other_are_not_right_unless_they_were_stopped() {
+        assert!(of_two(1).is_right());
+        assert!(!of_two(0).is_right());
+        assert!(Report { ended: "signal", ..of_two(0) }.is_right());
     }
 
     #[test]

@@ -43,11 +43,43 @@ impl Times {
     }
 }
 
+/// Where a block was read from.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Source {
+    /// Host memory of the node.
+    Host,
+    /// Disk of the node.
+    Disk,
+    /// Another node.
+    Peer,
+}
+
+impl Source {
+    /// In one word.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Host => "host",
+            Self::Disk => "disk",
+            Self::Peer => "peer",
+        }
+    }
+}
+
+impl From<Tier> for Source {
+    fn from(tier: Tier) -> Self {
+        if tier == Tier::Disk { Self::Disk } else { Self::Host }
+    }
+}
+
 /// Counts of one worker, or of all.
 #[derive(Clone, Debug, Default)]
 pub struct Tally {
     /// Requests replayed to their end.
     pub requests: u64,
+    /// Of those, what each node did, by its number.
+    pub served: BTreeMap<usize, u64>,
+    /// Requests that went to another node than their own, which was away.
+    pub rerouted: u64,
     /// Bytes read and checked.
     pub bytes_read: u64,
     /// Of those, bytes that were not what had been stored.
@@ -58,6 +90,8 @@ pub struct Tally {
     pub hits_host: u64,
     /// Blocks of prefixes that had to come up from disk.
     pub hits_disk: u64,
+    /// Blocks of prefixes that had to come from another node.
+    pub hits_peer: u64,
     /// Blocks that were here, but behind one that was not: of no use to the request, and not read.
     pub behind_gap: u64,
     /// Blocks that were not here, by reason.
@@ -72,6 +106,9 @@ pub struct Tally {
     pub read_host: Times,
     /// Reading one block on disk.
     pub read_disk: Times,
+    /// Reading one block of another node: from asking for all that a request wants of others until this one was
+    /// here and its turn.
+    pub read_peer: Times,
     /// Storing one block in host memory.
     pub put: Times,
     /// Storing one block durably.
@@ -80,10 +117,11 @@ pub struct Tally {
 
 impl Tally {
     /// One block was read.
-    pub fn hit(&mut self, tier: Tier, took: Duration) {
-        let (hits, times) = match tier {
-            Tier::Disk => (&mut self.hits_disk, &mut self.read_disk),
-            _ => (&mut self.hits_host, &mut self.read_host),
+    pub fn hit(&mut self, source: Source, took: Duration) {
+        let (hits, times) = match source {
+            Source::Host => (&mut self.hits_host, &mut self.read_host),
+            Source::Disk => (&mut self.hits_disk, &mut self.read_disk),
+            Source::Peer => (&mut self.hits_peer, &mut self.read_peer),
         };
         *hits += 1;
         times.record(took);
@@ -105,7 +143,7 @@ impl Tally {
 
     /// Blocks read.
     pub fn blocks_read(&self) -> u64 {
-        self.hits_host + self.hits_disk
+        self.hits_host + self.hits_disk + self.hits_peer
     }
 
     /// Blocks that were not here.
@@ -116,11 +154,16 @@ impl Tally {
     /// Adds the counts of another worker.
     pub fn merge(&mut self, other: Self) {
         self.requests += other.requests;
+        for (node, count) in other.served {
+            *self.served.entry(node).or_default() += count;
+        }
+        self.rerouted += other.rerouted;
         self.bytes_read += other.bytes_read;
         self.wrong_bytes += other.wrong_bytes;
         self.first_wrong = self.first_wrong.take().or(other.first_wrong);
         self.hits_host += other.hits_host;
         self.hits_disk += other.hits_disk;
+        self.hits_peer += other.hits_peer;
         self.behind_gap += other.behind_gap;
         for (reason, count) in other.misses {
             *self.misses.entry(reason).or_default() += count;
@@ -130,6 +173,7 @@ impl Tally {
         self.retries += other.retries;
         self.read_host.merge(&other.read_host);
         self.read_disk.merge(&other.read_disk);
+        self.read_peer.merge(&other.read_peer);
         self.put.merge(&other.put);
         self.put_durable.merge(&other.put_durable);
     }
@@ -141,15 +185,18 @@ mod tests {
 
     #[test]
     fn counts_of_workers_add_up() {
-        let mut one = Tally::default();
-        one.hit(Tier::Host, Duration::from_micros(1));
+        let mut one = Tally { served: BTreeMap::from([(0, 3)]), ..Tally::default() };
+        one.hit(Tier::Host.into(), Duration::from_micros(1));
         one.miss("never_stored");
         one.checked(10, 0, || unreachable!("nothing is wrong"));
         let mut two = one.clone();
-        two.hit(Tier::Disk, Duration::from_micros(300));
+        two.hit(Tier::Disk.into(), Duration::from_micros(300));
+        two.hit(Source::Peer, Duration::from_micros(900));
+        two.served.insert(2, 1);
         two.checked(10, 3, || "block b".into());
         one.merge(two);
-        assert_eq!((one.hits_host, one.hits_disk, one.missed(), one.blocks_read()), (2, 1, 2, 3));
+        assert_eq!((one.hits_host, one.hits_disk, one.missed(), one.blocks_read()), (2, 1, 2, 4));
+        assert_eq!((one.hits_peer, one.served), (1, BTreeMap::from([(0, 6), (2, 1)])));
         assert_eq!((one.bytes_read, one.wrong_bytes, one.first_wrong.as_deref()), (30, 3, Some("block b")));
         assert!((one.read_disk.quantile_us(0.5) - 300.0).abs() < 1.0);
         assert!((one.read_host.quantile_us(0.99) - 1.0).abs() < 0.01);

@@ -1,4 +1,4 @@
-//! A daemon on embedded defaults until Ctrl-C: nothing to configure, nothing left behind.
+//! Daemons on embedded defaults until Ctrl-C: nothing to configure, nothing left behind.
 
 use std::path::PathBuf;
 use std::time::Duration;
@@ -6,7 +6,8 @@ use std::time::Duration;
 use clap::Args;
 use kvd::config::units::{Size, Text};
 
-use crate::daemon::{Daemon, Setup, flags};
+use crate::daemon::{Daemon, Setup};
+use crate::nodes::{self, NODES_MAX};
 use crate::places::{Places, Wishes};
 use crate::stop::Stop;
 
@@ -19,6 +20,10 @@ fn size(value: &str) -> Result<Size, String> {
 /// What to run.
 #[derive(Args, Clone, Debug)]
 pub struct Options {
+    /// So many nodes, each a daemon of its own, that serve each other's blocks; sizes are of each
+    #[arg(long, value_name = "COUNT", default_value_t = 1)]
+    #[arg(value_parser = clap::value_parser!(u16).range(1..=NODES_MAX))]
+    pub nodes: u16,
     /// Host tier, in shared memory [default: 512MiB, less where there is less]
     #[arg(long, value_name = "SIZE", value_parser = size)]
     pub host_bytes: Option<Size>,
@@ -36,7 +41,7 @@ pub struct Options {
     pub http: String,
 }
 
-/// Runs a daemon until `stop` is asked.
+/// Runs daemons until `stop` is asked.
 pub fn run(options: &Options, stop: &Stop) -> anyhow::Result<()> {
     let wishes = Wishes {
         host: options.host_bytes,
@@ -44,26 +49,34 @@ pub fn run(options: &Options, stop: &Stop) -> anyhow::Result<()> {
         memory_dir: options.memory_dir.clone(),
         data_dir: options.data_dir.clone(),
     };
-    let places = Places::make(&wishes, Size::mib(512), Size::gib(4))?;
+    let places = Places::make(&wishes, Size::mib(512), Size::gib(4), options.nodes.into())?;
     places.notes.iter().for_each(|note| eprintln!("note: {note}"));
-    let run_dir = places.run_dir();
-    let mut args = flags(&run_dir, &places.memory_dir(), places.data_dir(), places.host.0, places.disk.0);
-    args.extend(["--http".into(), options.http.clone().into(), "--set".into(), "node.name=kv-local".into()]);
-    let mut daemon = Daemon::start(&Setup { args, run_dir: run_dir.clone(), log: None })?;
-    daemon.wait_ready(START_LIMIT, || stop.is_asked())?;
+    let more = [format!("listen.http={}", options.http)];
+    let setups = nodes::setups(&places, &more)?;
+    let start = |setup: &Setup| Daemon::start(&Setup { log: None, ..setup.clone() });
+    let mut daemons: Vec<Daemon> = setups.iter().map(start).collect::<Result<_, _>>()?;
+    for daemon in &mut daemons {
+        daemon.wait_ready(START_LIMIT, || stop.is_asked())?;
+    }
     // What a shell can evaluate goes to standard output, the rest beside it.
-    println!("export KVD_SOCKET={0} KVCTL_ENDPOINT={0}", run_dir.display());
-    eprintln!(
-        "kvd serves, process {}: host {}, disk {} in {}\nCtrl-C ends it and removes its files",
-        daemon.pid(),
-        places.host.about(),
-        places.disk.about(),
-        places.data_dir().display(),
-    );
+    println!("export KVD_SOCKET={0} KVCTL_ENDPOINT={0}", places.of(0).run_dir.display());
+    for (at, daemon) in daemons.iter().enumerate() {
+        let place = places.of(at);
+        let (host, disk) = (places.host.about(), places.disk.about());
+        let (pid, data) = (daemon.pid(), place.data_dir.display());
+        eprintln!("kvd serves, process {pid}: host {host}, disk {disk} in {data}");
+        if daemons.len() > 1 {
+            eprintln!("  as {}: export KVCTL_ENDPOINT={}", daemon.name(), place.run_dir.display());
+        }
+    }
+    eprintln!("Ctrl-C ends it and removes its files");
     while !stop.is_asked() {
-        daemon.check()?;
+        daemons.iter_mut().try_for_each(Daemon::check)?;
         std::thread::sleep(Duration::from_millis(50));
     }
-    daemon.stop()?;
+    daemons.iter_mut().try_for_each(Daemon::end)?;
+    for daemon in &mut daemons {
+        daemon.stop()?;
+    }
     Ok(())
 }

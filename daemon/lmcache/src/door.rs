@@ -74,6 +74,8 @@ pub struct Options {
     pub instances_max: usize,
     /// Tenant of all blocks.
     pub tenant: String,
+    /// What numbers `uint8` elements are; without it, who has such is refused.
+    pub uint8_as: Option<String>,
     /// How long a lookup waits for blocks that are announced.
     pub pending_wait: Duration,
     /// How long a lookup's blocks are held at most.
@@ -258,7 +260,8 @@ impl Door {
         said: Registration,
     ) -> Result<(String, u64), Status> {
         let Options { chunk_tokens, block_bytes_max, pool_bytes, .. } = self.options;
-        let layout = Layout::parse(&said, chunk_tokens, block_bytes_max, pool_bytes)
+        let uint8_as = self.options.uint8_as.as_deref();
+        let layout = Layout::parse(&said, chunk_tokens, block_bytes_max, pool_bytes, uint8_as)
             .map_err(|error| self.refused(&said, Status::invalid_argument(error.to_string())))?;
         let world = said.world_size as u32;
         let _one = self.registering.lock().await;
@@ -276,7 +279,7 @@ impl Door {
         lock(&self.strangers).pop(&said.instance_id);
         lock(&self.instances).insert(said.instance_id, Arc::clone(&instance));
         (self.options.name_session)(instance.worker.session(), &instance.session_name());
-        let Layout { layers, slots, hidden, dtype, bytes, .. } = instance.layout;
+        let Layout { layers, slots, hidden, dtype, ref meaning, bytes, .. } = instance.layout;
         tracing::info!(
             instance = said.instance_id,
             model = said.model_name,
@@ -285,6 +288,7 @@ impl Door {
             slots,
             hidden,
             dtype,
+            meaning = meaning.as_deref(),
             chunk_bytes = bytes,
             pool = instance.pool_name,
             session = %instance.worker.session(),

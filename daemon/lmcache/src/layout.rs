@@ -5,8 +5,8 @@ use kv_client::{Scope, Slice};
 use crate::names::WORLD_MAX;
 use crate::wire::RegisterKvCacheEngineDrivenContextRequest as Registration;
 
-/// Element types, by the names that torch gives them, and their bytes.
-const DTYPES: [(&str, u64); 15] = [
+/// Element types that say which numbers they are, by the names that torch gives them, and their bytes.
+const DTYPES: [(&str, u64); 9] = [
     ("float64", 8),
     ("float32", 4),
     ("float16", 2),
@@ -16,13 +16,9 @@ const DTYPES: [(&str, u64); 15] = [
     ("float8_e5m2", 1),
     ("float8_e5m2fnuz", 1),
     ("float8_e8m0fnu", 1),
-    ("int64", 8),
-    ("int32", 4),
-    ("int16", 2),
-    ("int8", 1),
-    ("uint8", 1),
-    ("bool", 1),
 ];
+/// What vLLM calls its FP8 caches of every kind: bytes, read in another way by each.
+const BARE: &str = "uint8";
 const LAYERS_MAX: i64 = 4096;
 const SLOTS_MAX: i64 = 1 << 20;
 const HIDDEN_MAX: i64 = 1 << 20;
@@ -39,8 +35,10 @@ pub(crate) struct Layout {
     pub(crate) slots: u32,
     /// Elements of a slot and plane.
     pub(crate) hidden: u32,
-    /// Name of the element type.
+    /// Name of the element type, as the engine gives it.
     pub(crate) dtype: &'static str,
+    /// What numbers these are, where that name does not say it.
+    pub(crate) meaning: Option<String>,
     /// Bytes of a chunk.
     pub(crate) bytes: u32,
 }
@@ -64,12 +62,21 @@ pub(crate) enum BadLayout {
         /// Its length.
         bytes: usize,
     },
-    /// An element type whose size is not known.
-    #[error("field `dtype_str` is `{dtype}`, which kvd does not know; it knows {}", known_dtypes())]
+    /// An element type that does not say which numbers it is, or is not known.
+    #[error(
+        "field `dtype_str` is `{dtype}`, which does not say what numbers these are; kvd takes {}",
+        known_dtypes()
+    )]
     Dtype {
         /// What was said.
         dtype: String,
     },
+    /// Bytes that nobody has said the meaning of.
+    #[error(
+        "field `dtype_str` is `{BARE}`: bytes that fp8_e4m3 and fp8_e5m2 read in different ways; when all engines of \
+         this kvd have the same --kv-cache-dtype, say which in lmcache.uint8_as"
+    )]
+    Bare,
     /// A chunk that kvd cannot keep as one block.
     #[error(
         "a chunk of {layers} layers, {slots} slots and {hidden} elements has {bytes} bytes, and kvd keeps blocks \
@@ -103,12 +110,13 @@ fn known_dtypes() -> String {
 
 impl Layout {
     /// Reads a registration where chunks have `chunk_tokens`, blocks at most `block_bytes_max` and the pool
-    /// `pool_bytes`.
+    /// `pool_bytes`. `uint8_as`: what bare bytes are, if that was said.
     pub(crate) fn parse(
         said: &Registration,
         chunk_tokens: u32,
         block_bytes_max: u64,
         pool_bytes: u64,
+        uint8_as: Option<&str>,
     ) -> Result<Self, BadLayout> {
         let number = |field, value: i64, most: i64| match (1..=most).contains(&value) {
             true => Ok(value as u32),
@@ -123,8 +131,12 @@ impl Layout {
         let hidden = number("hidden_dim_size", said.hidden_dim_size, HIDDEN_MAX)?;
         let slots = said.num_physical_slots.unwrap_or(i64::from(chunk_tokens));
         let slots = number("num_physical_slots", slots, SLOTS_MAX)?;
-        let Some((dtype, element)) = DTYPES.iter().find(|(name, _)| *name == said.dtype_str) else {
-            return Err(BadLayout::Dtype { dtype: said.dtype_str.chars().take(64).collect() });
+        let known = DTYPES.iter().find(|(name, _)| *name == said.dtype_str);
+        let (dtype, meaning, element) = match (known, uint8_as) {
+            (Some((name, bytes)), _) => (*name, None, *bytes),
+            (None, Some(meaning)) if said.dtype_str == BARE => (BARE, Some(meaning.to_owned()), 1),
+            (None, None) if said.dtype_str == BARE => return Err(BadLayout::Bare),
+            (None, _) => return Err(BadLayout::Dtype { dtype: said.dtype_str.chars().take(64).collect() }),
         };
         let planes = if said.use_mla { 1 } else { 2 };
         // Bounded by the ranges above: at most 2 * 2^12 * 2^20 * 2^20 * 8.
@@ -136,7 +148,7 @@ impl Layout {
         if bytes > pool_bytes {
             return Err(BadLayout::Pool { bytes, pool_bytes });
         }
-        Ok(Self { planes, layers, slots, hidden, dtype, bytes: bytes as u32 })
+        Ok(Self { planes, layers, slots, hidden, dtype, meaning, bytes: bytes as u32 })
     }
 
     /// Dimensions of a chunk, as the engine views it.
@@ -150,7 +162,7 @@ impl Layout {
     /// could not tell whose blocks it is about. Stages of a pipeline may have more or fewer layers.
     pub(crate) fn conflict(&self, other: &Self) -> Option<&'static str> {
         match () {
-            () if self.dtype != other.dtype => Some("dtype_str"),
+            () if (self.dtype, &self.meaning) != (other.dtype, &other.meaning) => Some("dtype_str"),
             () if self.planes != other.planes => Some("use_mla"),
             () if self.hidden != other.hidden => Some("hidden_dim_size"),
             () if self.slots != other.slots => Some("num_physical_slots"),
@@ -163,7 +175,10 @@ impl Layout {
         Scope {
             block_tokens: chunk_tokens,
             model: model.to_owned(),
-            dtype: self.dtype.to_owned(),
+            dtype: match &self.meaning {
+                Some(meaning) => format!("{}:{meaning}", self.dtype),
+                None => self.dtype.to_owned(),
+            },
             attention: if self.planes == 1 { "one plane" } else { "keys, values" }.to_owned(),
             layout: format!(
                 "lmcache plane,layer,slot,hidden: {}x{}x{}x{}",
@@ -205,7 +220,7 @@ mod tests {
     }
 
     fn parse(said: &Registration) -> Result<Layout, BadLayout> {
-        Layout::parse(said, 64, 32 << 20, 64 << 20)
+        Layout::parse(said, 64, 32 << 20, 64 << 20, None)
     }
 
     #[test]
@@ -219,7 +234,7 @@ mod tests {
     #[test]
     fn what_cannot_be_served_is_refused_by_field() {
         type Change = fn(&mut Registration);
-        let rows: [(Change, &str); 11] = [
+        let rows: [(Change, &str); 14] = [
             (|said| said.model_name.clear(), "model_name"),
             (|said| said.world_size = 0, "world_size"),
             (|said| said.world_size = 5000, "world_size"),
@@ -229,6 +244,9 @@ mod tests {
             (|said| said.num_physical_slots = Some(0), "num_physical_slots"),
             (|said| said.dtype_str = "complex64".into(), "dtype_str"),
             (|said| said.dtype_str = "load".into(), "dtype_str"),
+            (|said| said.dtype_str = "int8".into(), "does not say what numbers these are"),
+            (|said| said.dtype_str = "bool".into(), "does not say what numbers these are"),
+            (|said| said.dtype_str = "uint8".into(), "lmcache.uint8_as"),
             (|said| said.hidden_dim_size = 1 << 16, "host.region_bytes"),
             (
                 |said| {
@@ -244,7 +262,7 @@ mod tests {
             let refused = parse(&said).unwrap_err().to_string();
             assert!(refused.contains(words), "{refused}");
         }
-        let refused = Layout::parse(&said(), 64, 32 << 20, 4096).unwrap_err().to_string();
+        let refused = Layout::parse(&said(), 64, 32 << 20, 4096, None).unwrap_err().to_string();
         assert!(refused.contains("lmcache.pool_bytes"), "{refused}");
     }
 
@@ -256,12 +274,27 @@ mod tests {
             change(&mut said);
             layout.conflict(&parse(&said).unwrap())
         };
-        assert_eq!(other(|said| said.dtype_str = "int32".into()), Some("dtype_str"));
+        assert_eq!(other(|said| said.dtype_str = "float16".into()), Some("dtype_str"));
         assert_eq!(other(|said| said.use_mla = false), Some("use_mla"));
         assert_eq!(other(|said| said.hidden_dim_size = 128), Some("hidden_dim_size"));
         assert_eq!(other(|said| said.num_physical_slots = Some(32)), Some("num_physical_slots"));
         assert_eq!(other(|said| said.num_layers = 3), None);
         assert_eq!(other(|said| said.block_size = 16), None);
+    }
+
+    #[test]
+    fn bare_bytes_are_called_by_what_the_operator_says_they_are() {
+        let bare = Registration { dtype_str: "uint8".into(), ..said() };
+        let told = |said, meaning| Layout::parse(said, 64, 32 << 20, 64 << 20, Some(meaning)).unwrap();
+        let one = told(&bare, "fp8_e4m3");
+        // The engine is told of slots in its own words.
+        assert_eq!((one.dtype, one.bytes), ("uint8", 4 * 64 * 256));
+        assert_eq!(one.scope("m", 64, "t", "").dtype, "uint8:fp8_e4m3");
+        assert_eq!(one.conflict(&told(&bare, "fp8_e5m2")), Some("dtype_str"));
+        let name = |layout: &Layout| SequenceHashOf7::key(layout, "m", "t", "", 0, 2);
+        assert_ne!(name(&one), name(&told(&bare, "fp8_e5m2")));
+        // It says nothing of others.
+        assert_eq!(told(&said(), "fp8_e4m3"), parse(&said()).unwrap());
     }
 
     #[test]

@@ -14,7 +14,10 @@ use kv_tiers::host::HostTier;
 use kv_tiers::store::{OpToken, StoreOp};
 
 use crate::events::EventLog;
-use crate::io::{Binding, Command, Event, FillToken, Keep, LeaseReport, Micros, Now, Op, Origin, Reply};
+use crate::fetch::Fetching;
+use crate::io::{
+    Binding, Command, Event, FetchToken, FillToken, Keep, LeaseReport, Micros, Now, Op, Origin, Reply,
+};
 use crate::jobs::Job;
 use crate::pins::Pins;
 use crate::removal::Removals;
@@ -45,6 +48,10 @@ pub struct BrainConfig {
     pub offloads_max: usize,
     /// Blocks that may be on their way up from disk.
     pub onboards_max: usize,
+    /// Blocks that may be on their way from peers; 0 without peers.
+    pub fetches_max: usize,
+    /// Milliseconds after which a search among the peers and its transfer end.
+    pub fetch_limit_ms: u64,
     /// Events kept for replay.
     pub events_kept_max: usize,
 }
@@ -64,6 +71,7 @@ pub struct Brain {
     pub(crate) timers: BTreeMap<(Micros, u64), Timer>,
     pub(crate) fills: HashMap<FillToken, Fill>,
     pub(crate) ops: HashMap<OpToken, DiskOp>,
+    pub(crate) fetches: HashMap<FetchToken, Fetching>,
     pub(crate) reclaims: HashMap<u32, usize>,
     pub(crate) removals: Removals,
     /// By block length, oldest first: one length that finds no slot holds up no other.
@@ -94,7 +102,7 @@ pub(crate) struct Bound {
     pub(crate) tenant: usize,
 }
 
-/// A block that is announced, being copied in or coming up from disk, and who waits for it.
+/// A block that is announced, being copied in, coming up from disk or from a peer, and who waits for it.
 pub(crate) struct Pending {
     pub(crate) source: Source,
     pub(crate) waiters: Vec<Waiter>,
@@ -105,6 +113,11 @@ pub(crate) struct Pending {
 impl Pending {
     pub(crate) fn from(source: Source) -> Self {
         Self { source, waiters: Vec::new(), puts: Vec::new() }
+    }
+
+    /// Whether it is to come from a peer.
+    pub(crate) fn is_fetched(&self) -> bool {
+        matches!(self.source, Source::Fetching { .. })
     }
 }
 
@@ -122,6 +135,8 @@ pub(crate) enum Source {
     Filling,
     /// It is read from disk.
     Onboarding,
+    /// It is looked for among the peers, or on its way from one.
+    Fetching { fetch: FetchToken },
 }
 
 /// Somebody who waits for a block.
@@ -173,6 +188,7 @@ pub(crate) enum DiskOp {
 pub(crate) enum Stalled {
     Put(Fill),
     Onboard { key: BlockKey },
+    Fetch { fetch: FetchToken },
 }
 
 /// Names a timer that runs.
@@ -222,6 +238,7 @@ impl Brain {
             timers: BTreeMap::new(),
             fills: HashMap::new(),
             ops: HashMap::new(),
+            fetches: HashMap::new(),
             reclaims: HashMap::new(),
             removals: Removals::default(),
             stalled: BTreeMap::new(),
@@ -250,6 +267,7 @@ impl Brain {
             Event::Unheard { from } => self.stop_job(from, out),
             Event::Filled { fill, slot, checksum } => self.filled(now, fill, slot, checksum, out),
             Event::Store(done) => self.store_done(now, done, out),
+            Event::Fetch(done) => self.fetch_done(now, done, out),
             Event::StoreHealth { serving } => self.disk_serving = self.disk_serving.map(|_| serving),
             Event::Swept { freed } => {
                 self.host.swept();
@@ -335,10 +353,10 @@ impl Brain {
                 self.commit_in_place(now, from, key, slot, generation, checksum, durable, deadline, out);
             }
             Op::Abort { key } => self.abort(now, from, &key, out),
-            Op::Acquire { key, wait } => self.acquire(now, from, deadline, key, wait, out),
+            Op::Acquire { key, wait, reach } => self.acquire(now, from, deadline, key, (wait, reach), out),
             Op::Release { leases } => self.release(from, &leases, out),
             Op::Lookup { keys, all } => self.lookup(now, from, &keys, all, out),
-            Op::Prefetch { keys } => self.prefetch(now, from, &keys, out),
+            Op::Prefetch { keys, reach } => self.prefetch(now, from, &keys, reach, out),
             Op::Pin { keys, until } => self.pin(now, from, &keys, until, out),
             Op::Unpin { keys } => self.unpin(from, &keys, out),
             Op::Evict { keys, tier, dry_run } => self.evict((from, deadline), &keys, tier, dry_run, out),
@@ -400,7 +418,7 @@ impl Brain {
                 }
                 let reason = match pending.source {
                     Source::Announced { .. } | Source::Filling => MissReason::NotComplete,
-                    Source::Onboarding => MissReason::TierTimeout,
+                    Source::Onboarding | Source::Fetching { .. } => MissReason::TierTimeout,
                 };
                 self.miss(from, &key, reason, out);
             }
@@ -648,6 +666,7 @@ impl Brain {
             reading: 0,
             pinned_bytes: self.pins.bytes(),
             in_flight: (self.ops.len() + self.fills.len()) as u64,
+            fetching: self.fetches.len() as u64,
             disk_serving: self.disk_serving,
             tenants: self
                 .tenants

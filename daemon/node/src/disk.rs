@@ -12,6 +12,7 @@ use kv_tiers::reclaim::{MoveLimit, OnSegment, plan_reclaim};
 use kv_tiers::store::{OpToken, StoreDone, StoreError, StoreOp};
 
 use crate::brain::{Brain, DiskOp, Out, Pending, Source, Stalled, Timer};
+use crate::fetch::Served;
 use crate::io::{Now, Reply};
 use crate::jobs::Checked;
 use crate::removal::DiskCopy;
@@ -270,7 +271,7 @@ impl Brain {
                 }
                 self.onboards -= 1;
                 self.entered_host(&block, entry.binding, true);
-                let puts = self.arrived(now, key, &block, Tier::Disk, out);
+                let puts = self.arrived(now, key, &block, Served::By(Tier::Disk), out);
                 drop(block);
                 self.retry_puts(now, puts, out);
                 self.free_ahead(now, out);

@@ -4,14 +4,15 @@
 //!   workers, gRPC ---- Event::Request ---->  +-------+  ---- Command::Reply ----> whoever asked
 //!   memory copied ---- Event::Filled ----->  | Brain |  ---- Command::Fill -----> copy a worker's bytes into a slot
 //!   disk is done  ---- Event::Store ------>  |       |  ---- Command::Store ----> disk operation
+//!   peer answers  ---- Event::Fetch ------>  |       |  ---- Command::Fetch ----> search among the peers, transfer
 //!   time passes   ---- Event::Tick ------->  +-------+  ---- Command::Sweep ----> read hazards, free slots
 //! ```
 //! Every request ends in exactly one `Reply` other than [`Reply::Progress`], at its deadline at the latest.
 
 use kv_arena::{Backed, Slot};
 use kv_block::{
-    BindingId, BindingTag, BlockKey, Checksum, Fault, Generation, LeaseId, MissReason, Priority, SessionId,
-    SlotId, Tier,
+    BindingId, BindingTag, BlockKey, Checksum, Fault, Generation, LeaseId, MissReason, Priority, Record,
+    SessionId, SlotId, Tier,
 };
 use kv_tiers::store::{StoreDone, StoreOp};
 
@@ -92,6 +93,8 @@ pub enum Event {
     },
     /// The disk tier says something.
     Store(StoreDone),
+    /// Whoever speaks with the peers says something.
+    Fetch(FetchDone),
     /// The disk tier's health changed.
     StoreHealth {
         /// Whether it serves.
@@ -213,6 +216,8 @@ pub enum Op {
         key: BlockKey,
         /// Wait until the deadline, or answer with what is there now.
         wait: bool,
+        /// Where to look for it, when there is time to wait.
+        reach: Reach,
     },
     /// Give leases back.
     Release {
@@ -230,6 +235,8 @@ pub enum Op {
     Prefetch {
         /// Names.
         keys: Vec<BlockKey>,
+        /// Where to look for them.
+        reach: Reach,
     },
     /// Keep these until a moment.
     Pin {
@@ -296,6 +303,23 @@ pub enum Op {
     },
 }
 
+/// Number of a peer of this node, as its configuration counts them.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Debug)]
+pub struct PeerId(pub u16);
+
+/// How far a search for a block goes.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub enum Reach {
+    /// This node. What a peer asks never goes further.
+    #[default]
+    Here,
+    /// The peers as well.
+    Peers {
+        /// Who is asked first.
+        hint: Option<PeerId>,
+    },
+}
+
 /// How a block is to be kept.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
 pub struct Keep {
@@ -314,6 +338,73 @@ pub struct Filter {
     pub tier: Option<Tier>,
     /// Only keys whose hex form begins so.
     pub key_prefix: String,
+}
+
+/// Names the search for a block among the peers, and its transfer.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Debug)]
+pub struct FetchToken(pub u64);
+
+/// What whoever speaks with the peers is to do. Each search ends in one `Missed` or `Landed`, unless it is left.
+#[derive(Debug)]
+pub enum FetchOp {
+    /// Find a peer that has a block, or expects it, and have it granted.
+    Find {
+        /// Given back.
+        fetch: FetchToken,
+        /// Name.
+        key: BlockKey,
+        /// Who is asked first.
+        hint: Option<PeerId>,
+        /// When the search and the transfer end.
+        deadline: Micros,
+    },
+    /// Read a block that was offered.
+    Into {
+        /// Which search.
+        fetch: FetchToken,
+        /// Where to; at least as long as the block. Given back.
+        into: Slot,
+    },
+    /// What was offered is of no use: another peer may have better. Another offer or a miss follows.
+    Decline {
+        /// Which search.
+        fetch: FetchToken,
+        /// What whoever waits is told when nobody has.
+        reason: MissReason,
+    },
+    /// It is not wanted any more.
+    Leave {
+        /// Which search.
+        fetch: FetchToken,
+    },
+}
+
+/// What whoever speaks with the peers has done.
+#[derive(Debug)]
+pub enum FetchDone {
+    /// A peer lets us read it. The answer is `Into`, `Decline` or `Leave`.
+    Offered {
+        /// Which search.
+        fetch: FetchToken,
+        /// What the peer says it is; expiry aside.
+        record: Record,
+        /// Seconds it has to live; 0: for ever.
+        ttl_s: u32,
+    },
+    /// Its bytes are here, compared with the record.
+    Landed {
+        /// Which search.
+        fetch: FetchToken,
+        /// The slot, back.
+        into: Slot,
+    },
+    /// It cannot be had. A slot that was given is free again, or will be when the device lets go of it.
+    Missed {
+        /// Which search.
+        fetch: FetchToken,
+        /// Why; [`MissReason::NeverStored`] when no peer knows it.
+        reason: MissReason,
+    },
 }
 
 /// Names a copy in flight.
@@ -347,6 +438,8 @@ pub enum Command {
     },
     /// Give this to the disk tier.
     Store(StoreOp),
+    /// Give this to whoever speaks with the peers.
+    Fetch(FetchOp),
     /// Read all hazards, free what nobody reads, then send [`Event::Swept`].
     Sweep,
 }
@@ -375,7 +468,7 @@ pub struct Grant {
     pub bytes: u32,
     /// Checksum; zero for a slot given to be filled.
     pub checksum: Checksum,
-    /// Where the bytes came from.
+    /// Where the bytes came from; host for those that a peer had.
     pub tier: Tier,
 }
 

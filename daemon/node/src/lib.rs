@@ -10,6 +10,8 @@
 //!   lookup.rs   a worker wants blocks: lookup, acquire, wait, release, pin
 //!   room.rs     room in host memory: quota, eviction, offload
 //!   disk.rs     what the disk tier answers: onboard, offload, reclaim
+//!   fetch.rs    blocks that a peer may have
+//!   exchange.rs one for a node, over all shards: which peer gives which block
 //!   jobs.rs     long work done in parts: purge, verify, list
 //!   recover.rs  the state that is left after a restart
 //! ```
@@ -19,6 +21,8 @@
 mod brain;
 mod disk;
 mod events;
+mod exchange;
+mod fetch;
 mod io;
 mod jobs;
 mod lookup;
@@ -32,8 +36,9 @@ mod session;
 mod tenant;
 
 pub use brain::{Brain, BrainConfig};
+pub use exchange::{Exchange, ExchangeCommand, ExchangeConfig, ExchangeEvent, TransferReport};
 pub use io::{
-    Binding, BlockReport, BlockState, Command, Event, FillToken, Filter, Found, Grant, Keep, LeaseReport,
-    Micros, Now, Op, Origin, Progress, Reply, RequestId,
+    Binding, BlockReport, BlockState, Command, Event, FetchDone, FetchOp, FetchToken, FillToken, Filter,
+    Found, Grant, Keep, LeaseReport, Micros, Now, Op, Origin, PeerId, Progress, Reach, Reply, RequestId,
 };
 pub use report::{Counters, SessionReport, ShardReport, TenantReport};

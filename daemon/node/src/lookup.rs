@@ -5,7 +5,8 @@ use kv_block::code::Code;
 use kv_block::{BindingId, BlockKey, Checksum, Fault, LeaseId, MissReason, SlotId, Tier};
 
 use crate::brain::{Brain, Fill, Out, Source, Timer, Waiter};
-use crate::io::{BlockReport, BlockState, Found, Grant, Micros, Now, Origin, Reply};
+use crate::fetch::Served;
+use crate::io::{BlockReport, BlockState, Found, Grant, Micros, Now, Origin, Reach, Reply};
 use crate::pins::Pin;
 
 /// Where a block is, with a hold on it when it is in host memory.
@@ -22,7 +23,10 @@ impl Brain {
         if self.expire_if_due(now, key, out) {
             return Located::Gone(MissReason::Expired);
         }
-        let Some(entry) = self.catalog.find(key) else { return Located::Gone(MissReason::NeverStored) };
+        let on_its_way = self.pending.contains_key(key);
+        let Some(entry) = self.catalog.find(key) else {
+            return if on_its_way { Located::Pending } else { Located::Gone(MissReason::NeverStored) };
+        };
         if let Some((slot, generation)) = entry.host
             && let Some(held) = self.host.hold(slot, generation)
         {
@@ -35,9 +39,9 @@ impl Brain {
             return self.locate(now, key, out);
         }
         match entry.state {
-            EntryState::Ghost(reason) => Located::Gone(reason),
+            EntryState::Ghost(reason) if !on_its_way => Located::Gone(reason),
             _ if entry.disk.is_some() && !self.is_filling(key) => Located::Disk(entry),
-            _ if self.pending.contains_key(key) => Located::Pending,
+            _ if on_its_way => Located::Pending,
             _ => Located::Gone(MissReason::NeverStored),
         }
     }
@@ -64,16 +68,20 @@ impl Brain {
         from: Origin,
         deadline: Micros,
         key: BlockKey,
-        wait: bool,
+        (wait, reach): (bool, Reach),
         out: &mut Out,
     ) {
         self.sighted(&key);
         match self.locate(now, &key, out) {
             Located::Host(held) => {
                 self.touch_slot(held.id());
-                self.grant(now, from, held, Tier::Host, out);
+                self.grant(now, from, held, Served::By(Tier::Host), out);
             }
-            Located::Gone(reason) => self.miss(from, &key, reason, out),
+            Located::Gone(reason) if !wait => self.miss(from, &key, reason, out),
+            Located::Gone(reason) => match self.fetch(now, key, reason, reach, out) {
+                Ok(()) => self.wait_for(key, from, deadline),
+                Err(reason) => self.miss(from, &key, reason, out),
+            },
             Located::Pending if !wait => self.miss(from, &key, MissReason::NotComplete, out),
             Located::Disk(_) if !wait => self.miss(from, &key, MissReason::TierTimeout, out),
             Located::Pending => {
@@ -95,7 +103,7 @@ impl Brain {
     }
 
     /// Gives `from` a lease on a block that it may now read.
-    pub(crate) fn grant(&mut self, now: Now, from: Origin, held: Held, tier: Tier, out: &mut Out) {
+    pub(crate) fn grant(&mut self, now: Now, from: Origin, held: Held, served: Served, out: &mut Out) {
         let record = held.record();
         let lease = self.lease_number();
         let leases_max = self.config.leases_per_session_max;
@@ -112,15 +120,15 @@ impl Brain {
             offset: held.offset(),
             bytes: record.bytes,
             checksum: record.checksum,
-            tier,
+            tier: served.tier(),
         };
         session.grant(lease, held, now.micros);
-        self.count_hit(&record.key, tier);
+        self.count_hit(&record.key, served);
         self.reply(from, Reply::Leased(grant), out);
     }
 
-    pub(crate) fn count_hit(&mut self, key: &BlockKey, tier: Tier) {
-        self.counters.hit(tier, 1);
+    pub(crate) fn count_hit(&mut self, key: &BlockKey, served: Served) {
+        self.counters.hit_from(served.name(), 1);
         if let Some(entry) = self.catalog.find(key) {
             let tenant = self.tenant_of(entry.binding);
             self.tenants[tenant].hits += 1;
@@ -141,7 +149,7 @@ impl Brain {
         now: Now,
         key: &BlockKey,
         held: &Held,
-        tier: Tier,
+        served: Served,
         out: &mut Out,
     ) -> Vec<Fill> {
         let Some(pending) = self.pending.remove(key) else { return Vec::new() };
@@ -151,7 +159,7 @@ impl Brain {
         }
         for waiter in pending.waiters {
             self.cancel(waiter.timer);
-            self.grant(now, waiter.from, held.clone(), tier, out);
+            self.grant(now, waiter.from, held.clone(), served, out);
         }
         pending.puts
     }
@@ -170,7 +178,7 @@ impl Brain {
         for key in keys {
             let found = self.found(now, key, out);
             match found {
-                Found::In(tier) => self.count_hit(key, tier),
+                Found::In(tier) => self.count_hit(key, Served::By(tier)),
                 Found::Miss(reason) => self.counters.miss(reason),
             }
             answers.push(found);
@@ -191,12 +199,20 @@ impl Brain {
         }
     }
 
-    pub(crate) fn prefetch(&mut self, now: Now, from: Origin, keys: &[BlockKey], out: &mut Out) {
+    pub(crate) fn prefetch(
+        &mut self,
+        now: Now,
+        from: Origin,
+        keys: &[BlockKey],
+        reach: Reach,
+        out: &mut Out,
+    ) {
         let (mut started, mut resident, mut absent) = (0, 0, 0);
         for key in keys {
             match self.locate(now, key, out) {
                 Located::Host(_) => resident += 1,
                 Located::Disk(entry) if self.onboard(now, &entry, out).is_ok() => started += 1,
+                Located::Gone(why) if self.fetch(now, *key, why, reach, out).is_ok() => started += 1,
                 _ => absent += 1,
             }
         }
@@ -258,7 +274,7 @@ impl Brain {
             let Some(key) = self.host.key_in(*slot) else { continue };
             self.touch_slot(*slot);
             self.admission.seen(&key, true);
-            self.count_hit(&key, Tier::Host);
+            self.count_hit(&key, Served::By(Tier::Host));
         }
     }
 

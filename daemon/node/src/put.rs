@@ -13,6 +13,7 @@ use kv_tiers::catalog::NotEntered;
 use kv_tiers::store::{OpToken, StoreOp};
 
 use crate::brain::{Brain, DiskOp, Fill, Out, Pending, PutOf, Source, Stalled, Timer, Waiter};
+use crate::fetch::Served;
 use crate::io::{Command, FillToken, Grant, Keep, Micros, Now, Origin, Reply};
 use crate::room::NoRoom;
 
@@ -54,14 +55,14 @@ impl Brain {
             return self.already_stored(now, fill, out);
         }
         match self.pending.get(&key).map(|pending| &pending.source) {
-            None => {}
+            None | Some(Source::Fetching { .. }) => {}
             Some(Source::Onboarding | Source::Filling) => return self.queue_put(fill, out),
             Some(Source::Announced { .. }) => {
                 let text = format!("block {key} is announced and has not arrived");
                 return self.fault(fill.from, Fault::new(Code::AlreadyReserved, text), out);
             }
         }
-        if let Err(fault) = self.announce(&key, binding, fill.put.keep, Source::Filling) {
+        if let Err(fault) = self.announce(&key, binding, fill.put.keep, Source::Filling, out) {
             return self.fault(fill.from, fault, out);
         }
         self.fill(now, fill, out);
@@ -141,18 +142,21 @@ impl Brain {
         self.ops.iter().find_map(|(token, op)| of_it(op).then_some(*token))
     }
 
-    /// Enters a block that is not readable yet. What was known of it on disk stays known.
+    /// Enters a block that is not readable yet. What was known of it on disk stays known. A search for it among
+    /// the peers ends: whoever waits for that waits for this instead.
     fn announce(
         &mut self,
         key: &BlockKey,
         binding: BindingId,
         keep: Keep,
         source: Source,
+        out: &mut Out,
     ) -> Result<(), Fault> {
         let full =
             |_| Fault::new(Code::HostFull, "the catalog has no free entry; raise `catalog.entries_max`");
         self.catalog.announce(key, binding, keep.priority, keep.expires_at).map_err(full)?;
-        self.pending.insert(*key, Pending::from(source));
+        let waiters = self.overtake_fetch(key, out);
+        self.pending.insert(*key, Pending { waiters, ..Pending::from(source) });
         Ok(())
     }
 
@@ -250,7 +254,7 @@ impl Brain {
         if let Some(session) = self.sessions.get_mut(&fill.from.session) {
             session.puts += 1;
         }
-        let puts = self.arrived(now, &key, &block, Tier::Host, out);
+        let puts = self.arrived(now, &key, &block, Served::By(Tier::Host), out);
         drop(block);
         if durable && !on_disk {
             self.write_durably(now, fill, false, out);
@@ -320,7 +324,8 @@ impl Brain {
         self.expire_if_due(now, &key, out);
         let present =
             self.catalog.find(&key).is_some_and(|entry| entry.host.is_some() || entry.disk.is_some());
-        if present || self.pending.contains_key(&key) {
+        let expected = self.pending.get(&key).is_some_and(|pending| !pending.is_fetched());
+        if present || expected {
             self.renew(now, &key, keep, out);
             return self.reply(from, Reply::AlreadyThere, out);
         }
@@ -355,7 +360,7 @@ impl Brain {
         let lapses = now.micros.plus_ms(self.config.pending_ttl_ms);
         let timer = self.start_timer(lapses, Timer::Announcement { key });
         let source = Source::Announced { session: from.session, binding, keep, slot, timer };
-        if let Err(fault) = self.announce(&key, binding, keep, source) {
+        if let Err(fault) = self.announce(&key, binding, keep, source, out) {
             self.cancel(timer);
             if grant.is_some() {
                 self.came(binding);

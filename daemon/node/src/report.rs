@@ -7,7 +7,7 @@ use kv_block::{MissReason, Tier};
 /// Monotonic counters of one shard since it started.
 #[derive(Clone, PartialEq, Debug, Default)]
 pub struct Counters {
-    /// Blocks found, by tier that served them.
+    /// Blocks found, by tier that served them, or `peer`.
     pub hits: BTreeMap<&'static str, u64>,
     /// Blocks not found, by reason.
     pub misses: BTreeMap<&'static str, u64>,
@@ -21,6 +21,10 @@ pub struct Counters {
     pub onboard_bytes: u64,
     /// Blocks brought up from disk.
     pub onboard_blocks: u64,
+    /// Blocks that came from peers.
+    pub fetch_blocks: u64,
+    /// Their bytes.
+    pub fetch_bytes: u64,
     /// Blocks written to disk.
     pub offload_blocks: u64,
     /// Bytes written to disk for blocks, moves not counted.
@@ -42,7 +46,12 @@ pub struct Counters {
 impl Counters {
     /// Counts `count` blocks served from `tier`.
     pub fn hit(&mut self, tier: Tier, count: u64) {
-        *self.hits.entry(tier.name()).or_default() += count;
+        self.hit_from(tier.name(), count);
+    }
+
+    /// Counts `count` blocks served from a place of this name.
+    pub fn hit_from(&mut self, place: &'static str, count: u64) {
+        *self.hits.entry(place).or_default() += count;
     }
 
     /// Counts a miss.
@@ -89,6 +98,8 @@ pub struct ShardReport {
     pub pinned_bytes: u64,
     /// Disk operations and copies under way.
     pub in_flight: u64,
+    /// Blocks looked for among the peers, or on their way from one.
+    pub fetching: u64,
     /// Whether the disk tier serves; `None` without one.
     pub disk_serving: Option<bool>,
     /// Per tenant.

@@ -412,6 +412,14 @@ impl Brain {
                             false
                         }
                     },
+                    Stalled::Fetch { fetch } => match self.try_take_in(now, fetch, out) {
+                        Ok(()) => false,
+                        Err(None) => true,
+                        Err(Some(reason)) => {
+                            self.fetch_refused(now, fetch, reason, out);
+                            false
+                        }
+                    },
                     Stalled::Onboard { key } => match self.try_onboard(now, key, out) {
                         Ok(()) => false,
                         Err(None) => true,

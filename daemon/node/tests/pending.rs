@@ -4,12 +4,13 @@
 //!   Announced    reserved by session 1, nothing came yet
 //!   Filling      put by session 1, its bytes are being copied
 //!   Onboarding   wanted by session 3, being read from disk
+//!   Fetching     wanted by session 3, on its way from a peer
 //! ```
 
 mod rig;
 
-use kv_block::{SessionId, Tier};
-use kv_node::Op;
+use kv_block::{MissReason, SessionId, Tier};
+use kv_node::{Op, Reach};
 use kv_tiers::memory::StoreFault;
 use kv_tiers::store::StoreError;
 use rig::{A, Rig, Setup, key, session, words};
@@ -19,6 +20,7 @@ enum State {
     Announced,
     Filling,
     Onboarding,
+    Fetching,
 }
 
 /// What is asked; the sessions are 1, whose block it is, and 2, a stranger.
@@ -120,6 +122,28 @@ const ONBOARDING: [Row; 18] = [
     (Event::TimePasses, "", ["", ""], ["leased", "leased"]),
 ];
 
+/// Whoever stores the block meanwhile takes over: its own bytes are the surer ones.
+const FETCHING: [Row; 18] = [
+    (Event::Put, "stored", ["", ""], ["leased", "leased"]),
+    (Event::DurablePut, "-", ["stored", "stored"], ["leased", "leased"]),
+    (Event::OwnPut, "stored", ["", ""], ["leased", "leased"]),
+    (Event::Reserve, "reserved", ["", ""], ["never_stored", "never_stored"]),
+    (Event::Commit, "NotReserved", ["", ""], ["leased", "never_stored"]),
+    (Event::OwnCommit, "NotReserved", ["", ""], ["leased", "never_stored"]),
+    (Event::Abort, "NotReserved", ["", ""], ["leased", "never_stored"]),
+    (Event::OwnAbort, "NotReserved", ["", ""], ["leased", "never_stored"]),
+    (Event::AcquireNow, "not_complete", ["", ""], ["leased", "never_stored"]),
+    (Event::Acquire, "-", ["leased", "peer_evicted"], ["leased", "never_stored"]),
+    (Event::Prefetch, "0/0/1", ["", ""], ["leased", "never_stored"]),
+    (Event::Lookup, "not_complete", ["", ""], ["leased", "never_stored"]),
+    (Event::Pin, "0/0/1", ["", ""], ["leased", "never_stored"]),
+    (Event::Evict, "0/0/1", ["", ""], ["leased", "never_stored"]),
+    (Event::Purge, "finished 0 failed 0", ["", ""], ["leased", "never_stored"]),
+    (Event::OwnerCloses, "", ["", ""], ["leased", "never_stored"]),
+    (Event::StrangerCloses, "", ["", ""], ["leased", "never_stored"]),
+    (Event::TimePasses, "", ["", ""], ["leased", "never_stored"]),
+];
+
 /// A block in that state; the request that will end it, if that is one.
 fn in_state(rig: &mut Rig, state: State, end: End) -> Option<u64> {
     match state {
@@ -144,6 +168,11 @@ fn in_state(rig: &mut Rig, state: State, end: End) -> Option<u64> {
             rig.hold_store = true;
             Some(rig.ask(session(3), Rig::acquire_op(1)))
         }
+        State::Fetching => {
+            let asked = rig.ask(session(3), Rig::fetch_op(1));
+            rig.offer(1, Rig::peer_record(1, A));
+            Some(asked)
+        }
     }
 }
 
@@ -160,9 +189,9 @@ fn happens(rig: &mut Rig, event: Event) -> Option<u64> {
         Event::OwnCommit => (own, Rig::commit_op(1)),
         Event::Abort => (other, Op::Abort { key: key(1) }),
         Event::OwnAbort => (own, Op::Abort { key: key(1) }),
-        Event::AcquireNow => (other, Op::Acquire { key: key(1), wait: false }),
+        Event::AcquireNow => (other, Op::Acquire { key: key(1), wait: false, reach: Reach::Here }),
         Event::Acquire => (other, Rig::acquire_op(1)),
-        Event::Prefetch => (other, Op::Prefetch { keys }),
+        Event::Prefetch => (other, Op::Prefetch { keys, reach: Reach::Here }),
         Event::Lookup => (other, Op::Lookup { keys, all: true }),
         Event::Pin => (other, Op::Pin { keys, until }),
         Event::Evict => (other, Op::Evict { keys, tier: None, dry_run: false }),
@@ -195,13 +224,22 @@ fn ends(rig: &mut Rig, state: State, end: End) {
         (State::Announced, End::Fails) => drop(rig.ask(session(1), Op::Abort { key: key(1) })),
         (State::Filling, _) => rig.fill_held(),
         (State::Onboarding, _) => rig.hold_store = false,
+        // Somebody took over.
+        (State::Fetching, _) if rig.searches.is_empty() => {}
+        (State::Fetching, End::Comes) => rig.land(1),
+        (State::Fetching, End::Fails) => rig.lose(1, MissReason::PeerEvicted),
     }
     rig.settle();
 }
 
 #[test]
 fn every_state_of_a_pending_block_meets_every_event() {
-    let tables = [(State::Announced, ANNOUNCED), (State::Filling, FILLING), (State::Onboarding, ONBOARDING)];
+    let tables = [
+        (State::Announced, ANNOUNCED),
+        (State::Filling, FILLING),
+        (State::Onboarding, ONBOARDING),
+        (State::Fetching, FETCHING),
+    ];
     for (state, rows) in tables {
         for (event, at_once, last, found) in rows {
             for (at, end) in [End::Comes, End::Fails].into_iter().enumerate() {

@@ -8,7 +8,7 @@ use std::collections::BTreeSet;
 use std::time::Duration;
 
 use kv_block::{LeaseId, Priority, Tier};
-use kv_node::{Event, Filter, Keep, Micros, Op, Reply};
+use kv_node::{Event, Filter, Keep, Micros, Op, Reach, Reply};
 use kv_tiers::admit::AdmissionKind;
 use kv_tiers::memory::{MemoryConfig, StoreFault};
 use kv_tiers::store::StoreError;
@@ -17,31 +17,99 @@ use rig::{A, B, B_LARGE, GONE, LARGE, Rig, SMALL, Setup, key, session};
 
 #[derive(Clone, Debug)]
 enum Step {
-    Put { of: u64, n: u64, source: u64, durable: bool, high: bool, ttl: u32 },
-    Reserve { of: u64, n: u64, in_place: bool },
-    Commit { of: u64, n: u64, durable: bool },
-    Abort { of: u64, n: u64 },
-    Acquire { of: u64, n: u64, wait: bool, deadline_ms: u64 },
-    Release { of: u64, nth: usize },
-    Lookup { n: u64 },
-    Prefetch { n: u64 },
-    Pin { n: u64, ms: u64 },
-    Unpin { n: u64 },
-    Evict { n: u64, tier: Option<Tier> },
-    Purge { tier: Option<Tier> },
-    Verify { disk: bool },
-    Reopen { of: u64 },
-    Quota { blocks: u64 },
-    Serving { serving: bool },
-    Fault { nth: u64, kind: u8 },
-    DamageHost { n: u64 },
-    DamageDisk { n: u64 },
-    HoldStore { on: bool },
-    HoldFills { on: bool },
-    Advance { ms: u64 },
+    Put {
+        of: u64,
+        n: u64,
+        source: u64,
+        durable: bool,
+        high: bool,
+        ttl: u32,
+    },
+    Reserve {
+        of: u64,
+        n: u64,
+        in_place: bool,
+    },
+    Commit {
+        of: u64,
+        n: u64,
+        durable: bool,
+    },
+    Abort {
+        of: u64,
+        n: u64,
+    },
+    Acquire {
+        of: u64,
+        n: u64,
+        wait: bool,
+        deadline_ms: u64,
+    },
+    Release {
+        of: u64,
+        nth: usize,
+    },
+    Lookup {
+        n: u64,
+    },
+    Prefetch {
+        n: u64,
+    },
+    Pin {
+        n: u64,
+        ms: u64,
+    },
+    Unpin {
+        n: u64,
+    },
+    Evict {
+        n: u64,
+        tier: Option<Tier>,
+    },
+    Purge {
+        tier: Option<Tier>,
+    },
+    Verify {
+        disk: bool,
+    },
+    Reopen {
+        of: u64,
+    },
+    Quota {
+        blocks: u64,
+    },
+    Serving {
+        serving: bool,
+    },
+    Fault {
+        nth: u64,
+        kind: u8,
+    },
+    DamageHost {
+        n: u64,
+    },
+    DamageDisk {
+        n: u64,
+    },
+    HoldStore {
+        on: bool,
+    },
+    HoldFills {
+        on: bool,
+    },
+    Advance {
+        ms: u64,
+    },
+    /// A peer answers the nth search that runs: offers, sends the bytes, or loses the block.
+    Peer {
+        nth: usize,
+        kind: u8,
+    },
     Poll,
     Settle,
-    Crash { seed: u64 },
+    Crash {
+        seed: u64,
+    },
 }
 
 fn steps() -> impl Strategy<Value = Vec<Step>> {
@@ -77,11 +145,17 @@ fn steps() -> impl Strategy<Value = Vec<Step>> {
         2 => any::<bool>().prop_map(|on| Step::HoldStore { on }),
         2 => any::<bool>().prop_map(|on| Step::HoldFills { on }),
         3 => (1u64..700).prop_map(|ms| Step::Advance { ms }),
+        8 => (0usize..4, 0u8..8).prop_map(|(nth, kind)| Step::Peer { nth, kind }),
         4 => Just(Step::Poll),
         4 => Just(Step::Settle),
         1 => any::<u64>().prop_map(|seed| Step::Crash { seed }),
     ];
     proptest::collection::vec(step, 1..100)
+}
+
+/// Every other one looks among the peers as well.
+fn reach(n: u64) -> Reach {
+    if n.is_multiple_of(2) { Reach::Peers { hint: None } } else { Reach::Here }
 }
 
 /// Blocks 0 to 11 are small ones of tenant a, 12 to 19 of tenant b, the rest large.
@@ -146,7 +220,27 @@ impl World {
             }
             Step::Acquire { of, n, wait, deadline_ms } => {
                 let deadline = rig.now.micros.plus_ms(deadline_ms);
-                rig.ask_until(session(of), deadline, Op::Acquire { key: key(n), wait });
+                rig.ask_until(
+                    session(of),
+                    deadline,
+                    Op::Acquire { key: key(n), wait, reach: reach(deadline_ms) },
+                );
+            }
+            Step::Peer { nth, kind } => {
+                let Some(n) = rig.searches.values().nth(nth).and_then(|of| (0..24).find(|n| key(*n) == *of))
+                else {
+                    return;
+                };
+                let (binding, _) = binding_of(n);
+                let record = Rig::peer_record(n, binding);
+                let landing = rig.is_landing(n);
+                match kind {
+                    0..5 if landing => rig.land(n),
+                    0..4 => rig.offer(n, record),
+                    4 => rig.offer(n, kv_block::Record { tag: kv_block::BindingTag(999), ..record }),
+                    5 if !landing => rig.offer(n, kv_block::Record { bytes: record.bytes / 2, ..record }),
+                    _ => rig.lose(n, kv_block::MissReason::NeverStored),
+                }
             }
             Step::Release { of, nth } => {
                 let own: Vec<LeaseId> =
@@ -159,7 +253,7 @@ impl World {
                 rig.ask(session(1), Op::Lookup { keys, all: n % 2 == 0 });
             }
             Step::Prefetch { n } => {
-                rig.ask(session(1), Op::Prefetch { keys: (n..n + 3).map(key).collect() });
+                rig.ask(session(1), Op::Prefetch { keys: (n..n + 3).map(key).collect(), reach: reach(n) });
             }
             Step::Pin { n, ms } => {
                 let until = rig.now.micros.plus_ms(ms);
@@ -265,7 +359,11 @@ fn run(steps: &[Step], admission: AdmissionKind) {
     // In the end everything that is there can be read, or says why not.
     for n in 0..24 {
         let until = Micros(world.rig.now.micros.0 + 1_000_000);
-        let id = world.rig.ask_until(session(2), until, Op::Acquire { key: key(n), wait: true });
+        let id = world.rig.ask_until(
+            session(2),
+            until,
+            Op::Acquire { key: key(n), wait: true, reach: Reach::Here },
+        );
         if let Reply::Leased(grant) = world.rig.wait(id) {
             world.rig.ask(session(2), Op::Release { leases: vec![grant.lease] });
         }

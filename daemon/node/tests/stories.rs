@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use kv_block::code::Code;
 use kv_block::{BlockKey, LeaseId, MissReason, Priority, SessionId, Tier};
-use kv_node::{Event, Filter, Keep, Micros, Op, Origin, Reply, RequestId};
+use kv_node::{Event, Filter, Keep, Micros, Op, Origin, Reach, Reply, RequestId};
 use kv_tiers::admit::AdmissionKind;
 use kv_tiers::memory::{MemoryConfig, StoreFault};
 use kv_tiers::store::StoreError;
@@ -123,7 +123,7 @@ fn whoever_waits_for_an_announced_block_gets_a_lease_when_it_is_committed() {
     assert_eq!(words(&rig.get(session(1), Rig::reserve_op(1, false))), "reserved");
     assert_eq!(words(&rig.get(session(2), Rig::reserve_op(1, false))), "there");
     let waiter = rig.ask(session(2), Rig::acquire_op(1));
-    let now = rig.get(session(2), Op::Acquire { key: key(1), wait: false });
+    let now = rig.get(session(2), Op::Acquire { key: key(1), wait: false, reach: Reach::Here });
     assert_eq!(words(&now), "not_complete", "who does not wait is told");
     assert_eq!(words(&rig.get(session(2), Rig::commit_op(1))), "NotReserved", "it is not his");
     assert_eq!(words(&rig.get(session(1), Rig::commit_op(1))), "stored");
@@ -351,7 +351,7 @@ fn a_prefetched_block_is_in_memory_when_it_is_wanted() {
     rig.send_down(1);
     rig.put(2);
     let keys = vec![key(1), key(2), key(3)];
-    assert_eq!(words(&rig.get(session(1), Op::Prefetch { keys })), "1/1/1");
+    assert_eq!(words(&rig.get(session(1), Op::Prefetch { keys, reach: Reach::Here })), "1/1/1");
     rig.settle();
     assert_eq!(rig.tiers(1), [Tier::Host, Tier::Disk]);
     end(rig);
@@ -705,7 +705,10 @@ fn blocks_in_memory_survive_a_crash_and_a_damaged_one_is_never_served() {
     rig.damage_host(key(4));
     rig.crash(1, |_| {});
     // Before anything else: the first use verifies.
-    assert_eq!(words(&rig.get(session(1), Op::Acquire { key: key(3), wait: false })), "corrupt");
+    assert_eq!(
+        words(&rig.get(session(1), Op::Acquire { key: key(3), wait: false, reach: Reach::Here })),
+        "corrupt"
+    );
     assert_eq!(rig.put(4), "stored", "a put does not rely on a damaged copy");
     for n in (0..10).filter(|n| *n != 3) {
         assert_eq!(rig.read(n), "leased", "block {n}");

@@ -60,6 +60,7 @@ serde_by_text!(
     [] SizeOrShare,
     [] Address,
     [] Place,
+    [] Member,
     [] Mode,
     [] UidRule,
     [] FilePath,
@@ -322,6 +323,53 @@ impl Text for Place {
     }
 }
 
+/// Another node, and where it serves its peers: `node-b=10.0.0.2:9473`.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Member {
+    /// Its name: that node's own `node.name`.
+    pub name: String,
+    /// A host name, or an address; one of IPv6 without its brackets.
+    pub host: String,
+    /// Its `peers.listen`.
+    pub port: u16,
+}
+
+impl Member {
+    /// Whether it is on this machine by the look of it.
+    pub fn is_local(&self) -> bool {
+        let loopback = |ip: IpAddr| ip.to_canonical().is_loopback();
+        self.host.parse().map_or_else(|_| self.host == "localhost", loopback)
+    }
+}
+
+impl fmt::Display for Member {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { name, host, port } = self;
+        if host.contains(':') {
+            write!(f, "{name}=[{host}]:{port}")
+        } else {
+            write!(f, "{name}={host}:{port}")
+        }
+    }
+}
+
+impl Text for Member {
+    fn expected() -> String {
+        "the name of a node and where it is, such as node-b=10.0.0.2:9473 or node-b=node-b.kvd:9473".into()
+    }
+    fn parse(text: &str) -> Option<Self> {
+        let (name, place) = text.split_once('=')?;
+        let (host, port) = place.rsplit_once(':')?;
+        let bracketed = host.strip_prefix('[').and_then(|host| host.strip_suffix(']'));
+        let host = match bracketed {
+            Some(host) => host.parse::<std::net::Ipv6Addr>().ok()?.to_string(),
+            None => Label::parse(host)?.0,
+        };
+        let port = port.parse().ok().filter(|port| *port > 0)?;
+        Some(Self { name: Label::parse(name)?.0, host, port })
+    }
+}
+
 /// Permission bits of a file, in octal: `0660`.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct Mode(pub u32);
@@ -514,6 +562,18 @@ words! {
     /// Whether the arena lies on huge pages.
     HugePages {
         /// Where there are some.
+        Auto = "auto",
+        /// Never.
+        Off = "off",
+        /// Or the daemon does not start.
+        Required = "required",
+    }
+}
+
+words! {
+    /// Whether blocks move by RDMA.
+    Rdma {
+        /// Where both nodes have a device for it.
         Auto = "auto",
         /// Never.
         Off = "off",

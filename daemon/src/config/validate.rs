@@ -11,9 +11,9 @@ use super::{Config, PRINCIPAL_DEFAULT};
 pub(super) fn problems(config: &Config) -> Vec<(String, String)> {
     let mut found = Vec::new();
     let mut refuse = |key: &str, message: String| found.push((key.to_owned(), message));
-    let Config { workers, host, disk, catalog, limits, lmcache, .. } = config;
+    let Config { workers, host, disk, catalog, limits, lmcache, peers, .. } = config;
 
-    let numbers: [(&str, u32, RangeInclusive<u32>); 8] = [
+    let numbers: [(&str, u32, RangeInclusive<u32>); 11] = [
         ("workers.ring_entries", workers.ring_entries, 8..=65536),
         ("workers.hazards_max", workers.hazards_max, 1..=1 << 20),
         ("disk.queue_depth", disk.queue_depth, 1..=4096),
@@ -22,25 +22,32 @@ pub(super) fn problems(config: &Config) -> Vec<(String, String)> {
         ("limits.keys_per_request_max", limits.keys_per_request_max, 1..=65536),
         ("lmcache.chunk_tokens", lmcache.chunk_tokens, 1..=65536),
         ("lmcache.instances_max", lmcache.instances_max, 1..=256),
+        ("peers.connections", peers.connections, 1..=64),
+        ("peers.probe_peers_max", peers.probe_peers_max, 0..=1024),
+        ("peers.wants_max", peers.wants_max, 1..=1 << 20),
     ];
     for (key, value, range) in numbers {
         outside(value, range).into_iter().for_each(|message| refuse(key, message));
     }
-    let sizes: [(&str, Size, RangeInclusive<Size>); 5] = [
+    let sizes: [(&str, Size, RangeInclusive<Size>); 6] = [
         ("workers.staging_bytes_max", workers.staging_bytes_max, Size::kib(4)..=Size::gib(64)),
         ("disk.segment_bytes", disk.segment_bytes, Size::mib(4)..=Size::gib(4)),
         ("limits.message_bytes_max", limits.message_bytes_max, Size::kib(64)..=Size::mib(256)),
         ("limits.in_flight_bytes_max", limits.in_flight_bytes_max, Size::mib(1)..=Size::gib(1024)),
         ("lmcache.pool_bytes", lmcache.pool_bytes, Size::kib(64)..=Size::gib(1024)),
+        ("peers.held_bytes_max", peers.held_bytes_max, Size::mib(1)..=Size::gib(1024)),
     ];
     for (key, value, range) in sizes {
         outside(value, range).into_iter().for_each(|message| refuse(key, message));
     }
-    let spans: [(&str, Span, RangeInclusive<Span>); 4] = [
+    let spans: [(&str, Span, RangeInclusive<Span>); 7] = [
         ("disk.slow_limit", disk.slow_limit, Span::millis(1)..=Span::seconds(600)),
         ("limits.pending_ttl", limits.pending_ttl, Span::millis(10)..=Span::seconds(86400)),
         ("lmcache.pending_wait", lmcache.pending_wait, Span::millis(0)..=Span::seconds(60)),
         ("lmcache.hold_ttl", lmcache.hold_ttl, Span::seconds(1)..=Span::seconds(86400)),
+        ("peers.fetch_limit", peers.fetch_limit, Span::millis(10)..=Span::seconds(600)),
+        ("peers.probe_limit", peers.probe_limit, Span::millis(1)..=Span::seconds(60)),
+        ("peers.lease_ttl", peers.lease_ttl, Span::millis(100)..=Span::seconds(3600)),
     ];
     for (key, value, range) in spans {
         outside(value, range).into_iter().for_each(|message| refuse(key, message));
@@ -80,6 +87,7 @@ pub(super) fn problems(config: &Config) -> Vec<(String, String)> {
         }
     }
     principals(config, &mut refuse);
+    members(config, &mut refuse);
     if !kv_block::Scope::is_tenant(&lmcache.tenant) {
         let tenant = &lmcache.tenant;
         refuse(
@@ -142,6 +150,23 @@ fn principals(config: &Config, refuse: &mut dyn FnMut(&str, String)) {
         }
     }
 }
+
+/// Every node is listed once, and there are no more than can be numbered.
+fn members(config: &Config, refuse: &mut dyn FnMut(&str, String)) {
+    let members = &config.peers.members;
+    let mut names = std::collections::BTreeSet::new();
+    for member in members {
+        if !names.insert(&member.name) {
+            refuse("peers.members", format!("node {} is listed twice", member.name));
+        }
+    }
+    if members.len() > MEMBERS_MAX {
+        refuse("peers.members", format!("{} nodes are listed, {MEMBERS_MAX} may be", members.len()));
+    }
+}
+
+/// Nodes of one static list.
+const MEMBERS_MAX: usize = 1024;
 
 fn outside<T: PartialOrd + Display + Copy>(value: T, range: RangeInclusive<T>) -> Option<String> {
     let (least, most) = (range.start(), range.end());

@@ -1,6 +1,7 @@
 //! What operators ask: health, tiers, clients, leases, tenants, blocks; purge, verify, drain.
 
 use std::collections::{BTreeMap, HashMap};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
@@ -13,14 +14,17 @@ use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Request, Response, Status};
 
 use super::blocks::block_info;
-use super::{Shared, deadline, deadline_asked, status};
+use super::{Shared, deadline, deadline_asked, peers, status};
 use crate::config::units::Size;
 use crate::node::{Node, unexpected};
+use crate::peers::{Evacuation, PeerView, evacuate, named};
 use crate::shard::ShardHandle;
 
 /// Longest purge or verification.
 const JOB_MAX: Duration = Duration::from_secs(3600);
 const PAGE_MAX: u32 = 1000;
+/// Keys of one offer: what one message between nodes takes.
+const OFFER_KEYS_MAX: usize = kv_wire::frame::ITEMS_MAX;
 
 /// The `Admin` service.
 pub struct AdminService {
@@ -37,6 +41,13 @@ pub struct AdminService {
 impl AdminService {
     async fn reports(&self, until: Instant) -> Result<Vec<ShardReport>, Status> {
         self.shared.node.reports(until).await.map_err(status)
+    }
+
+    async fn peer_views(&self) -> Result<Vec<PeerView>, Status> {
+        match &self.shared.peers {
+            Some(known) => known.views().await.map_err(status),
+            None => Ok(Vec::new()),
+        }
     }
 
     fn tiers(&self, reports: &[ShardReport]) -> Vec<v1::TierInfo> {
@@ -287,7 +298,11 @@ impl v1::admin_server::Admin for AdminService {
             }
         }
         let total = |of: fn(&ShardReport) -> u64| reports.iter().map(of).sum::<u64>();
+        let views = self.peer_views().await?;
         let mut warnings = warnings(node, &reports);
+        let down = peers::warnings(&views);
+        let peers_down = down.len() as u32;
+        warnings.extend(down.into_iter().map(|(code, text)| v1::Warning { code: code.to_string(), text }));
         for note in &node.recovered.notes {
             warnings.push(v1::Warning { code: Code::SetAside.to_string(), text: note.clone() });
         }
@@ -323,6 +338,10 @@ impl v1::admin_server::Admin for AdminService {
             operations_in_flight: total(|report| report.in_flight),
             rss_bytes: rss_bytes(),
             reading: total(|report| report.reading),
+            fetched_blocks: total(|report| report.counters.fetch_blocks),
+            fetched_bytes: total(|report| report.counters.fetch_bytes),
+            peers: views.len() as u32,
+            peers_down,
         }))
     }
 
@@ -517,6 +536,75 @@ impl v1::admin_server::Admin for AdminService {
         let draining = !request.into_inner().stop;
         self.shared.node.set_draining(draining);
         Ok(Response::new(v1::DrainResponse { draining }))
+    }
+
+    type EvacuateStream = ReceiverStream<Result<v1::EvacuateProgress, Status>>;
+
+    async fn evacuate(
+        &self,
+        request: Request<v1::EvacuateRequest>,
+    ) -> Result<Response<Self::EvacuateStream>, Status> {
+        let request = request.into_inner();
+        let known = self.shared.peers()?;
+        let named: Result<Vec<_>, Fault> = request.nodes.iter().map(|node| known.number(node)).collect();
+        let named = named.map_err(status)?;
+        let all = (0..known.members().len() as u16).map(kv_node::PeerId);
+        let to = if named.is_empty() { all.collect() } else { named };
+        let wanted = Evacuation { peers: to, bytes_max: request.bytes_max };
+        let (sender, receiver) = mpsc::channel(4);
+        tokio::spawn(evacuate(Arc::clone(&self.shared.node), known.clone(), wanted, sender));
+        Ok(Response::new(ReceiverStream::new(receiver)))
+    }
+
+    async fn list_peers(
+        &self,
+        _: Request<v1::ListPeersRequest>,
+    ) -> Result<Response<v1::ListPeersResponse>, Status> {
+        let views = self.peer_views().await?;
+        let peers = views.iter().map(peers::peer_info).collect();
+        Ok(Response::new(v1::ListPeersResponse { peers }))
+    }
+
+    async fn describe_peer(
+        &self,
+        request: Request<v1::DescribePeerRequest>,
+    ) -> Result<Response<v1::DescribePeerResponse>, Status> {
+        let node = request.into_inner().node;
+        let known = self.shared.peers()?;
+        let number = known.number(&node).map_err(status)?;
+        let views = self.peer_views().await?;
+        let view = &views[usize::from(number.0)];
+        let (peer, paths) = (Some(peers::peer_info(view)), peers::paths(view));
+        Ok(Response::new(v1::DescribePeerResponse { peer, paths }))
+    }
+
+    async fn list_transfers(
+        &self,
+        _: Request<v1::ListTransfersRequest>,
+    ) -> Result<Response<v1::ListTransfersResponse>, Status> {
+        let transfers = match &self.shared.peers {
+            Some(known) => peers::transfers(known).await.map_err(status)?,
+            None => Vec::new(),
+        };
+        Ok(Response::new(v1::ListTransfersResponse { transfers }))
+    }
+
+    async fn offer(&self, request: Request<v1::OfferRequest>) -> Result<Response<v1::OfferResponse>, Status> {
+        let until = deadline(&request);
+        let request = request.into_inner();
+        let (known, node) = (self.shared.peers()?, &self.shared.node);
+        let peer = known.number(&request.node).map_err(status)?;
+        let names = convert::names(request.names.as_ref(), OFFER_KEYS_MAX).map_err(status)?;
+        let keys = node.keys(&names).map_err(status)?;
+        let count = keys.len() as u32;
+        let offer = named(node, keys, until).await.map_err(status)?;
+        let taken = known.offer(peer, offer, until).await.map_err(status)?;
+        let Some(taken) = taken else {
+            let text = format!("node {} did not say in time what it took", request.node);
+            return Err(status(Fault::new(Code::PeerDown, text)));
+        };
+        let taken = taken.taken.min(count);
+        Ok(Response::new(v1::OfferResponse { taken, left: count - taken }))
     }
 }
 

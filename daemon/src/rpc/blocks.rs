@@ -7,7 +7,7 @@ use kv_api::{convert, v1};
 use kv_arena::Held;
 use kv_block::code::Code;
 use kv_block::{BlockKey, Fault, LeaseId, MissReason, SessionId, ShardId, Tier};
-use kv_node::{BlockReport, BlockState, Found, Keep, Micros, Op, Reply};
+use kv_node::{BlockReport, BlockState, Found, Keep, Micros, Op, PeerId, Reach, Reply};
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Request, Response, Status, Streaming};
 
@@ -34,6 +34,19 @@ impl BlocksService {
 
     fn keys(&self, names: Option<&v1::Names>) -> Result<Vec<BlockKey>, Status> {
         self.names(names).and_then(|names| self.node().keys(&names)).map_err(status)
+    }
+
+    /// How far the search for a block goes; `node` is the one to ask first.
+    fn reach(&self, node: &str) -> Result<Reach, Status> {
+        if node.is_empty() || node == self.node().name {
+            return Ok(Reach::Peers { hint: None });
+        }
+        let hint = self.0.config.peers().position(|member| member.name == node);
+        let hint = hint.map(|at| PeerId(at as u16)).ok_or_else(|| {
+            let text = format!("node {node} is not among peers.members of node {}", self.node().name);
+            status(Fault::new(Code::BadRequest, text))
+        })?;
+        Ok(Reach::Peers { hint: Some(hint) })
     }
 
     fn one_key(&self, names: Option<&v1::Names>) -> Result<BlockKey, Status> {
@@ -147,7 +160,18 @@ impl v1::blocks_server::Blocks for BlocksService {
         let view = self.view(who, request.session)?;
         let names = self.names(request.names.as_ref()).map_err(status)?;
         let keys = self.node().keys(&names).map_err(status)?;
-        let answers = view.lookup(&keys, request.all, until).await.map_err(status)?;
+        // Behind the first block that is not here may be others that are, and the peers fill the gap.
+        let all = request.all || request.peers;
+        let mut answers = view.lookup(&keys, all, until).await.map_err(status)?;
+        let mut nodes = Vec::new();
+        if request.peers && answers.iter().any(|found| matches!(found, Found::Miss(_))) {
+            let further = self.0.look_further(who.principal, &keys, &mut answers, until).await;
+            nodes = further.map_err(status)?;
+            let first = answers.iter().position(|found| matches!(found, Found::Miss(_)));
+            if let Some(first) = first.filter(|_| !request.all) {
+                answers.truncate(first + 1);
+            }
+        }
         let prefix = answers.iter().take_while(|found| matches!(found, Found::In(_))).count() as u32;
         let mut found = Vec::with_capacity(answers.len());
         let mut explained = false;
@@ -161,7 +185,8 @@ impl v1::blocks_server::Blocks for BlocksService {
                 }
                 Found::Miss(reason) => v1::found::What::Miss(convert::miss_message(reason, Vec::new())),
             };
-            found.push(v1::Found { what: Some(what) });
+            let node = nodes.get_mut(at).map(std::mem::take).unwrap_or_default();
+            found.push(v1::Found { what: Some(what), node });
         }
         Ok(Response::new(v1::LookupResponse { found, prefix }))
     }
@@ -178,7 +203,8 @@ impl v1::blocks_server::Blocks for BlocksService {
         let keys = self.node().keys(&names).map_err(status)?;
         let (until, wait) = wait_until(until, request.wait_ms);
         // All at once, so that waits overlap.
-        let asked = keys.iter().map(|key| view.acquire(session, key, wait, until));
+        let reach = self.reach(&request.node)?;
+        let asked = keys.iter().map(|key| view.acquire(session, key, (wait, reach), until));
         let answers = futures_join(asked).await;
         if let Some(fault) = answers.iter().find_map(|answer| answer.as_ref().err()) {
             // The caller hears of no lease, so none may stay.
@@ -232,7 +258,8 @@ impl v1::blocks_server::Blocks for BlocksService {
         let key = self.one_key(request.names.as_ref())?;
         let (waited, wait) = wait_until(until, request.wait_ms);
         let (sender, receiver) = tokio::sync::mpsc::channel(3);
-        match view.read(session, &key, wait, waited).await.map_err(status)? {
+        let reach = self.reach(&request.node)?;
+        match view.read(session, &key, (wait, reach), waited).await.map_err(status)? {
             Ok((held, tier)) => {
                 let chunk_bytes = self.0.config.limits.message_bytes_max.0 as usize - MESSAGE_BYTES_OTHER;
                 let chunk_bytes = chunk_bytes.min(CHUNK_BYTES_MAX);
@@ -411,8 +438,9 @@ impl v1::blocks_server::Blocks for BlocksService {
         let request = request.into_inner();
         let view = self.view(who, request.session)?;
         let keys = self.keys(request.names.as_ref())?;
-        let op = || Op::Prefetch { keys: keys.clone() };
-        let (started, resident, _) = view.count(self.node().guest, until, op).await.map_err(status)?;
+        let reach = self.reach(&request.node)?;
+        let asked = view.prefetch(self.node().guest, &keys, reach, until).await;
+        let (started, resident) = asked.map_err(status)?;
         Ok(Response::new(v1::PrefetchResponse { started: started as u32, resident: resident as u32 }))
     }
 

@@ -62,6 +62,11 @@ pub const METHODS: &[(&str, Needs)] = &[
     ("Admin/Purge", Needs::Admin),
     ("Admin/Verify", Needs::Admin),
     ("Admin/Drain", Needs::Admin),
+    ("Admin/Evacuate", Needs::Admin),
+    ("Admin/ListPeers", Needs::Admin),
+    ("Admin/DescribePeer", Needs::Admin),
+    ("Admin/ListTransfers", Needs::Admin),
+    ("Admin/Offer", Needs::Admin),
 ];
 
 /// What stands before the names of our own services.

@@ -2,6 +2,10 @@
 //! with everything it made when the story ends.
 #![allow(dead_code, reason = "each story uses its part")]
 
+pub(crate) mod among;
+pub(crate) mod net;
+pub(crate) mod wire;
+
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
@@ -14,6 +18,8 @@ use tonic::Status;
 pub(crate) struct Home {
     root: tempfile::TempDir,
     memory: PathBuf,
+    /// The network namespace that it lives in, unless it is ours.
+    netns: Option<String>,
     /// Extra arguments of every life.
     pub(crate) args: Vec<String>,
 }
@@ -39,12 +45,18 @@ impl Home {
             // A build beside the tests can keep a disk busy for seconds; that is none of their business.
             args.extend(["--set", "disk.slow_limit=30s"].map(String::from));
         }
-        Self { root, memory, args }
+        Self { root, memory, netns: None, args }
     }
 
     /// With its host memory in this directory, which somebody else made and removes.
     pub(crate) fn with_memory(mut self, dir: &Path) -> Self {
         self.memory = dir.to_owned();
+        self
+    }
+
+    /// With its life in this network namespace.
+    pub(crate) fn inside(mut self, netns: &str) -> Self {
+        self.netns = Some(netns.to_owned());
         self
     }
 
@@ -147,7 +159,13 @@ impl Home {
     fn spawn(&self) -> Daemon<'_> {
         let log =
             std::fs::OpenOptions::new().create(true).append(true).open(self.root.path().join("log")).unwrap();
-        let child = Command::new(env!("CARGO_BIN_EXE_kvd"))
+        let kvd = env!("CARGO_BIN_EXE_kvd");
+        let mut command = Command::new(if self.netns.is_some() { "ip" } else { kvd });
+        if let Some(netns) = &self.netns {
+            // It becomes kvd, and stays the same process.
+            command.args(["netns", "exec", netns, kvd]);
+        }
+        let child = command
             .args(["--run-dir", &self.run_dir().display().to_string()])
             .args(["--memory-dir", &self.memory.display().to_string()])
             .args(&self.args)
@@ -299,7 +317,8 @@ impl Door {
                 sequence_hashes: vec![hash.as_bytes().to_vec().into()],
                 ..v1::Names::default()
             };
-            let request = v1::GetRequest { session: 0, names: Some(names), wait_ms: 10_000 };
+            let request =
+                v1::GetRequest { session: 0, names: Some(names), wait_ms: 10_000, node: String::new() };
             let mut stream = self.blocks().get(request).await.ok()?.into_inner();
             let (mut bytes, mut header) = (Vec::new(), None);
             while let Some(message) = stream.message().await.ok()? {

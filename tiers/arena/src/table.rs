@@ -3,7 +3,8 @@
 //! ```text
 //! bucket, 256 bytes    overflow:16 sequence:32 | five tags | entry x 5
 //! entry, 48 bytes      key 16 | disk location 8 | checksum 8 | slot 4, generation 4
-//!                      binding 2, state 1, reason:4 frequency:2 priority:2 | expires at 4
+//!                      binding 2, reason:4 state:4, reason:4 frequency:2 priority:2 | expires at 4
+//!                      (of the reason the high bits stand beside the state, the low ones behind it)
 //! ```
 //! A key's home bucket comes from its low half, its tag from its high half. A full bucket passes the key on
 //! to the next and counts it in `overflow`, so a search ends at the first bucket that passed nothing on:
@@ -102,7 +103,8 @@ impl Entry {
             EntryState::Present => (2, 0),
             EntryState::Ghost(reason) => (3, reason as u64),
         };
-        let misc = self.priority as u64 | u64::from(self.frequency.min(3)) << 2 | reason << 4;
+        let state = state | reason >> 4 << 4;
+        let misc = self.priority as u64 | u64::from(self.frequency.min(3)) << 2 | (reason & 15) << 4;
         [
             low,
             high,
@@ -118,10 +120,11 @@ impl Entry {
     fn decode(words: [u64; 6]) -> Option<Self> {
         let [low, high, disk, checksum, place, rest] = words;
         let misc = (rest >> 24) as u8;
-        let state = match (rest >> 16) as u8 {
-            1 => EntryState::Pending,
-            2 => EntryState::Present,
-            3 => EntryState::Ghost(MissReason::from_wire(misc >> 4)?),
+        let state = (rest >> 16) as u8;
+        let state = match (state & 15, state >> 4) {
+            (1, 0) => EntryState::Pending,
+            (2, 0) => EntryState::Present,
+            (3, high) => EntryState::Ghost(MissReason::from_wire(high << 4 | misc >> 4)?),
             _ => return None,
         };
         let slot = place as u32;

@@ -113,6 +113,10 @@ codes! {
         "While memory was being allocated its file system ran full: others use it as well.",
         "Make room as the warning in `kvctl status` says, then restart: it goes on where it stopped.";
 
+    PeerDown = 3006, Unavailable, "a peer is down",
+        "It cannot be reached, fell silent, or sent what it may not; its circuit is open and its blocks miss.",
+        "It is tried again by itself. See `kvctl describe peer` for the last error, and the peer's own log.";
+
     HostFull = 4001, Full, "no host slot can be freed",
         "Every slot is pinned, leased or being written.",
         "Unpin, release, or raise `host.bytes_max`.";

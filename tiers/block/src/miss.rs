@@ -49,11 +49,17 @@ pub enum MissReason {
     AdmissionRejected = 13,
     /// The node had no free slot or I/O budget to bring it up in time.
     Overloaded = 14,
+    /// The peer that has it cannot be reached.
+    PeerDown = 15,
+    /// Every path to the peer that has it failed.
+    PathFailed = 16,
+    /// A peer had it and does not any more.
+    PeerEvicted = 17,
 }
 
 impl MissReason {
     /// Every reason, in wire order.
-    pub const ALL: [Self; 14] = [
+    pub const ALL: [Self; 17] = [
         Self::NeverStored,
         Self::EvictedCapacity,
         Self::EvictedQuota,
@@ -68,6 +74,9 @@ impl MissReason {
         Self::TierTimeout,
         Self::AdmissionRejected,
         Self::Overloaded,
+        Self::PeerDown,
+        Self::PathFailed,
+        Self::PeerEvicted,
     ];
 
     /// The reason with this wire number.
@@ -92,6 +101,9 @@ impl MissReason {
             Self::TierTimeout => "tier_timeout",
             Self::AdmissionRejected => "admission_rejected",
             Self::Overloaded => "overloaded",
+            Self::PeerDown => "peer_down",
+            Self::PathFailed => "path_failed",
+            Self::PeerEvicted => "peer_evicted",
         }
     }
 }
@@ -123,6 +135,6 @@ mod tests {
             assert_eq!(MissReason::from_wire(reason as u8), Some(reason));
         }
         assert_eq!(MissReason::from_wire(0), None);
-        assert_eq!(MissReason::from_wire(15), None);
+        assert_eq!(MissReason::from_wire(18), None);
     }
 }

@@ -1,12 +1,14 @@
 //! `kvctl bench`: a bounded load of puts, lookups and gets; every byte read back is checked.
 //!
-//! The blocks are of a tenant and scope of their own, of low priority, and are evicted at the end.
+//! The blocks are of a tenant and scope of their own, of low priority, and are evicted at the end. What goes between
+//! two nodes is measured by `kvctl bench peer`.
 
 mod load;
+mod peer;
 
 use std::time::Duration;
 
-use clap::Args;
+use clap::{Args, Subcommand};
 use serde_json::json;
 
 use self::load::{Plan, Tally};
@@ -20,7 +22,22 @@ use crate::table::{Cell, Kind, Look, column, wide};
 use crate::units::{bytes, counted, nanoseconds, parse_bytes, parse_duration};
 
 #[derive(Debug, Args)]
+#[command(args_conflicts_with_subcommands = true)]
 pub(crate) struct Arguments {
+    #[command(subcommand)]
+    what: Option<What>,
+    #[command(flatten)]
+    load: Load,
+}
+
+#[derive(Debug, Subcommand)]
+enum What {
+    /// Send blocks to a peer and fetch them back
+    Peer(peer::Arguments),
+}
+
+#[derive(Debug, Args)]
+struct Load {
     /// Blocks put, then read back
     #[arg(long, value_name = "COUNT", default_value_t = 1_000)]
     #[arg(value_parser = clap::value_parser!(u32).range(1..=1_000_000))]
@@ -53,6 +70,13 @@ pub(crate) struct Arguments {
 }
 
 pub(crate) async fn run(global: &Global, arguments: Arguments) -> Result<Exit, Failure> {
+    match arguments.what {
+        Some(What::Peer(arguments)) => peer::run(global, arguments).await,
+        None => load(global, arguments.load).await,
+    }
+}
+
+async fn load(global: &Global, arguments: Load) -> Result<Exit, Failure> {
     let all = u64::from(arguments.blocks) * u64::from(arguments.bytes);
     if all > arguments.bytes_max {
         return Err(Failure::usage(format!(
@@ -94,13 +118,20 @@ pub(crate) async fn run(global: &Global, arguments: Arguments) -> Result<Exit, F
 fn verdict(tallies: &[Tally]) -> Result<Exit, Failure> {
     let wrong: u64 = tallies.iter().map(|tally| tally.wrong).sum();
     if wrong > 0 {
-        return Err(Failure::new(
-            Exit::Failure,
-            format!("{} came back with wrong bytes", counted(wrong, "block")),
-        )
-        .help("this must never happen: keep the data directory and report it with `kvctl status -o json`"));
+        return Err(wrong_bytes(wrong));
     }
     Ok(Exit::Ok)
+}
+
+fn wrong_bytes(wrong: u64) -> Failure {
+    Failure::new(Exit::Failure, format!("{} came back with wrong bytes", counted(wrong, "block")))
+        .help("this must never happen: keep the data directory and report it with `kvctl status -o json`")
+}
+
+/// The latency of these, ascending, that this share of them stayed within; 0 of none.
+fn quantile(latencies_ns: &[u64], share: f64) -> u64 {
+    let rank = (latencies_ns.len() as f64 * share).ceil() as usize;
+    latencies_ns.get(rank.saturating_sub(1)).copied().unwrap_or(0)
 }
 
 const OPERATIONS: Kind<Tally> = Kind {

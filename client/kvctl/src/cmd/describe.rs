@@ -6,13 +6,15 @@ use kv_block::Tier;
 
 use crate::cli::{Format, Global, Show};
 use crate::cmd::get::{priority_name, tier_name, tier_names};
+use crate::cmd::peers::{self, round_trip};
 use crate::connect;
-use crate::exit::{Exit, Failure};
+use crate::exit::{Exit, Failure, printable};
 use crate::names;
 use crate::out;
+use crate::paint::{Ink, Paint};
 use crate::structured::{self, Named, hex};
-use crate::table::fields;
-use crate::units::{bytes, count, percent, seconds};
+use crate::table::{Cell, Kind, Look, column, fields};
+use crate::units::{bytes, count, counted, milliseconds, percent, seconds};
 
 #[derive(Debug, Args)]
 pub(crate) struct Arguments {
@@ -46,6 +48,13 @@ enum What {
     /// A tenant: bytes, quota, hits
     Tenant {
         /// Name as in `kvctl get tenants`
+        name: String,
+        #[command(flatten)]
+        show: Show,
+    },
+    /// Another node: its state and why, what came from it, the paths to it
+    Peer {
+        /// Name as in `kvctl get peers`
         name: String,
         #[command(flatten)]
         show: Show,
@@ -115,6 +124,14 @@ pub(crate) async fn run(global: &Global, arguments: Arguments) -> Result<Exit, F
                 print(show.output, &tenant, &format!("tenant/{name}"), tenant_fields(&tenant))?;
             }
         }
+        What::Peer { name, show } => {
+            let daemon = connect::connect(global).await?;
+            let peer = peers::named(&daemon, &name).await?;
+            let request = daemon.request(v1::DescribePeerRequest { node: peer.node.clone() });
+            let answer = daemon.within(daemon.admin().describe_peer(request)).await?;
+            let text = peer_page(answer.peer.as_ref().unwrap_or(&peer), &answer.paths, Paint::stdout());
+            print(show.output, &answer, &format!("peer/{}", peer.node), text)?;
+        }
     }
     Ok(Exit::Ok)
 }
@@ -123,7 +140,7 @@ fn print<M: Named>(format: Format, message: &M, name: &str, text: String) -> Res
     out::answer(format, message, || if format == Format::Name { format!("{name}\n") } else { text })
 }
 
-fn missing(noun: &str, name: &str, list: &str) -> Failure {
+pub(crate) fn missing(noun: &str, name: &str, list: &str) -> Failure {
     Failure::new(Exit::NotFound, format!("no {noun} is called `{name}`")).help(format!("`{list}` lists them"))
 }
 
@@ -233,6 +250,82 @@ fn tenant_fields(tenant: &v1::TenantInfo) -> String {
     ])
 }
 
+/// All that is known of a peer: itself, what comes from it and goes to it, and the paths in the order of their use.
+fn peer_page(peer: &v1::PeerInfo, paths: &[v1::PathInfo], paint: Paint) -> String {
+    let none = |number: u64, text: String| if number == 0 { String::new() } else { text };
+    let blocks = |number, total| format!("{}, {}", counted(number, "block"), bytes(total));
+    let misses: u64 = peer.misses.values().sum();
+    let reasons =
+        by_reason(&peer.misses).iter().map(|(name, n)| format!("{name} {}", count(*n))).collect::<Vec<_>>();
+    let head = fields(&[
+        ("Node", peer.node.clone()),
+        ("Address", peer.address.clone()),
+        ("State", peer.state.clone()),
+        ("Reason", peer.reason.clone()),
+        ("Tried again", none(peer.retry_ms, format!("in {}", milliseconds(peer.retry_ms)))),
+        ("Protocol", none(peer.version.into(), format!("version {}", peer.version))),
+        ("Epoch", none(peer.epoch, peer.epoch.to_string())),
+        ("Round trip", none(peer.rtt_us, round_trip(peer.rtt_us))),
+        ("Strikes", count(peer.strikes)),
+    ]);
+    let from = fields(&[
+        ("Blocks", blocks(peer.blocks_in, peer.bytes_in)),
+        ("Wanted now", count(peer.wanted)),
+        ("On their way", count(peer.reading)),
+        ("Misses", [vec![count(misses)], reasons].concat().join("  ")),
+    ]);
+    let to = fields(&[
+        ("Blocks", blocks(peer.blocks_out, peer.bytes_out)),
+        ("Held now", blocks(peer.held, peer.held_bytes)),
+        ("Reads here", if peer.reads_here { "yes" } else { "no" }.into()),
+    ]);
+    let (unused, mut used): (Vec<_>, Vec<_>) = paths.iter().cloned().partition(|path| path.rank == 0);
+    used.sort_by_key(|path| path.rank);
+    let look = Look { wide: false, headers: false, paint, now: 0 };
+    let sections = [
+        ("From it", from),
+        ("To it", to),
+        ("Paths, in this order", USED.table(&used, &look, &mut Vec::new())),
+        ("Not used", UNUSED.table(&unused, &look, &mut Vec::new())),
+    ];
+    let sections = sections.iter().filter(|(_, text)| !text.is_empty());
+    let section = |(title, text): &(&str, String)| {
+        let lines: String = text.lines().map(|line| format!("  {line}\n")).collect();
+        format!("\n{}\n{lines}", paint.ink(Ink::Head, title))
+    };
+    head + &sections.map(section).collect::<String>()
+}
+
+/// The most frequent first.
+fn by_reason(misses: &std::collections::HashMap<String, u64>) -> Vec<(String, u64)> {
+    let mut pairs: Vec<_> = misses.iter().map(|(name, number)| (printable(name), *number)).collect();
+    pairs.retain(|(_, number)| *number > 0);
+    pairs.sort_by(|a, b| b.1.cmp(&a.1).then(a.0.cmp(&b.0)));
+    pairs
+}
+
+const USED: Kind<v1::PathInfo> = Kind {
+    noun: "path",
+    name: |path| path.name.clone(),
+    columns: &[
+        column("RANK", |path, _| Cell::count(path.rank)),
+        column("PATH", |path, _| Cell::text(&path.name)),
+        column("STATE", |path, _| Cell::state(if path.up { "up" } else { "down" })),
+        column("IN", |path, _| Cell::number(path.blocks_in, counted(path.blocks_in, "block"))),
+        column("IN-BYTES", |path, _| Cell::bytes(path.bytes_in)),
+        column("REASON", |path, _| Cell::text(&path.reason)),
+    ],
+};
+
+const UNUSED: Kind<v1::PathInfo> = Kind {
+    noun: "path",
+    name: |path| path.name.clone(),
+    columns: &[
+        column("PATH", |path, _| Cell::text(&path.name)),
+        column("REASON", |path, _| Cell::text(&path.reason)),
+    ],
+};
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -282,6 +375,83 @@ Disk:         -
 ";
         let text = block_fields(&block, 100);
         assert_eq!(text, wanted, "\n{text}");
+    }
+
+    #[test]
+    fn a_peer_reads_so() {
+        let peer = v1::PeerInfo {
+            node: "node-b".into(),
+            address: "10.0.0.8:9474".into(),
+            state: "up".into(),
+            reason: "a read failed: path\u{1b}".into(),
+            version: 1,
+            epoch: 7,
+            rtt_us: 210,
+            wanted: 3,
+            reading: 2,
+            blocks_in: 5_321,
+            bytes_in: 1_288_490_188,
+            misses: [("tier_timeout".to_owned(), 6), ("peer_evicted".to_owned(), 12), ("x".to_owned(), 0)]
+                .into(),
+            held: 1,
+            held_bytes: 64 << 10,
+            blocks_out: 100,
+            bytes_out: 6 << 20,
+            reads_here: true,
+            ..Default::default()
+        };
+        let path = |name: &str, rank, blocks_in, reason: &str| v1::PathInfo {
+            name: name.into(),
+            rank,
+            reason: reason.into(),
+            up: rank == 1,
+            blocks_in,
+            bytes_in: blocks_in << 18,
+        };
+        let paths = [
+            path("mlx5_1", 0, 0, "its port is down"),
+            path("tcp", 2, 1, "every machine has it"),
+            path("mlx5_0", 1, 5_320, "RDMA on both sides"),
+        ];
+        let wanted = "\
+Node:         node-b
+Address:      10.0.0.8:9474
+State:        up
+Reason:       a read failed: path?
+Tried again:  -
+Protocol:     version 1
+Epoch:        7
+Round trip:   210us
+Strikes:      0
+
+From it
+  Blocks:        5,321 blocks, 1.2GiB
+  Wanted now:    3
+  On their way:  2
+  Misses:        18  peer_evicted 12  tier_timeout 6
+
+To it
+  Blocks:      100 blocks, 6.0MiB
+  Held now:    1 block, 64.0KiB
+  Reads here:  yes
+
+Paths, in this order
+  1   mlx5_0   up     5,320 blocks   1.3GiB   RDMA on both sides
+  2   tcp      down        1 block   256KiB   every machine has it
+
+Not used
+  mlx5_1   its port is down
+";
+        let page = peer_page(&peer, &paths, Paint::plain());
+        assert_eq!(page, wanted, "\n{page}");
+    }
+
+    #[test]
+    fn a_peer_that_nobody_asked_yet_has_no_numbers() {
+        let peer = v1::PeerInfo { node: "node-c".into(), state: "idle".into(), ..Default::default() };
+        let page = peer_page(&peer, &[], Paint::plain());
+        assert!(page.contains("Protocol:     -\n") && page.contains("Round trip:   -\n"), "{page}");
+        assert!(page.contains("Misses:        0\n") && !page.contains("Paths"), "{page}");
     }
 
     #[test]

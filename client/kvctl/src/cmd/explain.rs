@@ -108,6 +108,18 @@ pub(crate) fn reason_page(reason: MissReason) -> (&'static str, &'static str) {
             "The node had no free slot or I/O budget to bring it up in time.",
             "Look for pins and leases that fill host memory: kvctl get clients, kvctl get tenants.",
         ),
+        MissReason::PeerDown => (
+            "The peer that has it cannot be reached: it is gone, or its circuit is open after repeated failures.",
+            "See `kvctl describe peer` for the last error; the peer is tried again by itself.",
+        ),
+        MissReason::PathFailed => (
+            "The peer that has it let us read it, and every path to its bytes failed.",
+            "See `kvctl describe peer` for the error of each path.",
+        ),
+        MissReason::PeerEvicted => (
+            "A peer had it and does not any more: it was evicted there before it could be read.",
+            "Nothing, when it is rare. Else the peer's host memory is too small for what others ask of it.",
+        ),
     }
 }
 

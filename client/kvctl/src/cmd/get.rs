@@ -5,6 +5,7 @@ use kv_api::v1;
 use kv_block::Tier;
 
 use crate::cli::{Format, Global, Listing, parse_key_prefix, parse_tenant, tier_parser};
+use crate::cmd::peers;
 use crate::connect::{self, Daemon};
 use crate::exit::{Exit, Failure};
 use crate::out;
@@ -38,6 +39,12 @@ enum What {
     /// Tenants: bytes, quota, hits
     #[command(visible_alias = "tenant")]
     Tenants(Listing),
+    /// Other nodes: state, paths, what comes from them and goes to them
+    #[command(visible_alias = "peer")]
+    Peers(Listing),
+    /// Blocks on their way from and to peers
+    #[command(visible_alias = "transfer")]
+    Transfers(Listing),
 }
 
 #[derive(Debug, Args)]
@@ -120,6 +127,36 @@ pub(crate) async fn run(global: &Global, arguments: Arguments) -> Result<Exit, F
             )
             .await
         }
+        What::Peers(listing) => {
+            list(
+                &listing,
+                &peers::PEERS,
+                |r: &mut v1::ListPeersResponse| &mut r.peers,
+                async || {
+                    let answer = daemon
+                        .within(daemon.admin().list_peers(daemon.request(v1::ListPeersRequest {})))
+                        .await?;
+                    say_when(answer.peers.is_empty(), &listing, peers::NO_PEERS);
+                    Ok(answer)
+                },
+            )
+            .await
+        }
+        What::Transfers(listing) => {
+            list(
+                &listing,
+                &peers::TRANSFERS,
+                |r: &mut v1::ListTransfersResponse| &mut r.transfers,
+                async || {
+                    let answer = daemon
+                        .within(daemon.admin().list_transfers(daemon.request(v1::ListTransfersRequest {})))
+                        .await?;
+                    say_when(answer.transfers.is_empty(), &listing, peers::NO_TRANSFERS);
+                    Ok(answer)
+                },
+            )
+            .await
+        }
         What::Blocks(arguments) => blocks(&daemon, &arguments).await,
     }
 }
@@ -136,6 +173,13 @@ async fn list<M: Named, T>(
         Ok((listed(listing, kind, &items, &mut answer, out::now(), Paint::stdout())?, Exit::Ok))
     })
     .await
+}
+
+/// Says to the person why the list is empty: beside the data, so that a script counts no line too many.
+fn say_when(empty: bool, listing: &Listing, why: &str) {
+    if empty && matches!(listing.show.output, Format::Table | Format::Wide) {
+        out::note(why);
+    }
 }
 
 /// The text of a list, sorted and in the format wanted.
@@ -305,7 +349,7 @@ const LEASES: Kind<v1::LeaseInfo> = Kind {
         column("KEY", |lease, _| Cell::text(hex(&lease.key))),
         column("SHARD", |lease, _| Cell::count(lease.shard)),
         column("BYTES", |lease, _| Cell::bytes(lease.bytes)),
-        column("AGE", |lease, _| Cell::number(lease.age_ms, crate::units::milliseconds(lease.age_ms))),
+        column("AGE", |lease, _| Cell::milliseconds(lease.age_ms)),
     ],
 };
 

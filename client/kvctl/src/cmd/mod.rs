@@ -1,4 +1,5 @@
-//! One file per command: its arguments, its call, and pure functions from the answer to text.
+//! One file per command: its arguments, its call, and pure functions from the answer to text. `peers` is no command: it
+//! has what several of them say of peers.
 
 pub(crate) mod bench;
 pub(crate) mod completion;
@@ -10,6 +11,7 @@ pub(crate) mod evict;
 pub(crate) mod explain;
 pub(crate) mod get;
 pub(crate) mod options;
+pub(crate) mod peers;
 pub(crate) mod pin;
 pub(crate) mod purge;
 pub(crate) mod quota;

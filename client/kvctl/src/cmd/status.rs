@@ -112,6 +112,7 @@ fn page(status: &v1::StatusResponse, lines_max: usize, columns: usize, paint: Pa
         let text = format!("{} written, {} read in hits: {each} written per hit", bytes(written), bytes(hit));
         rest.push(Line::new("disk", text));
     }
+    rest.extend(peers(status));
     rest.push(checks(status));
     rest.extend(status.recovery.as_ref().map(recovery));
     let mut page = vec![head(status)];
@@ -188,6 +189,16 @@ fn lookups(status: &v1::StatusResponse) -> [Line; 2] {
     [Line::new("hits", by(&status.hits, 4)), Line::new("misses", misses)]
 }
 
+/// One line for all of them. Why one is down stands in the warnings.
+fn peers(status: &v1::StatusResponse) -> Option<Line> {
+    let (all, down) = (status.peers, status.peers_down);
+    let up = (Ink::Plain, format!("{} up, ", all.saturating_sub(down)));
+    let ink = if down == 0 { Ink::Plain } else { Ink::Warn };
+    let came = format!("  in {} ({})", bytes(status.fetched_bytes), counted(status.fetched_blocks, "block"));
+    let words = vec![up, (ink, format!("{down} down")), (Ink::Plain, came)];
+    (all > 0).then_some(Line { label: "peers", words })
+}
+
 fn checks(status: &v1::StatusResponse) -> Line {
     let (failed, aside) = (status.checksum_failures, status.quarantined);
     let ink = if failed + aside == 0 { Ink::Good } else { Ink::Warn };
@@ -261,6 +272,10 @@ pub(crate) mod tests {
             disk_bytes_written: 3 << 30,
             disk_bytes_hit: 12 << 30,
             rss_bytes: 90 << 20,
+            peers: 3,
+            peers_down: 1,
+            fetched_blocks: 5_321,
+            fetched_bytes: 1_288_490_188,
             recovery: Some(v1::Recovery {
                 host_blocks: 12_034,
                 disk_blocks: 400_000,
@@ -284,6 +299,7 @@ hits     host 610  disk 221
 misses   of what kvd was asked: never_stored 121  evicted_capacity 48
 puts     30,000 blocks, 15.0GiB
 disk     3.0GiB written, 12.0GiB read in hits: 0.25 written per hit
+peers    2 up, 1 down  in 1.2GiB (5,321 blocks)
 checks   0 checksum failures, 0 quarantined; none was served
 start    brought back 12,034 host and 400,000 disk blocks in 1.4s; shard-1.metaâ€¦
 ";
@@ -315,5 +331,6 @@ start    brought back 12,034 host and 400,000 disk blocks in 1.4s; shard-1.metaâ
     fn an_idle_daemon_divides_by_nothing() {
         let page = page(&v1::StatusResponse::default(), LINES_MAX, COLUMNS_MAX, Paint::plain());
         assert!(page.contains("hits     none\nmisses   of what kvd was asked: none\n"), "{page}");
+        assert!(!page.contains("peers"), "nor does it speak of peers that it has not: {page}");
     }
 }

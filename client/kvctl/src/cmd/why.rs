@@ -7,6 +7,7 @@ use kv_block::{BlockKey, MissReason};
 use crate::cli::{Format, Global, Show, parse_block_bytes};
 use crate::cmd::describe::block_fields;
 use crate::cmd::explain::reason_page;
+use crate::cmd::get::tier_name;
 use crate::connect::{self, Daemon};
 use crate::exit::{Exit, Failure, printable};
 use crate::names::{self, Blocks, Named};
@@ -29,6 +30,8 @@ pub(crate) async fn run(global: &Global, arguments: Arguments) -> Result<Exit, F
     let daemon = connect::connect(global).await?;
     let keys = arguments.blocks.keys(&daemon).await?;
     let several = keys.len() > 1;
+    // Asking around costs every peer a question: once is enough, as the first absent block ends a prefix.
+    let mut asked_around = false;
     for key in keys {
         let mut answer = explain(&daemon, names_of(key)).await?;
         if let Some(named) = &named
@@ -39,11 +42,15 @@ pub(crate) async fn run(global: &Global, arguments: Arguments) -> Result<Exit, F
         {
             answer = compare(&daemon, named, arguments.block_bytes).await?.unwrap_or(answer);
         }
+        let mut elsewhere = None;
+        if answer.miss.is_some() && !std::mem::replace(&mut asked_around, true) {
+            elsewhere = find_elsewhere(&daemon, key).await;
+        }
         let format = arguments.show.output;
-        let text = structured::text(format, several, || structured::json(&answer));
+        let text = structured::text(format, several, || json(&answer, elsewhere.as_ref()));
         out::print(&text.unwrap_or_else(|| match format {
             Format::Name => format!("block/{key}\n"),
-            _ => page(&key, &answer, named.as_ref(), out::now()),
+            _ => page(&key, &answer, elsewhere.as_ref(), named.as_ref(), out::now()),
         }))?;
     }
     Ok(Exit::Ok)
@@ -59,6 +66,20 @@ async fn explain(daemon: &Daemon, names: v1::Names) -> Result<v1::ExplainRespons
             daemon.blocks().explain(daemon.request(v1::ExplainRequest { names: Some(names), session: 0 })),
         )
         .await
+}
+
+/// Which peer has the block, or expects it. That it is not here stands without it, so a failure is none.
+async fn find_elsewhere(daemon: &Daemon, key: BlockKey) -> Option<v1::Found> {
+    let request = v1::LookupRequest { names: Some(names_of(key)), peers: true, ..Default::default() };
+    let answer = daemon.within(daemon.blocks().lookup(daemon.request(request))).await.ok()?;
+    answer.found.into_iter().next().filter(|found| !found.node.is_empty())
+}
+
+/// The answer for programs; `elsewhere` is beside what the daemon itself explains.
+fn json(answer: &v1::ExplainResponse, elsewhere: Option<&v1::Found>) -> serde_json::Value {
+    let mut json = structured::json(answer);
+    json["elsewhere"] = elsewhere.map_or(serde_json::Value::Null, structured::json);
+    json
 }
 
 /// Asks again by scope: only then can the daemon compare it with the scopes it has blocks of. `None` when
@@ -85,14 +106,22 @@ async fn compare(
 }
 
 /// The answer in words.
-fn page(key: &BlockKey, answer: &v1::ExplainResponse, named: Option<&Named>, now: u64) -> String {
+fn page(
+    key: &BlockKey,
+    answer: &v1::ExplainResponse,
+    elsewhere: Option<&v1::Found>,
+    named: Option<&Named>,
+    now: u64,
+) -> String {
     let Some(miss) = &answer.miss else {
         let known = answer.block.as_ref().map_or(String::new(), |block| indented(&block_fields(block, now)));
         return format!("{key} is here\n{known}");
     };
     let reason = kv_api::convert::miss_reason(miss);
     let (cause, action) = reason_page(reason);
-    let mut text = format!("{key} is not here: {reason}\n  {cause}\n");
+    let mut text = format!("{key} is not here: {reason}\n");
+    text.extend(elsewhere.and_then(on_node));
+    text += &format!("  {cause}\n");
     for field in &miss.fields {
         text += &match named.and_then(|named| field_value(named, field)) {
             Some(value) => format!("  differs: {} (here asked for: {value})\n", printable(field)),
@@ -106,6 +135,23 @@ fn page(key: &BlockKey, answer: &v1::ExplainResponse, named: Option<&Named>, now
         text += &format!("  It was stored by tenant {tenant}, model {model}.\n");
     }
     text
+}
+
+/// The line about the node that has it or will have it.
+fn on_node(found: &v1::Found) -> Option<String> {
+    let node = printable(&found.node);
+    match found.what.as_ref()? {
+        v1::found::What::Tier(tier) => {
+            let tier = tier_name(*tier);
+            Some(format!(
+                "  But it is on {node} ({tier}): who reads it here and waits fetches it from there.\n"
+            ))
+        }
+        v1::found::What::Miss(miss) if kv_api::convert::miss_reason(miss) == MissReason::NotComplete => {
+            Some(format!("  But {node} expects it: who reads it here and waits fetches it from there.\n"))
+        }
+        v1::found::What::Miss(_) => None,
+    }
 }
 
 /// What the caller's scope says in this field. The salt stays a secret.
@@ -129,7 +175,7 @@ mod tests {
     fn a_miss_names_reason_cause_and_way_out() {
         let miss = kv_api::convert::miss_message(MissReason::EvictedQuota, Vec::new());
         let answer = v1::ExplainResponse { miss: Some(miss), ..Default::default() };
-        let page = page(&BlockKey([0xab; 16]), &answer, None, 0);
+        let page = page(&BlockKey([0xab; 16]), &answer, None, None, 0);
         let wanted = format!(
             "{} is not here: evicted_quota\n  Its tenant was over its quota, so the tenant's own coldest blocks \
              went.\n  Raise the quota: kvctl quota set TENANT SIZE.\n",
@@ -145,7 +191,7 @@ mod tests {
         let fields = ["dtype", "block_tokens", "salt"].map(str::to_owned).to_vec();
         let miss = kv_api::convert::miss_message(MissReason::ScopeDiffers, fields);
         let answer = v1::ExplainResponse { miss: Some(miss), ..Default::default() };
-        let page = page(&named.key(), &answer, Some(&named), 0);
+        let page = page(&named.key(), &answer, None, Some(&named), 0);
         assert!(page.contains("differs: dtype (here asked for: bf16)\n"), "{page}");
         assert!(page.contains("differs: block_tokens (here asked for: 0)\n"), "{page}");
         assert!(page.contains("differs: salt\n") && !page.contains("secret"), "{page}");
@@ -155,7 +201,7 @@ mod tests {
     fn a_hit_shows_where_it_is() {
         let block = v1::BlockInfo { tiers: vec![v1::Tier::Host.into()], ..Default::default() };
         let answer = v1::ExplainResponse { block: Some(block), ..Default::default() };
-        let page = page(&BlockKey([1; 16]), &answer, None, 0);
+        let page = page(&BlockKey([1; 16]), &answer, None, None, 0);
         assert!(page.starts_with(&format!("{} is here\n  Key:", "01".repeat(16))), "{page}");
         assert!(page.lines().any(|line| line.split_whitespace().eq(["Tiers:", "host"])), "{page}");
     }

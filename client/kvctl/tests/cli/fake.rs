@@ -26,11 +26,22 @@ pub(crate) enum Mood {
     Broken,
     /// Its pages have more blocks than were asked for.
     LongPages,
+    /// Has two peers, of which one is up.
+    Peers,
+    /// None of its peers can be reached.
+    PeersDown,
+    /// Its peers take nothing.
+    PeersFull,
+    /// Its peers never answer an offer.
+    PeersSilent,
+    /// Knows nothing of peers: it is of an older version.
+    Old,
 }
 
 /// A fake daemon; ends when dropped.
 pub(crate) struct Fake {
     directory: tempfile::TempDir,
+    state: Arc<State>,
     _runtime: tokio::runtime::Runtime,
 }
 
@@ -44,7 +55,8 @@ impl Fake {
             let _inside = runtime.enter();
             tokio::net::UnixListener::bind(directory.path().join("kvd.sock")).unwrap()
         };
-        let service = Service(Arc::new(State { mood, ..State::default() }));
+        let state = Arc::new(State { mood, ..State::default() });
+        let service = Service(Arc::clone(&state));
         runtime.spawn(
             tonic::transport::Server::builder()
                 .add_service(admin_server::AdminServer::new(service.clone()))
@@ -52,12 +64,17 @@ impl Fake {
                 .add_service(worker_server::WorkerServer::new(service))
                 .serve_with_incoming(UnixListenerStream::new(listener)),
         );
-        Self { directory, _runtime: runtime }
+        Self { directory, state, _runtime: runtime }
     }
 
     /// Where it listens.
     pub(crate) fn socket(&self) -> PathBuf {
         self.path().join("kvd.sock")
+    }
+
+    /// Blocks that were put and not evicted.
+    pub(crate) fn stored(&self) -> usize {
+        self.state.stored.lock().unwrap().len()
     }
 
     /// A directory for the test's own files.
@@ -75,11 +92,18 @@ struct State {
     mood: Mood,
     registered: Mutex<Vec<(Scope, Slice)>>,
     stored: Mutex<HashMap<BlockKey, Vec<u8>>>,
+    /// What node-b took.
+    taken: Mutex<HashMap<BlockKey, Vec<u8>>>,
 }
 
 impl Default for State {
     fn default() -> Self {
-        Self { mood: Mood::Well, registered: Mutex::default(), stored: Mutex::default() }
+        Self {
+            mood: Mood::Well,
+            registered: Mutex::default(),
+            stored: Mutex::default(),
+            taken: Mutex::default(),
+        }
     }
 }
 
@@ -113,6 +137,52 @@ impl Service {
         match self.0.mood {
             Mood::Denies => Err(status(&Fault::new(Code::Denied, "uid 1000 may not administer"))),
             _ => Ok(()),
+        }
+    }
+
+    /// The call is answered only by a daemon that knows it.
+    fn peer_calls(&self) -> Result<(), Status> {
+        self.admin()?;
+        if self.0.mood == Mood::Old { Err(Status::unimplemented("")) } else { Ok(()) }
+    }
+
+    fn peers(&self) -> Vec<v1::PeerInfo> {
+        let down = |node: &str, address: &str| v1::PeerInfo {
+            node: node.into(),
+            address: address.into(),
+            state: "down".into(),
+            reason: "connection refused".into(),
+            retry_ms: 4_000,
+            misses: [("peer_down".to_owned(), 12)].into(),
+            ..Default::default()
+        };
+        let up = v1::PeerInfo {
+            node: "node-b".into(),
+            address: "10.0.0.8:9474".into(),
+            state: "up".into(),
+            version: 1,
+            epoch: 7,
+            rtt_us: 210,
+            paths: vec!["mlx5_0".into(), "tcp".into()],
+            wanted: 3,
+            reading: 2,
+            blocks_in: 5_321,
+            bytes_in: 1_288_490_188,
+            misses: [("peer_evicted".to_owned(), 12), ("tier_timeout".to_owned(), 6)].into(),
+            strikes: 1,
+            held: 2,
+            held_bytes: 128 << 10,
+            blocks_out: 100,
+            bytes_out: 6 << 20,
+            reads_here: true,
+            ..Default::default()
+        };
+        match self.0.mood {
+            Mood::Peers | Mood::PeersFull | Mood::PeersSilent | Mood::Broken => {
+                vec![up, down("node-c", "10.0.0.9:9474")]
+            }
+            Mood::PeersDown => vec![down("node-b", "10.0.0.8:9474"), down("node-c", "10.0.0.9:9474")],
+            _ => Vec::new(),
         }
     }
 
@@ -175,6 +245,10 @@ impl admin_server::Admin for Service {
             warnings: if warn { vec![warning] } else { Vec::new() },
             tiers: self.tiers(),
             shards: 1,
+            fetched_blocks: self.peers().iter().map(|peer| peer.blocks_in).sum(),
+            fetched_bytes: self.peers().iter().map(|peer| peer.bytes_in).sum(),
+            peers: self.peers().len() as u32,
+            peers_down: self.peers().iter().filter(|peer| peer.state == "down").count() as u32,
             ..Default::default()
         }))
     }
@@ -251,6 +325,107 @@ impl admin_server::Admin for Service {
     async fn drain(&self, request: Request<v1::DrainRequest>) -> Answer<v1::DrainResponse> {
         Ok(Response::new(v1::DrainResponse { draining: !request.into_inner().stop }))
     }
+
+    type EvacuateStream = Messages<v1::EvacuateProgress>;
+    // Of ten blocks two are left when it may choose the peers.
+    async fn evacuate(&self, request: Request<v1::EvacuateRequest>) -> Answer<Self::EvacuateStream> {
+        self.peer_calls()?;
+        let request = request.into_inner();
+        let all = match request.bytes_max {
+            0 => 10,
+            bytes => bytes >> 16,
+        };
+        let left = match (self.0.mood, request.nodes.is_empty()) {
+            (Mood::PeersFull, _) => all,
+            (_, true) => 2,
+            (_, false) => 0,
+        };
+        let half = v1::EvacuateProgress { offered: all / 2, total: all, ..Default::default() };
+        let taken = all - left;
+        let end = v1::EvacuateProgress {
+            offered: all,
+            total: all,
+            taken,
+            left,
+            bytes: taken << 16,
+            finished: self.0.mood != Mood::Broken,
+        };
+        Ok(Response::new(Box::pin(tokio_stream::iter([Ok(half), Ok(end)]))))
+    }
+
+    async fn list_peers(&self, _: Request<v1::ListPeersRequest>) -> Answer<v1::ListPeersResponse> {
+        self.peer_calls()?;
+        Ok(Response::new(v1::ListPeersResponse { peers: self.peers() }))
+    }
+
+    async fn describe_peer(
+        &self,
+        request: Request<v1::DescribePeerRequest>,
+    ) -> Answer<v1::DescribePeerResponse> {
+        self.peer_calls()?;
+        let node = request.into_inner().node;
+        let peer = self.peers().into_iter().find(|peer| peer.node == node);
+        let path = |name: &str, rank, reason: &str, blocks_in| v1::PathInfo {
+            name: name.into(),
+            rank,
+            reason: reason.into(),
+            up: rank > 0,
+            blocks_in,
+            bytes_in: blocks_in << 18,
+        };
+        let paths = vec![
+            path("mlx5_1", 0, "its port is down", 0),
+            path("tcp", 2, "every machine has it", 321),
+            path("mlx5_0", 1, "RDMA on both sides, on this block's NUMA node", 5_000),
+        ];
+        Ok(Response::new(v1::DescribePeerResponse { peer, paths }))
+    }
+
+    async fn list_transfers(
+        &self,
+        _: Request<v1::ListTransfersRequest>,
+    ) -> Answer<v1::ListTransfersResponse> {
+        self.peer_calls()?;
+        let transfer = |n: u8, node: &str, direction: &str, stage: &str| v1::TransferInfo {
+            key: vec![n; 16].into(),
+            node: node.into(),
+            direction: direction.into(),
+            stage: stage.into(),
+            bytes: u64::from(n) << 16,
+            age_ms: 12,
+            left_ms: 9_988,
+            shard: 0,
+        };
+        let transfers = match self.0.mood {
+            Mood::Peers => vec![
+                transfer(3, "", "in", "searching"),
+                transfer(4, "node-b", "in", "reading"),
+                transfer(1, "node-b", "out", "held"),
+            ],
+            _ => Vec::new(),
+        };
+        Ok(Response::new(v1::ListTransfersResponse { transfers }))
+    }
+
+    async fn offer(&self, request: Request<v1::OfferRequest>) -> Answer<v1::OfferResponse> {
+        self.peer_calls()?;
+        let request = request.into_inner();
+        assert_eq!(request.node, "node-b");
+        let keys = self.keys(request.names.as_ref())?;
+        assert!(keys.len() <= 2, "more keys than the daemon takes at once");
+        if self.0.mood == Mood::PeersSilent {
+            std::future::pending::<()>().await;
+        }
+        if self.0.mood == Mood::PeersFull {
+            return Ok(Response::new(v1::OfferResponse { taken: 0, left: keys.len() as u32 }));
+        }
+        let (stored, mut peer) = (self.0.stored.lock().unwrap(), self.0.taken.lock().unwrap());
+        let there = keys.iter().filter_map(|key| stored.get(key).map(|bytes| (*key, bytes.clone())));
+        let before: Vec<_> = there.collect();
+        let taken = before.len() as u32;
+        peer.extend(before);
+        Ok(Response::new(v1::OfferResponse { taken, left: keys.len() as u32 - taken }))
+    }
 }
 
 #[tonic::async_trait]
@@ -288,17 +463,48 @@ impl worker_server::Worker for Service {
 #[tonic::async_trait]
 impl blocks_server::Blocks for Service {
     async fn lookup(&self, request: Request<v1::LookupRequest>) -> Answer<v1::LookupResponse> {
-        let keys = self.keys(request.into_inner().names.as_ref())?;
-        let found = v1::Found { what: Some(v1::found::What::Tier(v1::Tier::Host.into())) };
+        use v1::found::What;
+        let request = request.into_inner();
+        let keys = self.keys(request.names.as_ref())?;
+        let host = What::Tier(v1::Tier::Host.into());
+        if request.peers {
+            // Of the blocks that are not here node-b has the seventh and expects the eighth.
+            let miss = |reason| What::Miss(convert::miss_message(reason, Vec::new()));
+            let (what, node) = match (self.0.mood, keys[0].0[0]) {
+                (Mood::Peers, 7) => (host, "node-b"),
+                (Mood::Peers, 8) => (miss(MissReason::NotComplete), "node-b"),
+                _ => (miss(MissReason::NeverStored), ""),
+            };
+            let found = v1::Found { what: Some(what), node: node.into() };
+            return Ok(Response::new(v1::LookupResponse { prefix: 0, found: vec![found] }));
+        }
+        let found = v1::Found { what: Some(host), ..v1::Found::default() };
         Ok(Response::new(v1::LookupResponse { prefix: keys.len() as u32, found: vec![found; keys.len()] }))
     }
 
-    async fn acquire(&self, _: Request<v1::AcquireRequest>) -> Answer<v1::AcquireResponse> {
-        not_here()
+    async fn acquire(&self, request: Request<v1::AcquireRequest>) -> Answer<v1::AcquireResponse> {
+        use v1::acquired::What;
+        let request = request.into_inner();
+        assert_eq!((request.node.as_str(), request.session), ("node-b", 1));
+        let keys = self.keys(request.names.as_ref())?;
+        assert!(keys.len() <= 2 && request.wait_ms > 0);
+        let (mut stored, peer) = (self.0.stored.lock().unwrap(), self.0.taken.lock().unwrap());
+        let one = |key: &BlockKey| {
+            assert!(!stored.contains_key(key), "it was never away");
+            let what = match peer.get(key) {
+                Some(bytes) => {
+                    stored.insert(*key, bytes.clone());
+                    What::Lease(v1::Lease { lease: 9, ..Default::default() })
+                }
+                None => What::Miss(convert::miss_message(MissReason::PeerEvicted, Vec::new())),
+            };
+            v1::Acquired { what: Some(what) }
+        };
+        Ok(Response::new(v1::AcquireResponse { acquired: keys.iter().map(one).collect() }))
     }
 
-    async fn release(&self, _: Request<v1::ReleaseRequest>) -> Answer<v1::ReleaseResponse> {
-        not_here()
+    async fn release(&self, request: Request<v1::ReleaseRequest>) -> Answer<v1::ReleaseResponse> {
+        Ok(Response::new(v1::ReleaseResponse { released: request.into_inner().leases.len() as u32 }))
     }
 
     type GetStream = Messages<v1::GetResponse>;

@@ -5,6 +5,7 @@ mod fake;
 use std::io::Write as _;
 use std::path::Path;
 use std::process::{Command, Output, Stdio};
+use std::time::{Duration, Instant};
 
 use fake::{Fake, Mood, key};
 
@@ -128,10 +129,17 @@ fn a_senseless_command_line_is_2() {
         "why --scope /nowhere --hash 0102030405060708",
         "why --hash 0102030405060708",
         "bench --blocks 1000000 --bytes 64MiB",
+        "bench --blocks 5 peer node-b",
+        "bench peer",
+        "bench peer node-b --count 1000000",
+        "bench peer node-b --block-bytes 1GiB",
         "--endpoint nowhere status",
         "--timeout soon status",
         "--timeout 99999999999h status",
         "drain --wait 99999999999h",
+        "drain --undo --wait 1s",
+        "drain --no-move --to node-b",
+        "drain --bytes 0",
     ] {
         let ran = kvctl(&fake.socket(), line).exits(2);
         assert_eq!(ran.out, "", "`{line}`");
@@ -185,6 +193,77 @@ fn listings_page_through_and_can_be_limited() {
     assert_eq!(more.out.lines().count(), 2, "the next page begins behind what came: {}", more.out);
     let sorted = kvctl(&socket, "get blocks --sort-by=-key --no-headers").exits(0);
     assert!(sorted.out.starts_with(&key(2)), "{}", sorted.out);
+}
+
+#[test]
+fn peers_are_listed_and_described() {
+    let fake = Fake::start(Mood::Peers);
+    let socket = fake.socket();
+    let wanted = "\
+NODE     STATE   PATHS          RTT     IN   IN-BYTES   OUT   OUT-BYTES   MISSES   STRIKES
+node-b   up      mlx5_0,tcp   210us   5321     1.2GiB   100      6.0MiB       18         1
+node-c   down    -                -      0         0B     0          0B       12         0
+";
+    let peers = kvctl(&socket, "get peers").exits(0);
+    assert_eq!((peers.out.as_str(), peers.err.as_str()), (wanted, ""), "\n{}", peers.out);
+    let wide = kvctl(&socket, "get peer -o wide --sort-by rtt --no-headers").exits(0).out;
+    let down = wide.lines().nth(1).unwrap();
+    assert!(down.starts_with("node-c") && down.contains("10.0.0.9:9474"), "{wide}");
+    assert!(down.ends_with("connection refused; tried again in 4.0s"), "{wide}");
+    assert_eq!(kvctl(&socket, "get peers -o name").exits(0).out, "peer/node-b\npeer/node-c\n");
+    let json: serde_json::Value =
+        serde_json::from_str(&kvctl(&socket, "get peers -o json").exits(0).out).unwrap();
+    assert_eq!(json["peers"][0]["misses"], serde_json::json!({ "peer_evicted": 12, "tier_timeout": 6 }));
+    let page = kvctl(&socket, "describe peer node-b").exits(0).out;
+    assert!(page.contains("\nFrom it\n  Blocks:        5,321 blocks, 1.2GiB\n"), "{page}");
+    let (used, unused) = page.split_once("Not used\n").unwrap();
+    let order = ["1   mlx5_0   up", "2   tcp      up"].map(|line| used.find(line).unwrap());
+    assert!(order[0] < order[1] && unused.contains("mlx5_1   its port is down"), "{page}");
+    assert_eq!(kvctl(&socket, "describe peer/node-b").exits(0).out, page);
+    let json = kvctl(&socket, "describe peer node-b -o json").exits(0).out;
+    let json: serde_json::Value = serde_json::from_str(&json).unwrap();
+    assert_eq!((&json["peer"]["rtt_us"], &json["paths"][2]["rank"]), (&210.into(), &1.into()));
+    kvctl(&socket, "describe peer node-x").fails(3, "no peer is called `node-x`", "`kvctl get peers`");
+}
+
+#[test]
+fn transfers_are_listed() {
+    let fake = Fake::start(Mood::Peers);
+    let wanted = format!(
+        "\
+{:32}   NODE     DIR   STAGE         BYTES    AGE    LEFT   SHARD
+{}   -        in    searching    192KiB   12ms   10.0s       0
+{}   node-b   in    reading      256KiB   12ms   10.0s       0
+{}   node-b   out   held        64.0KiB   12ms   10.0s       0
+",
+        "KEY",
+        key(3),
+        key(4),
+        key(1)
+    );
+    let ran = kvctl(&fake.socket(), "get transfers").exits(0);
+    assert_eq!(ran.out, wanted, "\n{}", ran.out);
+    let names = kvctl(&fake.socket(), "get transfer -o name --sort-by=-bytes").exits(0).out;
+    assert!(names.starts_with(&format!("transfer/{}\n", key(4))), "{names}");
+}
+
+#[test]
+fn who_has_no_peers_hears_how_to_get_some() {
+    let fake = Fake::start(Mood::Well);
+    let socket = fake.socket();
+    let ran = kvctl(&socket, "get peers --no-headers").exits(0);
+    assert!(ran.err.starts_with("no peers: ") && ran.err.contains("peers.members = "), "{}", ran.err);
+    assert_eq!(ran.out, "", "a script counts none");
+    assert!(kvctl(&socket, "get transfers").exits(0).err.starts_with("no block is on its way"));
+    let json = kvctl(&socket, "get peers -o json").exits(0);
+    assert_eq!((json.out.as_str(), json.err.as_str()), ("{\n  \"peers\": []\n}\n", ""));
+    kvctl(&socket, "describe peer node-b").fails(
+        3,
+        "this node has none",
+        "name the others with peers.members",
+    );
+    let old = Fake::start(Mood::Old);
+    kvctl(&old.socket(), "get peers").fails(1, "does not know this call", "compare the two with");
 }
 
 #[test]
@@ -251,6 +330,76 @@ fn why_compares_scopes_when_it_is_given_one() {
 }
 
 #[test]
+fn why_says_which_peer_has_it() {
+    let fake = Fake::start(Mood::Peers);
+    let socket = fake.socket();
+    let has = kvctl(&socket, &format!("why {}", key(7))).exits(0).out;
+    assert!(has.contains("is not here: never_stored\n  But it is on node-b (host): "), "{has}");
+    let expects = kvctl(&socket, &format!("why {}", key(8))).exits(0).out;
+    assert!(expects.contains("\n  But node-b expects it: "), "{expects}");
+    assert!(!kvctl(&socket, &format!("why {}", key(9))).exits(0).out.contains("But"));
+    let both = kvctl(&socket, &format!("why {} {}", key(9), key(7))).exits(0).out;
+    assert!(!both.contains("node-b"), "only the first absent one is asked for: {both}");
+    let json = kvctl(&socket, &format!("why {} -o json", key(7))).exits(0).out;
+    let json: serde_json::Value = serde_json::from_str(&json).unwrap();
+    assert_eq!(json["elsewhere"], serde_json::json!({ "tier": "host", "node": "node-b" }));
+    assert_eq!(json["miss"]["reason"], "never_stored");
+}
+
+#[test]
+fn status_has_a_line_for_peers_where_there_are_any() {
+    let fake = Fake::start(Mood::Peers);
+    let page = kvctl(&fake.socket(), "status").exits(0).out;
+    assert!(page.contains("\npeers    1 up, 1 down  in 1.2GiB (5,321 blocks)\n"), "{page}");
+    assert!(!kvctl(&Fake::start(Mood::Well).socket(), "status").exits(0).out.contains("peers"));
+}
+
+#[test]
+fn a_node_that_drains_moves_its_blocks_to_its_peers() {
+    const DRAINING: &str = "draining: no new work is taken\n";
+    let fake = Fake::start(Mood::Peers);
+    let socket = fake.socket();
+    let ran = kvctl(&socket, "drain --wait 5s").exits(0);
+    assert_eq!(ran.out, format!("{DRAINING}8 blocks with peers now, 512KiB\ndrained\n"));
+    assert!(ran.err.starts_with("2 blocks went to no peer; nothing is lost: what is on disk"), "{}", ran.err);
+    let ran = kvctl(&socket, "drain --to node-b --bytes 256KiB").exits(0);
+    assert_eq!((ran.out, ran.err), (format!("{DRAINING}4 blocks with peers now, 256KiB\n"), String::new()));
+    assert_eq!(kvctl(&socket, "drain --no-move").exits(0).out, DRAINING);
+    kvctl(&socket, "drain --to node-x").fails(3, "no peer is called `node-x`", "`kvctl get peers`");
+    for line in ["undrain", "drain --undo"] {
+        assert_eq!(kvctl(&socket, line).exits(0).out, "taking new work\n");
+    }
+    // Alone, or with a daemon that knows nothing of peers, it drains as ever.
+    let well = Fake::start(Mood::Well);
+    let ran = kvctl(&well.socket(), "drain --wait 5s").exits(0);
+    assert_eq!((ran.out, ran.err), (format!("{DRAINING}drained\n"), String::new()));
+    kvctl(&well.socket(), "drain --to node-b").fails(3, "this node has none", "name the others");
+    let old = Fake::start(Mood::Old);
+    let ran = kvctl(&old.socket(), "drain --wait 5s").exits(0);
+    assert_eq!(ran.out, format!("{DRAINING}drained\n"));
+    assert!(ran.err.contains("cannot move blocks to peers"), "{}", ran.err);
+}
+
+#[test]
+fn a_node_that_reaches_no_peer_drains_and_says_so() {
+    let down = Fake::start(Mood::PeersDown);
+    for line in ["drain --wait 5s", "drain --wait 5s --to node-c"] {
+        let ran = kvctl(&down.socket(), line).exits(4);
+        assert!(ran.out.ends_with("drained\n"), "{}", ran.out);
+        assert!(ran.err.starts_with("error: no peer can be reached, so no block was moved: "), "{}", ran.err);
+        assert!(ran.err.contains("node-c is down: connection refused; tried again in 4.0s\nhelp: "));
+    }
+    // Peers that answer and take nothing are no failure: the blocks are where they were.
+    let full = Fake::start(Mood::PeersFull);
+    let ran = kvctl(&full.socket(), "drain").exits(0);
+    assert!(ran.out.ends_with("\n0 blocks with peers now, 0B\n"), "{}", ran.out);
+    assert!(ran.err.starts_with("10 blocks went to no peer; nothing is lost"), "{}", ran.err);
+    let broken = Fake::start(Mood::Broken);
+    let ran = kvctl(&broken.socket(), "drain").exits(1);
+    assert!(ran.err.contains("it ended early, after 10 of 10 blocks"), "{}", ran.err);
+}
+
+#[test]
 fn bench_prints_quantiles_and_finds_wrong_bytes() {
     let fake = Fake::start(Mood::Well);
     let line = "bench --blocks 20 --bytes 4KiB --threads 2 --batch 2 --grpc -o json";
@@ -267,6 +416,75 @@ fn bench_prints_quantiles_and_finds_wrong_bytes() {
     let broken = Fake::start(Mood::Broken);
     let ran = kvctl(&broken.socket(), "bench --blocks 3 --bytes 4KiB --grpc").exits(1);
     assert!(ran.err.contains("3 blocks came back with wrong bytes"), "{}", ran.err);
+}
+
+#[test]
+fn bench_peer_measures_both_ways_and_leaves_nothing() {
+    let fake = Fake::start(Mood::Peers);
+    let socket = fake.socket();
+    let ran = kvctl(&socket, "bench peer node-b --block-bytes 4KiB --count 9 -o json").exits(0);
+    let json: serde_json::Value = serde_json::from_str(&ran.out).unwrap();
+    assert_eq!((&json["node"], &json["blocks"]), (&"node-b".into(), &9.into()));
+    let ways = json["ways"].as_array().unwrap();
+    let names: Vec<&str> = ways.iter().map(|way| way["way"].as_str().unwrap()).collect();
+    assert_eq!(names, ["out", "in", "single"]);
+    for way in ways {
+        let seen = ["blocks", "bytes", "misses", "wrong"].map(|field| way[field].as_u64().unwrap());
+        assert_eq!(seen, [9, 9 * 4_096, 0, 0], "{way}");
+        assert!(way["bytes_per_s"].as_u64().unwrap() > 0, "{way}");
+    }
+    assert!(ways[1]["p50_ns"].is_null() && ways[2]["p99_ns"].as_u64().unwrap() > 0);
+    assert_eq!(fake.stored(), 0, "no block of the bench stays");
+    let table = kvctl(&socket, "bench peer peer/node-b --block-bytes 4KiB --count 2").exits(0);
+    let ways: Vec<&str> = table.out.lines().map(|line| line.split_whitespace().next().unwrap()).collect();
+    assert_eq!(ways, ["WAY", "out", "in", "single"]);
+    assert!(table.err.contains("2 blocks of 4.0KiB, to node-b and back"), "{}", table.err);
+}
+
+#[test]
+fn bench_peer_says_what_went_wrong() {
+    let line = "bench peer node-b --block-bytes 4KiB --count 3";
+    let full = Fake::start(Mood::PeersFull);
+    kvctl(&full.socket(), line).fails(4, "node-b took none of the blocks", "it has no room for them");
+    assert_eq!(full.stored(), 0);
+    let down = Fake::start(Mood::PeersDown);
+    kvctl(&down.socket(), line).fails(
+        4,
+        "node-b is down: connection refused",
+        "`kvctl describe peer node-b`",
+    );
+    kvctl(&down.socket(), "bench peer node-x").fails(3, "no peer is called `node-x`", "`kvctl get peers`");
+    kvctl(&Fake::start(Mood::Well).socket(), line).fails(3, "this node has none", "name the others with");
+    kvctl(&Fake::start(Mood::Old).socket(), line).fails(1, "does not know this call", "compare the two");
+    let broken = Fake::start(Mood::Broken);
+    let ran = kvctl(&broken.socket(), line).exits(1);
+    assert!(ran.err.contains("error: 7 blocks came back with wrong bytes"), "{}", ran.err);
+    assert_eq!(broken.stored(), 0);
+}
+
+#[test]
+fn bench_peer_cleans_up_when_it_is_interrupted() {
+    let fake = Fake::start(Mood::PeersSilent);
+    let child = command(&fake.socket())
+        .args(["bench", "peer", "node-b", "--block-bytes", "4KiB", "--count", "3"])
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let until = Instant::now() + Duration::from_secs(20);
+    while fake.stored() == 0 {
+        assert!(Instant::now() < until, "nothing was put");
+        std::thread::sleep(Duration::from_millis(10));
+    }
+    let interrupted = Command::new("kill").args(["-INT", &child.id().to_string()]).status().unwrap();
+    assert!(interrupted.success());
+    let ran = ran(&child.wait_with_output().unwrap()).exits(1);
+    assert!(
+        ran.err.contains("error: ended before it was measured\nhelp: its blocks are evicted here"),
+        "{}",
+        ran.err
+    );
+    assert_eq!(fake.stored(), 0, "it left something behind");
 }
 
 #[test]

@@ -27,8 +27,10 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
 from vllm.distributed.parallel_state import get_tensor_model_parallel_rank
 from vllm.logger import init_logger
 
-from kvd._engine import Link, settings
-from kvd.vllm._layout import layout_of
+import kvd
+from kvd._engine import STAGING_BYTES, TENANT, WAIT_SECONDS, WEIGHTS_BYTES, Link, fits, number, settings, text
+from kvd.vllm._identity import weights_named
+from kvd.vllm._layout import check_backends, layout_of
 from kvd.vllm._scheduler import Events, Scheduler
 from kvd.vllm._stats import PromStats, Stats
 from kvd.vllm._worker import Step, Worker
@@ -50,6 +52,8 @@ __all__ = ["KvdConnector", "Settings"]
 
 logger = init_logger("vllm.kvd")
 
+EXTRA = "kv_connector_extra_config"
+
 T = TypeVar("T")
 
 
@@ -57,25 +61,25 @@ T = TypeVar("T")
 class Settings:
     """``kv_connector_extra_config``."""
 
-    socket: str = ""
+    socket: str = text(most=4096)
     """Where the daemon is; see :func:`kvd.connect`. Empty: the default of this node."""
-    tenant: str = "default"
+    tenant: str = text("default", form=TENANT)
     """Who pays for the blocks: ``[a-z0-9-]{1,63}``."""
-    model: str = ""
+    model: str = text()
     """What the model is called in names of blocks. Empty: as vLLM calls it, a directory by its last part."""
-    weights: str = ""
+    weights: str = text(most=WEIGHTS_BYTES)
     """Which weights these are, in names of blocks. Empty: a digest of the files, or the revision."""
-    deadline: float = 1.0
+    deadline: float = number(1.0, least=0.001, most=WAIT_SECONDS)
     """Seconds that one call to the daemon may take."""
-    wait: float = 2.0
+    wait: float = number(2.0, least=0.0, most=WAIT_SECONDS)
     """Seconds that a request waits for blocks which another engine has announced and not yet stored."""
-    request_wait_max: float = 60.0
+    request_wait_max: float = number(60.0, least=0.0, most=WAIT_SECONDS)
     """Seconds that a request may say it waits for blocks which nobody has announced."""
-    match_seconds: float = 2.0
+    match_seconds: float = number(2.0, least=0.001, most=WAIT_SECONDS)
     """Seconds in which the blocks of a request must have been brought up and checked; what is not is computed."""
-    load_seconds: float = 5.0
+    load_seconds: float = number(5.0, least=0.001, most=WAIT_SECONDS)
     """Seconds in which a rank must have opened the blocks that a request was promised."""
-    staging_bytes: int = 64 << 20
+    staging_bytes: int = number(64 << 20, least=1, most=STAGING_BYTES)
     """What a rank may have announced and not yet stored."""
     layerwise: bool = True
     """Load each layer while those before it are computed, once vLLM was seen to ask for each."""
@@ -108,8 +112,8 @@ class KvdConnector(KVConnectorBase_V1, SupportsHMA):
         super().__init__(vllm_config, role, kv_cache_config)
         transfer = vllm_config.kv_transfer_config
         assert transfer is not None, "vLLM made a connector without a configuration for it"
-        chosen = settings(Settings, transfer.kv_connector_extra_config, "kv_connector_extra_config")
-        layout = layout_of(vllm_config, kv_cache_config, chosen.model, chosen.weights)
+        chosen = settings(Settings, transfer.kv_connector_extra_config, EXTRA)
+        layout = layout_of(vllm_config, kv_cache_config, chosen.model)
         # vLLM's default is to fail the request; a cache must not do that.
         transfer.kv_load_failure_policy = "recompute"
         rank = get_tensor_model_parallel_rank() if role == KVConnectorRole.WORKER else 0
@@ -121,6 +125,11 @@ class KvdConnector(KVConnectorBase_V1, SupportsHMA):
             log=logger,
             staging_bytes=chosen.staging_bytes if role == KVConnectorRole.WORKER else None,
         )
+        for group in layout.groups:
+            kvd.Scope(**layout.scope(group, chosen.tenant, ""))  # refuses what cannot be a name, now and not at a request
+            if transfer.is_kv_producer:
+                fits(chosen.staging_bytes, group.block_bytes, f"a block of group {group.index}", EXTRA)
+        self._config = vllm_config
         self._scheduler: Scheduler | None = None
         self._worker: Worker | None = None
         if role == KVConnectorRole.SCHEDULER:
@@ -129,6 +138,7 @@ class KvdConnector(KVConnectorBase_V1, SupportsHMA):
                 link,
                 layout,
                 chosen.tenant,
+                weights_named(vllm_config, chosen.weights),
                 wait=chosen.wait,
                 match_seconds=chosen.match_seconds,
                 request_wait_max=chosen.request_wait_max,
@@ -157,7 +167,7 @@ class KvdConnector(KVConnectorBase_V1, SupportsHMA):
     @classmethod
     def requires_piecewise_for_cudagraph(cls, extra_config: dict[str, Any]) -> bool:
         """Captured graphs do not call the hooks of layers."""
-        return settings(Settings, extra_config, "kv_connector_extra_config").layerwise
+        return settings(Settings, extra_config, EXTRA).layerwise
 
     @classmethod
     def build_kv_connector_stats(cls, data: dict[str, Any] | None = None) -> Stats:
@@ -227,7 +237,9 @@ class KvdConnector(KVConnectorBase_V1, SupportsHMA):
     # Worker
 
     def register_kv_caches(self, kv_caches: "dict[str, torch.Tensor]") -> None:
-        self._there(self._worker).register(kv_caches)
+        worker = self._there(self._worker)
+        check_backends(self._config, worker.layout)
+        worker.register(kv_caches)
 
     def bind_connector_metadata(self, connector_metadata: KVConnectorMetadata) -> None:
         super().bind_connector_metadata(connector_metadata)

@@ -11,15 +11,16 @@ Whatever we do not know how to read is refused when the engine starts, by name.
 """
 
 import hashlib
-import json
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
+from vllm.distributed.kv_transfer.kv_connector.utils import get_current_attn_backends
 from vllm.v1.kv_cache_interface import (
     AttentionSpec,
     FullAttentionSpec,
     KVCacheConfig,
+    KVCacheGroupSpec,
     KVCacheSpec,
     KVQuantMode,
     MLAAttentionSpec,
@@ -27,7 +28,8 @@ from vllm.v1.kv_cache_interface import (
     UniformTypeKVCacheSpecs,
 )
 
-from kvd._engine import model_name, weights_of
+from kvd._engine import model_name
+from kvd.vllm._identity import cache_dtype, order, weights_named
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -54,6 +56,8 @@ class Group:
     """Head slots on one rank."""
     attention: str
     dtype: str
+    order: str
+    """What decides about the order of bytes in a page besides its sizes."""
 
     @property
     def block_bytes(self) -> int:
@@ -63,7 +67,7 @@ class Group:
     def layout(self) -> str:
         """For the scope: the order of memory, and which layers these are."""
         digest = hashlib.blake2b("\n".join(self.layers).encode(), digest_size=8).hexdigest()
-        return f"layer,head,token,kv;layers={digest}"
+        return f"{self.order},layer,head,token,kv;layers={digest}"
 
     def first_needed(self, tokens: int) -> int:
         """The first block that a request with ``tokens`` computed tokens still reads."""
@@ -89,13 +93,12 @@ class Layout:
     replicas: int
     """Consecutive ranks that hold the same piece."""
     model: str
-    weights: str
 
-    def scope(self, group: Group, tenant: str, lora: str, salt: str, life: str) -> dict[str, Any]:
-        """Arguments of :class:`kvd.Scope`. ``life`` tells weights apart that were exchanged while the engine ran."""
+    def scope(self, group: Group, tenant: str, weights: str, lora: str = "", salt: str = "") -> dict[str, Any]:
+        """Arguments of :class:`kvd.Scope`."""
         return {
             "model": self.model,
-            "weights": self.weights + life,
+            "weights": weights,
             "tenant": tenant,
             "block_tokens": group.block_tokens,
             "dtype": group.dtype,
@@ -111,8 +114,8 @@ class Layout:
         return len(group.layers), heads * self.slices, heads * slice_, heads * (slice_ + 1)
 
 
-def layout_of(config: "VllmConfig", cache: KVCacheConfig, model: str = "", weights: str = "") -> Layout:
-    """Reads vLLM's configuration. ``model`` and ``weights``: what to call them, if not what is found out.
+def layout_of(config: "VllmConfig", cache: KVCacheConfig, model: str = "") -> Layout:
+    """Reads vLLM's configuration. ``model``: what to call it, if not as vLLM does.
 
     Raises ``ValueError`` that names what is not supported.
     """
@@ -129,55 +132,31 @@ def layout_of(config: "VllmConfig", cache: KVCacheConfig, model: str = "", weigh
         left = sorted(set(range(len(cache.kv_cache_groups))) - set(chosen))
         raise _unsupported(f"KV cache groups {left}", "their state cannot be found by the hash of a prefix")
     groups = tuple(
-        _group(index, cache.kv_cache_groups[index].layer_names, cache.kv_cache_groups[index].kv_cache_spec, hash_tokens)
+        _group(index, cache.kv_cache_groups[index], hash_tokens, cache_dtype(config), order())
         for index in chosen
     )
     align = cache.cache_hit_alignment_tokens or max(group.block_tokens for group in groups)
     for group in groups:
         if align % group.block_tokens:
             raise _unsupported(f"hits in steps of {align} tokens", f"group {group.index} has blocks of {group.block_tokens}")
-    name = config.model_config.model
-    weights = weights or _weights(config)
     return Layout(
         groups=groups,
         align_tokens=align,
         hash_tokens=hash_tokens,
         slices=parallel.tensor_parallel_size // replicas,
         replicas=replicas,
-        model=model or model_name(name),
-        weights=f"{weights}:{_computed_as(config)}",
+        model=model or model_name(config.model_config.model),
     )
 
 
-def _weights(config: "VllmConfig") -> str:
-    model = config.model_config
-    found = weights_of(model.model, model.revision or getattr(model.hf_config, "_commit_hash", None))
-    if not found:
-        raise _unsupported(f"model {model.model} of unknown revision", 'say which weights: "weights" in the extra config')
-    return found
-
-
-def _computed_as(config: "VllmConfig") -> str:
-    """A digest of what else of the configuration changes keys and values: overrides of the model's, quantisation."""
-    model = config.model_config
-    read = {key: value for key, value in model.hf_config.to_dict().items() if key not in _NOT_COMPUTED}
-    read["quantization"] = model.quantization
-    if config.load_config.load_format == "dummy":
-        read["dummy"] = model.seed
-    text = json.dumps(read, sort_keys=True, default=str)
-    return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
-
-
-_NOT_COMPUTED = frozenset({"_name_or_path", "_commit_hash", "transformers_version"})
-
-
-def _group(index: int, layers: list[str], spec: KVCacheSpec, hash_tokens: int) -> Group:
+def _group(index: int, group: KVCacheGroupSpec, hash_tokens: int, numbers: str, order: str) -> Group:
+    layers, spec = group.layer_names, group.kv_cache_spec
     each = spec.kv_cache_specs if isinstance(spec, UniformTypeKVCacheSpecs) else dict.fromkeys(layers, spec)
     specs = [_known(index, layer, each[layer]) for layer in layers]
     first = specs[0]
     if first.block_size % hash_tokens:
         raise _unsupported(f"group {index}: blocks of {first.block_size} tokens", f"hashes are of {hash_tokens}")
-    kinds = {(_attention(one), _dtype(one), one.num_heads, one.block_size) for one in specs}
+    kinds = {(_attention(one), _dtype(one, numbers), one.num_heads, one.block_size) for one in specs}
     if len(kinds) > 1:
         raise _unsupported(f"group {index}: layers of several kinds {sorted(kinds)}", "one kind in a group is")
     return Group(
@@ -189,7 +168,8 @@ def _group(index: int, layers: list[str], spec: KVCacheSpec, hash_tokens: int) -
         window=first.sliding_window if isinstance(first, SlidingWindowSpec) else None,
         heads=first.num_heads,
         attention=_attention(first),
-        dtype=_dtype(first),
+        dtype=_dtype(first, numbers),
+        order=order,
     )
 
 
@@ -209,13 +189,39 @@ def _attention(spec: AttentionSpec) -> str:
     return "mla" if isinstance(spec, MLAAttentionSpec) else "full"
 
 
-def _dtype(spec: AttentionSpec) -> str:
+def _dtype(spec: AttentionSpec, numbers: str) -> str:
+    """What numbers these are. torch's type alone does not tell where vLLM keeps them as bare bytes; then it is
+    ``numbers``, what vLLM was told to keep."""
     name = str(spec.dtype).removeprefix("torch.")
-    return name if spec.kv_quant_mode == KVQuantMode.NONE else f"{name}:{spec.kv_quant_mode.name.lower()}"
+    told = str(getattr(spec, "cache_dtype_str", None) or numbers)
+    if spec.kv_quant_mode == KVQuantMode.NONE:
+        # What an indexer keeps as bytes, the digest of the configuration has.
+        return name if spec.dtype.is_floating_point else f"{name}:{told}"
+    return told
 
 
 def _unsupported(what: str, instead: str) -> ValueError:
     return ValueError(f"kvd.vllm does not support {what}: {instead}")
+
+
+SAME_ORDER = frozenset(
+    {
+        *("FlashAttentionBackend", "FlashAttentionDiffKVBackend", "FlashInferBackend", "FlexAttentionBackend"),
+        *("TritonAttentionBackend", "TritonAttentionDiffKVBackend", "TurboQuantAttentionBackend"),
+        *("RocmAiterUnifiedAttentionBackend", "CPUAttentionBackend"),
+    }
+)
+"""vLLM's backends that read a block as written at the top of the file, or the only one of their device or KV cache type."""
+
+
+def check_backends(config: "VllmConfig", layout: Layout) -> None:
+    """Raises ``ValueError`` that names the attention backend whose order of bytes is not known."""
+    for group in layout.groups:
+        if group.attention == "mla":
+            continue  # One vector for each token, whoever reads it.
+        for backend in get_current_attn_backends(config, list(group.layers)):
+            if backend.__name__ not in SAME_ORDER:
+                raise _unsupported(f"the attention backend {backend.__name__}", "choose another by --attention-backend")
 
 
 def pages_of(group: Group, caches: dict[str, torch.Tensor]) -> list[torch.Tensor]:

@@ -46,6 +46,8 @@ STORES_PER_STEP = 1024
 """Blocks of a request that one step may store."""
 ADAPTERS_KEPT = 1024
 """LoRA adapters whose digest is remembered."""
+SHOWN = 200
+"""Letters of what a client said that are shown in the log."""
 EVENTS_KEPT = 1 << 18
 """Blocks whose hash is remembered, to name them in events."""
 
@@ -102,6 +104,7 @@ class _Track:
 class Scheduler:
     """See the top of the file.
 
+    ``weights``: what of the model decides about keys and values, see ``_identity.py``; here alone, and the ranks are told.
     ``wait``: seconds to wait for blocks that another engine has announced. ``match_seconds``: for how long a request is
     looked up at most, on top of what it waits. ``loads`` and ``stores``: what this engine does.
     """
@@ -111,6 +114,7 @@ class Scheduler:
         link: Link,
         layout: Layout,
         tenant: str,
+        weights: str,
         *,
         wait: float,
         match_seconds: float,
@@ -120,6 +124,7 @@ class Scheduler:
         events: "Events | None",
     ):
         self.link, self.layout, self.tenant = link, layout, tenant
+        self._weights = self._first_weights = weights
         self.wait, self.match_seconds, self.request_wait_max = wait, match_seconds, request_wait_max
         self.loads, self.stores = loads, stores
         self.stats = Stats()
@@ -127,7 +132,6 @@ class Scheduler:
         self._tracks: dict[str, _Track] = {}
         self._loads: list[Work] = []
         self._adapters: dict[tuple[Any, ...], str] = {}
-        self._life = ""
         self._lookers = ThreadPoolExecutor(LOOKERS, "kvd-look")
         # One group: vLLM can recompute from a block that failed. Several: only a request that waits may fail.
         # Several ranks: what one of them could not load, all would compute with, and store.
@@ -146,7 +150,7 @@ class Scheduler:
         if not self.loads or not self.link.is_up:
             return 0
         track = self._track(request)
-        if track.gave_up or track.owner.life != self._life:
+        if track.gave_up or track.owner.weights != self._weights:
             return 0
         # The last token is computed always: vLLM needs its logits.
         limit = (request.num_tokens - 1) // self.layout.align_tokens * self.layout.align_tokens
@@ -235,10 +239,10 @@ class Scheduler:
                 continue
             if name not in loading:
                 track.loading = False
-            if self.stores and self.link.is_up and track.owner.life == self._life:
+            if self.stores and self.link.is_up and track.owner.weights == self._weights:
                 numbers = output.kv_connector_block_state and output.kv_connector_block_state.get_block_ids(name)
                 if numbers:
-                    self._store(step, track, computed[name], computed[name] + tokens, numbers)
+                    self._offer(step, track, computed[name], computed[name] + tokens, numbers)
             if name not in loading and track.looking is not None:
                 # It is computed; what it was promised is loaded.
                 self._let_go(track)
@@ -265,7 +269,7 @@ class Scheduler:
     def forget(self) -> None:
         """The weights may have changed: what was stored so far is not found any more by this engine."""
         # Requests that are under way keep the old one: they load and store no more.
-        self._life = f"+{time.time_ns():x}"
+        self._weights = f"{self._first_weights}+{time.time_ns():x}"
         for track in self._tracks.values():
             self._let_go(track)
         logger.info("kvd: a new life begins; blocks stored before it are not used by this engine")
@@ -309,7 +313,7 @@ class Scheduler:
         return found
 
     def _bindings(self, session: kvd.Session, owner: Owner, group: Group) -> list[kvd.Binding]:
-        scope = self.layout.scope(group, self.tenant, owner.lora, owner.salt, owner.life)
+        scope = self.layout.scope(group, self.tenant, owner.weights, owner.lora, owner.salt)
         parts = (self.layout.part(group, slice_) for slice_ in range(self.layout.slices))
         return [self.link.binding(session, scope, group.block_bytes, part) for part in parts]
 
@@ -412,6 +416,13 @@ class Scheduler:
 
     # Stores
 
+    def _offer(self, step: Step, track: _Track, computed: int, until: int, numbers: Sequence[list[int]]) -> None:
+        """Stores what there is to store, if that goes well: the step has to go on, and can do without."""
+        try:
+            self._store(step, track, computed, until, numbers)
+        except Exception:
+            logger.exception("kvd: a defect of the connector; a request is not stored. Please report it")
+
     def _store(self, step: Step, track: _Track, computed: int, until: int, numbers: Sequence[list[int]]) -> None:
         """Blocks of a request that are full after this step, and that kvd may lack."""
         request = track.request
@@ -443,7 +454,7 @@ class Scheduler:
 
     def _track(self, request: "Request") -> _Track:
         if (track := self._tracks.get(request.request_id)) is None:
-            owner = Owner(self._adapter(request), request.cache_salt or "", self._life)
+            owner = Owner(self._weights, self._adapter(request), request.cache_salt or "")
             track = self._tracks[request.request_id] = _Track(request, owner, min(_wait_of(request), self.request_wait_max))
         return track
 
@@ -466,7 +477,8 @@ def _wait_of(request: "Request") -> float:
     said = (request.kv_transfer_params or {}).get("kvd", {})
     wait = said.get("wait", 0) if isinstance(said, dict) and said.keys() <= {"wait"} else None
     if isinstance(wait, bool) or not isinstance(wait, int | float) or not 0 <= wait <= 600:
-        logger.warning('kvd: kv_transfer_params["kvd"] is %r; expected {"wait": SECONDS}, up to 600', said)
+        shown = repr(said)[:SHOWN]
+        logger.warning('kvd: kv_transfer_params["kvd"] is %s; expected {"wait": SECONDS}, up to 600', shown)
         return 0.0
     return float(wait)
 
@@ -508,8 +520,14 @@ class Events:
         self._thread.start()
 
     def remember(self, request: "Request", group: Group, first: int, names: list[bytes], owner: Owner) -> None:
-        """These blocks are about to be stored."""
-        scope = self.layout.scope(group, self.tenant, owner.lora, owner.salt, owner.life)
+        """These blocks are about to be stored. Never raises: who stores them goes on."""
+        try:
+            self._remember(request, group, first, names, owner)
+        except Exception:
+            logger.exception("kvd: a defect of the connector; blocks are not named in events. Please report it")
+
+    def _remember(self, request: "Request", group: Group, first: int, names: list[bytes], owner: Owner) -> None:
+        scope = self.layout.scope(group, self.tenant, owner.weights, owner.lora, owner.salt)
         part = self.layout.part(group, 0)
         binding = self.link.ask(lambda s: self.link.binding(s, scope, group.block_bytes, part))
         if binding is None:

@@ -41,9 +41,10 @@ BATCH = 64
 class Owner:
     """Whose blocks these are: what of a scope differs between requests."""
 
+    weights: str
+    """With what is computed with them, and the life of the engine if its weights may have been exchanged."""
     lora: str = ""
     salt: str = field(default="", repr=False)
-    life: str = ""
 
 
 @dataclass
@@ -261,7 +262,7 @@ class Worker:
     # Loads
 
     def _binding(self, session: kvd.Session, owner: Owner, group: Group) -> kvd.Binding:
-        scope = self.layout.scope(group, self.tenant, owner.lora, owner.salt, owner.life)
+        scope = self.layout.scope(group, self.tenant, owner.weights, owner.lora, owner.salt)
         return self.link.binding(session, scope, group.block_bytes, self.layout.part(group, self.slice))
 
     def _give_up(self, numbers: Iterable[int]) -> None:

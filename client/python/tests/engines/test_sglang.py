@@ -343,6 +343,9 @@ class Stranger(MHATokenToKVPoolHost):
     ("changed", "named"),
     [
         ({"extra": {"weights": ""}}, "'weights' is needed"),
+        ({"extra": {"tenant": "Team-A"}}, "'tenant' is 'Team-A'; expected the form"),
+        ({"extra": {"deadline": 0.0}}, "'deadline' is 0.0; expected 0.001 to 600"),
+        ({"extra": {"call_seconds": float("nan")}}, "'call_seconds' is nan; expected"),
         ({"extra": {"tennant": "t"}}, "did you mean 'tenant'"),
         ({"extra": {"call_seconds": "soon"}}, "'call_seconds' is 'soon'; expected float"),
         ({"model_name": None}, "'model' is needed"),

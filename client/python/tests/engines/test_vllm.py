@@ -1,7 +1,13 @@
 """The vLLM connector's halves on vLLM's own classes, with a real daemon and no engine; ``engines/run`` has whole engines."""
 
 import dataclasses
+import json
+import os
 import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -10,22 +16,31 @@ import pytest
 pytest.importorskip("vllm", reason="vLLM is not installed here; engines/install-vllm makes an environment that has it")
 
 import torch
+import vllm
 from conftest import Daemon, soon
 from safetensors.torch import save_file
+from vllm.config import KVTransferConfig
 from vllm.distributed.kv_events import BlockRemoved, BlockStored
+from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorRole
+from vllm.engine.arg_utils import EngineArgs
 from vllm.v1.kv_cache_interface import (
     FullAttentionSpec,
     KVCacheConfig,
     KVCacheGroupSpec,
+    KVQuantMode,
     MambaSpec,
     SlidingWindowSpec,
 )
 
+import kvd
 from kvd._engine import Link, settings, weights_of
-from kvd.vllm import Settings, logger
-from kvd.vllm._layout import layout_of, pages_of
+from kvd.vllm import KvdConnector, Settings, _layout, _scheduler, logger
+from kvd.vllm._identity import computed_as, weights_named
+from kvd.vllm._layout import check_backends, pages_of
+from kvd.vllm._layout import layout_of as kvd_layout
 from kvd.vllm._scheduler import Events, Scheduler
 from kvd.vllm._worker import Owner, Piece, Step, Work, Worker
+from kvd.vllm_tier import Settings as TierSettings
 
 BLOCKS, TOKENS = 64, 16
 FULL = FullAttentionSpec(block_size=TOKENS, num_kv_heads=2, head_size=32, dtype=torch.bfloat16)
@@ -39,22 +54,50 @@ def cache(*specs: Any, layers: int = 3, **more: Any) -> KVCacheConfig:
     return KVCacheConfig(BLOCKS, [], groups, hash_block_size=TOKENS, **more)
 
 
-def config(
-    tensor_parallel: int = 1, revision: str | None = "r1", overrides: dict[str, Any] | None = None, **parallel: int
-) -> Any:
-    sizes = {"pipeline_parallel_size": 1, "decode_context_parallel_size": 1, "prefill_context_parallel_size": 1}
-    return SimpleNamespace(
-        parallel_config=SimpleNamespace(**{**sizes, "tensor_parallel_size": tensor_parallel, **parallel}),
-        cache_config=SimpleNamespace(block_size=TOKENS, calculate_kv_scales=False),
-        model_config=SimpleNamespace(
-            model="some/model",
-            revision=revision,
-            hf_config=SimpleNamespace(to_dict=lambda: dict(overrides or {})),
-            quantization=None,
-            seed=0,
-        ),
-        load_config=SimpleNamespace(load_format="auto"),
-    )
+MODEL = {
+    **{"architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "torch_dtype": "float32", "vocab_size": 2048},
+    **{"hidden_size": 256, "intermediate_size": 768, "num_hidden_layers": 4, "num_attention_heads": 4},
+    **{"num_key_value_heads": 2, "head_dim": 64, "max_position_embeddings": 8192},
+}
+LONGROPE = {
+    **{"rope_type": "longrope", "rope_theta": 10000.0, "original_max_position_embeddings": 1024},
+    **{"short_factor": [1.0] * 32, "long_factor": [1.5] * 32},
+}
+
+
+@pytest.fixture(scope="session")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The configuration of a model."""
+    folder = tmp_path_factory.mktemp("models") / "tiny"
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(MODEL))
+    return folder
+
+
+@pytest.fixture
+def config(model: Path) -> Callable[..., Any]:
+    """Makes vLLM's configuration from what ``vllm serve`` is given."""
+
+    def make(rope: dict[str, Any] | None = None, **given: Any) -> Any:
+        usual = {"model": str(model), "skip_tokenizer_init": True, "load_format": "dummy", "enforce_eager": True}
+        if rope:
+            given["hf_overrides"] = {"rope_parameters": rope}
+        parallel = {name: given.pop(name) for name in list(given) if name.endswith("parallel_size")}
+        made = EngineArgs(**{**usual, "block_size": TOKENS, **given}).create_engine_config()
+        for name, size in parallel.items():
+            setattr(made.parallel_config, name, size)
+        return made
+
+    return make
+
+
+@pytest.fixture
+def layout_of(config: Callable[..., Any]) -> Callable[..., Any]:
+    """Makes the layout of groups of such layers, for an engine that was given such arguments."""
+    return lambda cached, **given: kvd_layout(config(**given), cached)
+
+
+OWNER = Owner("w")
 
 
 def tensors(layout: Any, seed: int) -> dict[str, torch.Tensor]:
@@ -79,7 +122,7 @@ def worker(daemon: Daemon, layout: Any, caches: dict[str, torch.Tensor], rank: i
 
 def scheduler(daemon: Daemon, layout: Any, **more: Any) -> Scheduler:
     chosen = {"wait": 0.0, "match_seconds": 10, "request_wait_max": 60, "loads": True, "stores": True, "events": None, **more}
-    return Scheduler(link(daemon), layout, "default", **chosen)
+    return Scheduler(link(daemon), layout, "default", "w", **chosen)
 
 
 def names(count: int, seed: int = 0) -> list[bytes]:
@@ -91,11 +134,21 @@ def request(hashes: list[bytes], **more: Any) -> Any:
     return SimpleNamespace(block_hashes=hashes, num_tokens=len(hashes) * TOKENS + 5, **{**fields, **more})
 
 
-def work(pieces: list[Piece], owner: Owner = Owner()) -> Work:
+def planned(blocks: int) -> Any:
+    """vLLM's plan of a step that computes so many blocks of the request from its start."""
+    return SimpleNamespace(
+        num_scheduled_tokens={"r": blocks * TOKENS},
+        scheduled_new_reqs=[SimpleNamespace(req_id="r", num_computed_tokens=0)],
+        scheduled_cached_reqs=SimpleNamespace(req_ids=[], num_computed_tokens=[]),
+        kv_connector_block_state=SimpleNamespace(get_block_ids=lambda name: (list(range(1, blocks + 1)),)),
+    )
+
+
+def work(pieces: list[Piece], owner: Owner = OWNER) -> Work:
     return Work("r", owner, pieces)
 
 
-def store(one: Worker, pieces: list[Piece], owner: Owner = Owner(), hooks: bool = True) -> None:
+def store(one: Worker, pieces: list[Piece], owner: Owner = OWNER, hooks: bool = True) -> None:
     step(one, Step(stores=[work(pieces, owner)]), hooks)
     soon(lambda: not one._commits or (one._settle(wait=False), not one._commits)[1])
 
@@ -124,8 +177,8 @@ def matched(one: Scheduler, asked: Any, computed: int = 0) -> int:
 
 @pytest.mark.parametrize("hooks", [True, False], ids=["layer by layer", "vLLM skips its hooks"])
 @pytest.mark.parametrize("specs", [(FULL,), (FULL, WINDOW)], ids=["one group", "two groups"])
-def test_blocks_come_back_as_they_were_on_every_rank(daemon: Daemon, specs: Any, hooks: bool):
-    layout = layout_of(config(tensor_parallel=2), cache(*specs))
+def test_blocks_come_back_as_they_were_on_every_rank(daemon: Daemon, layout_of: Any, specs: Any, hooks: bool):
+    layout = layout_of(cache(*specs), tensor_parallel_size=2)
     sources = [tensors(layout, rank) for rank in range(2)]
     pieces = [Piece(group.index, names(10, group.index), list(range(1, 11))) for group in layout.groups]
     for rank, caches in enumerate(sources):
@@ -145,8 +198,8 @@ def test_blocks_come_back_as_they_were_on_every_rank(daemon: Daemon, specs: Any,
         reader.close()
 
 
-def test_more_blocks_than_there_is_room_for_are_stored_all(daemon: Daemon):
-    layout = layout_of(config(), cache(FULL))
+def test_more_blocks_than_there_is_room_for_are_stored_all(daemon: Daemon, layout_of: Any):
+    layout = layout_of(cache(FULL))
     block_bytes = layout.groups[0].block_bytes
     one = worker(daemon, layout, tensors(layout, 1), staging_bytes=3 * block_bytes)
     store(one, [Piece(0, names(20), list(range(1, 21)))])
@@ -154,8 +207,8 @@ def test_more_blocks_than_there_is_room_for_are_stored_all(daemon: Daemon):
     assert matched(scheduler(daemon, layout), request(names(20))) == 20 * TOKENS
 
 
-def test_a_layer_that_did_not_ask_makes_its_step_computed_again(daemon: Daemon):
-    layout = layout_of(config(), cache(FULL))
+def test_a_layer_that_did_not_ask_makes_its_step_computed_again(daemon: Daemon, layout_of: Any):
+    layout = layout_of(cache(FULL))
     one = worker(daemon, layout, tensors(layout, 1))
     store(one, [Piece(0, names(4), [1, 2, 3, 4])])
     assert one._hooks_work
@@ -165,8 +218,8 @@ def test_a_layer_that_did_not_ask_makes_its_step_computed_again(daemon: Daemon):
     assert not one.take_bad_blocks(), "from then on all is loaded before the first layer"
 
 
-def test_only_what_every_rank_has_is_promised(daemon: Daemon):
-    layout = layout_of(config(tensor_parallel=2), cache(FULL))
+def test_only_what_every_rank_has_is_promised(daemon: Daemon, layout_of: Any):
+    layout = layout_of(cache(FULL), tensor_parallel_size=2)
     ranks = [worker(daemon, layout, tensors(layout, rank), rank) for rank in range(2)]
     store(ranks[0], [Piece(0, names(8), list(range(1, 9)))])
     one = scheduler(daemon, layout)
@@ -177,16 +230,16 @@ def test_only_what_every_rank_has_is_promised(daemon: Daemon):
     assert matched(one, request(names(8), request_id="d"), computed=6 * TOKENS) == 0
 
 
-def test_the_last_token_is_always_left_to_vllm(daemon: Daemon):
-    layout = layout_of(config(), cache(FULL))
+def test_the_last_token_is_always_left_to_vllm(daemon: Daemon, layout_of: Any):
+    layout = layout_of(cache(FULL))
     store(worker(daemon, layout, tensors(layout, 1)), [Piece(0, names(8), list(range(1, 9)))])
     asked = request(names(8))
     asked.num_tokens = 8 * TOKENS
     assert matched(scheduler(daemon, layout), asked) == 7 * TOKENS
 
 
-def test_a_sliding_window_needs_its_last_blocks_alone(daemon: Daemon):
-    layout = layout_of(config(), cache(FULL, WINDOW))
+def test_a_sliding_window_needs_its_last_blocks_alone(daemon: Daemon, layout_of: Any):
+    layout = layout_of(cache(FULL, WINDOW))
     one = worker(daemon, layout, tensors(layout, 1))
     store(one, [Piece(0, names(10), list(range(1, 11)))])
     # A window of 40 tokens before token 160 reaches into block 7 of 16.
@@ -196,10 +249,10 @@ def test_a_sliding_window_needs_its_last_blocks_alone(daemon: Daemon):
     assert matched(scheduler(daemon, layout), request(names(9), request_id="b")) == 0
 
 
-def test_salts_adapters_and_lives_never_meet(daemon: Daemon):
-    layout = layout_of(config(), cache(FULL))
+def test_salts_adapters_and_lives_never_meet(daemon: Daemon, layout_of: Any):
+    layout = layout_of(cache(FULL))
     one = worker(daemon, layout, tensors(layout, 1))
-    store(one, [Piece(0, names(4), [1, 2, 3, 4])], Owner(salt="mine"))
+    store(one, [Piece(0, names(4), [1, 2, 3, 4])], Owner("w", salt="mine"))
     asks = scheduler(daemon, layout)
     assert matched(asks, request(names(4), request_id="a")) == 0
     assert matched(asks, request(names(4), request_id="b", cache_salt="yours")) == 0
@@ -210,12 +263,12 @@ def test_salts_adapters_and_lives_never_meet(daemon: Daemon):
     assert matched(asks, request(names(4), request_id="e", cache_salt="mine")) == 0
 
 
-def test_what_is_evicted_between_promise_and_load_is_reported(daemon: Daemon):
-    layout = layout_of(config(), cache(FULL))
+def test_what_is_evicted_between_promise_and_load_is_reported(daemon: Daemon, layout_of: Any):
+    layout = layout_of(cache(FULL))
     one = worker(daemon, layout, tensors(layout, 1))
     store(one, [Piece(0, names(4), [1, 2, 3, 4])])
     session = daemon.client().session("other")
-    binding = one._binding(session, Owner(), layout.groups[0])
+    binding = one._binding(session, OWNER, layout.groups[0])
     assert session.evict(binding, names(4)[2:3]).evicted == 1
     load = work([Piece(0, names(4), [11, 12, 13, 14])])
     step(one, Step(loads=[load]))
@@ -225,20 +278,20 @@ def test_what_is_evicted_between_promise_and_load_is_reported(daemon: Daemon):
     assert one.take_stats().data["failed_blocks"] == 8
 
 
-def test_a_promise_is_pinned_until_the_ranks_have_loaded_it(daemon: Daemon):
-    layout = layout_of(config(), cache(FULL))
+def test_a_promise_is_pinned_until_the_ranks_have_loaded_it(daemon: Daemon, layout_of: Any):
+    layout = layout_of(cache(FULL))
     store(worker(daemon, layout, tensors(layout, 1)), [Piece(0, names(4), [1, 2, 3, 4])])
     one, asked = scheduler(daemon, layout), request(names(4))
     assert matched(one, asked) == 4 * TOKENS
     session = daemon.client().session("other")
-    binding = one._bindings(session, Owner(), layout.groups[0])[0]
+    binding = one._bindings(session, OWNER, layout.groups[0])[0]
     assert session.evict(binding, names(4)).in_use == 4
     one.end(asked)
     soon(lambda: session.evict(binding, names(4)).evicted or session.lookup(binding, names(4)).prefix == 0)
 
 
-def test_announced_blocks_are_waited_for(daemon: Daemon):
-    layout = layout_of(config(), cache(FULL))
+def test_announced_blocks_are_waited_for(daemon: Daemon, layout_of: Any):
+    layout = layout_of(cache(FULL))
     one = worker(daemon, layout, tensors(layout, 1))
     one.begin(Step(stores=[work([Piece(0, names(4), [1, 2, 3, 4])])]))
     asks, asked = scheduler(daemon, layout, wait=20.0), request(names(4))
@@ -247,8 +300,8 @@ def test_announced_blocks_are_waited_for(daemon: Daemon):
     assert matched(asks, asked) == 4 * TOKENS
 
 
-def test_a_request_that_says_so_waits_for_blocks_nobody_has_announced(daemon: Daemon):
-    layout = layout_of(config(), cache(FULL))
+def test_a_request_that_says_so_waits_for_blocks_nobody_has_announced(daemon: Daemon, layout_of: Any):
+    layout = layout_of(cache(FULL))
     asks = scheduler(daemon, layout)
     asked = request(names(4), kv_transfer_params={"kvd": {"wait": 20}})
     assert asks.matched(asked, 0) is None
@@ -265,8 +318,8 @@ def test_a_request_that_says_so_waits_for_blocks_nobody_has_announced(daemon: Da
         assert asks._track(odd).wait == 0
 
 
-def test_a_load_begins_where_vllm_was_last_told_that_it_begins(daemon: Daemon):
-    layout = layout_of(config(), cache(FULL))
+def test_a_load_begins_where_vllm_was_last_told_that_it_begins(daemon: Daemon, layout_of: Any):
+    layout = layout_of(cache(FULL))
     store(worker(daemon, layout, tensors(layout, 1)), [Piece(0, names(8), list(range(1, 9)))])
     one, asked = scheduler(daemon, layout), request(names(8))
     assert matched(one, asked) == 8 * TOKENS
@@ -279,8 +332,8 @@ def test_a_load_begins_where_vllm_was_last_told_that_it_begins(daemon: Daemon):
     assert sum(one.sources(asked, 5 * TOKENS).values()) == 5 * TOKENS
 
 
-def test_what_was_computed_with_a_failed_load_is_never_stored(daemon: Daemon):
-    layout = layout_of(config(), cache(FULL))
+def test_what_was_computed_with_a_failed_load_is_never_stored(daemon: Daemon, layout_of: Any):
+    layout = layout_of(cache(FULL))
     one = worker(daemon, layout, tensors(layout, 1))
     here = scheduler(daemon, layout)
     absent, garbage = work([Piece(0, names(2, 9), [11, 12])]), names(6)
@@ -293,24 +346,16 @@ def test_what_was_computed_with_a_failed_load_is_never_stored(daemon: Daemon):
     # Planned before the scheduler knew.
     step(one, Step(stores=stored(2, [15, 16])))
     assert matched(here, request(garbage, request_id="a")) == 0
-    assert not here._held(garbage, Owner(), 6 * TOKENS)[2], "nor is it announced any more"
+    assert not here._held(garbage, OWNER, 6 * TOKENS)[2], "nor is it announced any more"
     step(one, Step(stores=stored(0, [17, 18]), failures_seen=1))
-    soon(lambda: here._held(garbage, Owner(), 6 * TOKENS)[0] == 2 * TOKENS)
+    soon(lambda: here._held(garbage, OWNER, 6 * TOKENS)[0] == 2 * TOKENS)
 
 
-def test_a_new_life_takes_nothing_along(daemon: Daemon):
-    layout = layout_of(config(), cache(FULL))
+def test_a_new_life_takes_nothing_along(daemon: Daemon, layout_of: Any):
+    layout = layout_of(cache(FULL))
     one, running = scheduler(daemon, layout), request(names(8))
     one.begin(running)
-    state = SimpleNamespace(get_block_ids=lambda name: (list(range(1, 9)),))
-    new = SimpleNamespace(req_id="r", num_computed_tokens=0)
-    cached = SimpleNamespace(req_ids=[], num_computed_tokens=[])
-    output = SimpleNamespace(
-        num_scheduled_tokens={"r": 8 * TOKENS},
-        scheduled_new_reqs=[new],
-        scheduled_cached_reqs=cached,
-        kv_connector_block_state=state,
-    )
+    output = planned(8)
     assert one.step(output).stores, "it would be stored"
     one._tracks["r"].stored = {}
     one.forget()
@@ -318,8 +363,8 @@ def test_a_new_life_takes_nothing_along(daemon: Daemon):
     assert one.matched(running, 0) == 0
 
 
-def test_requests_that_wait_are_in_nobodys_way(daemon: Daemon):
-    layout = layout_of(config(), cache(FULL))
+def test_requests_that_wait_are_in_nobodys_way(daemon: Daemon, layout_of: Any):
+    layout = layout_of(cache(FULL))
     store(worker(daemon, layout, tensors(layout, 1)), [Piece(0, names(4), [1, 2, 3, 4])])
     one = scheduler(daemon, layout)
     patient = [
@@ -332,31 +377,142 @@ def test_requests_that_wait_are_in_nobodys_way(daemon: Daemon):
     assert {one._tracks[asked.request_id].wait for asked in patient} == {60.0}, "no longer than the operator allows"
 
 
-def test_models_that_compute_differently_have_names_of_their_own(tmp_path: Any):
-    def named(**more: Any) -> str:
-        return layout_of(config(**more), cache(FULL)).weights
+ONLINE = {"quantization": "online", "dtype": "bfloat16"}
+COMPUTED = [
+    {},
+    {"hf_overrides": {"rope_parameters": {"rope_type": "default", "rope_theta": 100.0}}},
+    {"seed": 1},
+    # The same numbers are kept, and others computed.
+    {"dtype": "float32"},
+    {"dtype": "float32", "kv_cache_dtype": "fp8_e4m3"},
+    {"dtype": "bfloat16", "kv_cache_dtype": "fp8_e4m3"},
+    {"dtype": "bfloat16", "kv_cache_dtype": "fp8_e5m2"},
+    {"dtype": "bfloat16", "kv_cache_dtype": "fp8_e5m2", "kv_cache_dtype_skip_layers": ["0"]},
+    {**ONLINE, "quantization_config": {"linear": {"weight": "fp8_per_tensor_static"}}},
+    {**ONLINE, "quantization_config": {"linear": {"weight": "fp8_per_block_static"}}},
+    {**ONLINE, "quantization_config": {"linear": {"weight": "fp8_per_block_static"}, "ignore": ["re:.*q_proj"]}},
+    {"quantization": "fp8_per_tensor", "dtype": "bfloat16"},
+    # vLLM chooses among a model's factors by the length of the run.
+    {"rope": LONGROPE, "max_model_len": 1024},
+    {"rope": LONGROPE, "max_model_len": 2048},
+    {"rope": LONGROPE, "max_model_len": -1},
+    {"rope": {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0}, "max_model_len": 1024},
+    {"rope": {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0}, "max_model_len": 2048},
+    {"model_impl": "transformers"},
+    {"code_revision": "r2"},
+    {"load_format": "tensorizer"},
+    {"enable_lora": True, "lora_target_modules": ["q_proj"]},
+    {"attention_config": {"indexer_kv_dtype": "mxfp4"}},
+    {"additional_config": {"anything": 1}},
+]
 
-    assert len({named(), named(revision="r2"), named(overrides={"rope_theta": 100})}) == 3
-    assert named(overrides={"_name_or_path": "a"}) == named(overrides={"_name_or_path": "b"})
+
+def test_engines_that_compute_differently_have_names_of_their_own(config: Any):
+    named = {json.dumps(given): computed_as(config(**given)) for given in COMPUTED}
+    assert len(set(named.values())) == len(COMPUTED), named
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"max_model_len": 1024},
+        {"max_model_len": -1},
+        {"dtype": "bfloat16", "kv_cache_dtype": "bfloat16"},
+        {"served_model_name": "other", "max_logprobs": 3, "gpu_memory_utilization": 0.5, "max_num_seqs": 3},
+        {"enable_lora": True, "max_loras": 2, "max_lora_rank": 8},
+        {"attention_backend": "CPU_ATTN"},
+        {"generation_config": "vllm", "override_generation_config": {"temperature": 0.5}},
+    ],
+    ids=str,
+)
+def test_what_does_not_change_keys_and_values_is_not_in_the_name(config: Any, given: Any):
+    assert computed_as(config(**given)) == computed_as(config())
+
+
+def test_a_name_is_the_same_in_every_process_and_place(config: Any, model: Path, tmp_path: Path):
+    program = "import json, sys; from vllm.engine.arg_utils import EngineArgs; from kvd.vllm._identity import weights_named;"
+    program += "print('NAME', weights_named(EngineArgs(**json.loads(sys.argv[1])).create_engine_config()))"
+    elsewhere = shutil.copytree(model, tmp_path / "copy")
+    given = {**ONLINE, "quantization_config": {"linear": {"weight": "mxfp8"}}, "max_model_len": 512, "enforce_eager": True}
+    argument = json.dumps({**given, "model": str(elsewhere), "skip_tokenizer_init": True, "load_format": "dummy"})
+    environment = {**os.environ, "PYTHONHASHSEED": "7"}
+    said = subprocess.run([sys.executable, "-c", program, argument], env=environment, capture_output=True, text=True, timeout=120)
+    assert f"NAME {weights_named(config(**given))}\n" in said.stdout, said.stdout + said.stderr
+
+
+def test_a_model_adapted_while_it_is_loaded_keeps_its_name(config: Any):
+    made = config()
+    before = computed_as(made)
+    # MiniMax M2 does this, in the process of its rank.
+    made.model_config.hf_config.max_model_len = 77
+    assert computed_as(made) == before
+
+
+def test_draft_models_are_in_the_name(config: Any, model: Path, tmp_path: Path):
+    def named(weights: float) -> str:
+        save_file({"a": torch.full((4,), weights)}, draft / "model.safetensors")
+        made, drafting = config(), config(model=str(draft)).model_config
+        made.speculative_config = SimpleNamespace(method="draft_model", draft_model_config=drafting)
+        return computed_as(made)
+
+    draft = shutil.copytree(model, tmp_path / "draft")
+    assert len({computed_as(config()), named(0.0), named(1.0)}) == 3
+
+
+def test_weights_go_by_what_cannot_change_under_their_name(config: Any, tmp_path: Path):
+    made = config(load_format="auto")
+    with pytest.raises(ValueError, match='weights that are not in its directory: say which weights: "weights" in the extra'):
+        weights_named(made)
+    assert weights_named(made, "mine").startswith("mine:")
+    hub = made.model_config
+    hub.model = "some/model"
     with pytest.raises(ValueError, match="model some/model of unknown revision"):
-        named(revision=None)
+        weights_named(made)
+    hub.revision = "main"
+    assert weights_named(made).startswith("main:")
+    # A branch moves.
+    hub.hf_config._commit_hash = "c1"
+    assert weights_named(made).startswith("c1:")
 
     tensors = {"a": torch.zeros(1 << 20), "b": torch.zeros(3), "c": torch.zeros(1 << 16)}
-    digests = set()
-    for changed in (None, "a", "b", "c"):
-        folder = tmp_path / str(changed)
-        folder.mkdir()
+    files = ("model.py", "hf_quant_config.json", "preprocessor_config.json", "tokenizer.json")
+    digests = {}
+    for changed in ("", *tensors, *files):
+        folder = tmp_path / changed.replace(".", "-")
+        folder.mkdir(exist_ok=True)
         save_file({name: one + (name == changed) for name, one in tensors.items()}, folder / "model.safetensors")
-        digests.add(weights_of(str(folder)))
-    assert len(digests) == 4
+        for file in files:
+            (folder / file).write_text(f"{file == changed}")
+        digests[changed] = weights_of(str(folder))
+    assert digests.pop("tokenizer.json") == digests[""]
+    assert len(set(digests.values())) == len(digests)
 
 
-def test_events_say_where_blocks_of_this_engine_went(daemon: Daemon):
-    layout = layout_of(config(), cache(FULL))
+def test_numbers_that_torch_calls_bytes_are_called_by_what_they_are(layout_of: Any):
+    bare = dataclasses.replace(FULL, dtype=torch.uint8, kv_quant_mode=KVQuantMode.FP8_PER_TENSOR)
+    for kept in ("fp8_e4m3", "fp8_e5m2", "fp8_per_token_head"):
+        assert layout_of(cache(bare), kv_cache_dtype=kept).groups[0].dtype == kept
+    unsaid = dataclasses.replace(FULL, dtype=torch.uint8)
+    assert layout_of(cache(unsaid), kv_cache_dtype="fp8_e4m3").groups[0].dtype == "uint8:fp8_e4m3"
+    # A layer that was left out of it.
+    assert layout_of(cache(FULL), kv_cache_dtype="fp8_e4m3").groups[0].dtype == "bfloat16"
+
+
+def test_blocks_of_other_machines_and_versions_have_names_of_their_own(layout_of: Any, monkeypatch: pytest.MonkeyPatch):
+    usual = layout_of(cache(FULL)).groups[0].layout
+    assert usual.startswith("vllm-0.32,cpu-")
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: "amx" not in usual)
+    assert layout_of(cache(FULL)).groups[0].layout != usual
+    monkeypatch.setattr(vllm, "__version__", "0.33.1")
+    assert layout_of(cache(FULL)).groups[0].layout.startswith("vllm-0.33,")
+
+
+def test_events_say_where_blocks_of_this_engine_went(daemon: Daemon, layout_of: Any):
+    layout = layout_of(cache(FULL))
     events = Events(link(daemon), layout, "default")
     one, hashes = worker(daemon, layout, tensors(layout, 1)), names(3)
     asked = request(hashes, all_token_ids=list(range(3 * TOKENS + 5)))
-    events.remember(asked, layout.groups[0], 1, hashes[1:], Owner())
+    events.remember(asked, layout.groups[0], 1, hashes[1:], OWNER)
     store(one, [Piece(0, hashes, [1, 2, 3])])
     seen: list[Any] = []
 
@@ -370,7 +526,7 @@ def test_events_say_where_blocks_of_this_engine_went(daemon: Daemon):
     assert (first.block_hashes, first.parent_block_hash) == ([number(hashes[1])], number(hashes[0]))
     assert (first.token_ids, first.block_size) == (list(range(TOKENS, 2 * TOKENS)), TOKENS)
     session = daemon.client().session("other")
-    assert session.evict(one._binding(session, Owner(), layout.groups[0]), hashes[2:]).evicted == 1
+    assert session.evict(one._binding(session, OWNER, layout.groups[0]), hashes[2:]).evicted == 1
     soon(lambda: seen_all(3))
     # A life of the daemon that lacks blocks says so by its inventory.
     daemon.kill()
@@ -387,8 +543,8 @@ def number(hash_: bytes) -> int:
     return int.from_bytes(hash_[-8:], "big")
 
 
-def test_without_a_daemon_nothing_is_promised_and_nothing_fails(daemon: Daemon):
-    layout = layout_of(config(), cache(FULL))
+def test_without_a_daemon_nothing_is_promised_and_nothing_fails(daemon: Daemon, layout_of: Any):
+    layout = layout_of(cache(FULL))
     caches = tensors(layout, 1)
     one, asks = worker(daemon, layout, caches), scheduler(daemon, layout)
     store(one, [Piece(0, names(4), [1, 2, 3, 4])])
@@ -419,38 +575,127 @@ def test_without_a_daemon_nothing_is_promised_and_nothing_fails(daemon: Daemon):
 
 
 @pytest.mark.parametrize(
-    ("made", "named"),
+    ("given", "spec", "named"),
     [
-        (lambda: layout_of(config(pipeline_parallel_size=2), cache(FULL)), "pipeline_parallel_size = 2"),
-        (lambda: layout_of(config(decode_context_parallel_size=2), cache(FULL)), "decode_context_parallel_size"),
-        (lambda: layout_of(config(), cache(dataclasses.replace(FULL, tokens_per_state=4))), "tokens_per_state = 4"),
-        (
-            lambda: layout_of(
-                config(), cache(MambaSpec(block_size=TOKENS, shapes=((2, 2),), dtypes=(torch.float32,)))
-            ),
-            "MambaSpec",
-        ),
+        ({"pipeline_parallel_size": 2}, FULL, "pipeline_parallel_size = 2"),
+        ({"decode_context_parallel_size": 2}, FULL, "decode_context_parallel_size"),
+        ({}, dataclasses.replace(FULL, tokens_per_state=4), "tokens_per_state = 4"),
+        ({}, MambaSpec(block_size=TOKENS, shapes=((2, 2),), dtypes=(torch.float32,)), "MambaSpec"),
     ],
 )
-def test_what_is_not_understood_is_refused_by_name(made: Any, named: str):
+def test_what_is_not_understood_is_refused_by_name(layout_of: Any, given: Any, spec: Any, named: str):
     with pytest.raises(ValueError, match=named):
-        made()
+        layout_of(cache(spec), **given)
+
+
+def test_scales_of_one_process_are_refused_by_name(config: Any):
+    made = config(kv_cache_dtype="fp8_e4m3")
+    made.cache_config.calculate_kv_scales = True
+    with pytest.raises(ValueError, match="calculate_kv_scales"):
+        kvd_layout(made, cache(FULL))
+
+
+def test_attention_backends_of_another_order_are_refused_by_name(
+    config: Any, layout_of: Any, monkeypatch: pytest.MonkeyPatch
+):
+    layout = layout_of(cache(FULL))
+    for name, known in (("CPUAttentionBackend", True), ("RocmAttentionBackend", False), ("AiterFlashAttentionBackend", False)):
+        monkeypatch.setattr(_layout, "get_current_attn_backends", lambda config, layers: [type(name, (), {})])
+        if known:
+            check_backends(config(), layout)
+            continue
+        with pytest.raises(ValueError, match=f"the attention backend {name}"):
+            check_backends(config(), layout)
 
 
 @pytest.mark.parametrize(
     "shape", [(BLOCKS, TOKENS, 2, 64), (2, BLOCKS, 2, TOKENS, 32), (BLOCKS, 2, TOKENS, 32)], ids=str
 )
-def test_tensors_of_another_layout_are_refused_by_name(shape: tuple[int, ...]):
-    layout = layout_of(config(), cache(FULL, layers=1))
+def test_tensors_of_another_layout_are_refused_by_name(layout_of: Any, shape: tuple[int, ...]):
+    layout = layout_of(cache(FULL, layers=1))
     with pytest.raises(ValueError, match=r"layer group0\.layer0: tensor"):
         pages_of(layout.groups[0], {"group0.layer0": torch.zeros(shape, dtype=torch.bfloat16)})
 
 
 def test_settings_are_checked():
-    assert settings(Settings, {"socket": "/x", "wait": 3}, "extra").wait == 3
+    assert settings(Settings, {"socket": "/x", "wait": 3, "deadline": 600}, "extra").wait == 3
     with pytest.raises(ValueError, match="unknown key 'sockt'; did you mean 'socket'"):
         settings(Settings, {"sockt": "/x"}, "extra")
     with pytest.raises(ValueError, match="'wait' is 'long'; expected float"):
         settings(Settings, {"wait": "long"}, "extra")
     with pytest.raises(ValueError, match="'layerwise' is 1; expected bool"):
         settings(Settings, {"layerwise": 1}, "extra")
+
+
+@pytest.mark.parametrize("kind", [Settings, TierSettings])
+def test_settings_that_cannot_work_are_refused_by_name(kind: Any):
+    wrong: list[tuple[str, Any]] = [("tenant", one) for one in ("Team-A", "", "a" * 64, "a b", "a\n")]
+    wrong += [("deadline", one) for one in (0, 0.0, -1.0, float("nan"), float("inf"), 1e9, 10**400)]
+    wrong += [("staging_bytes", one) for one in (0, -1, 1 << 60)]
+    wrong += [("model", "x" * 1025), ("weights", "x" * 1025), ("socket", "/" * 5000)]
+    seconds = ("load_seconds", "match_seconds", "job_seconds")
+    wrong += [(name, one) for name in seconds if hasattr(kind, name) for one in (0, -1.0, float("nan"), 601)]
+    wrong += [(name, one) for name in ("wait", "request_wait_max") if hasattr(kind, name) for one in (-5, float("nan"), 1e9)]
+    wrong += [("threads", one) for one in (0, -1, 1000) if hasattr(kind, "threads")]
+    for name, value in wrong:
+        with pytest.raises(ValueError, match=f"^extra: '{name}' "):
+            settings(kind, {name: value}, "extra")
+
+
+def connector(config: Any, role: KVConnectorRole, spec: Any = FULL, kv_role: str = "kv_both", **extra: Any) -> KvdConnector:
+    made = config()
+    made.kv_transfer_config = KVTransferConfig(
+        kv_connector="KvdConnector", kv_connector_module_path="kvd.vllm", kv_role=kv_role, kv_connector_extra_config=extra
+    )
+    return KvdConnector(made, role, cache(spec))
+
+
+def test_what_cannot_be_a_name_is_refused_when_the_engine_starts(config: Any, tmp_path: Path):
+    scheduler = KVConnectorRole.SCHEDULER
+    with pytest.raises(ValueError, match="'tenant' is 'Team-A'; expected the form"):
+        connector(config, scheduler, tenant="Team-A")
+    made = config()
+    made.model_config.model = "x" * 1025
+    with pytest.raises(ValueError, match="`model` has 1025 bytes"):
+        connector(lambda: made, scheduler)
+
+
+def test_staging_that_holds_no_block_is_refused_with_both_numbers(config: Any):
+    block_bytes = 3 * 2 * TOKENS * 64 * 2
+    role = KVConnectorRole.SCHEDULER
+    with pytest.raises(ValueError, match=f"'staging_bytes' is 10,000, and a block of group 0 has {block_bytes:,}"):
+        connector(config, role, staging_bytes=10_000)
+    connector(config, role, staging_bytes=block_bytes).shutdown()
+    # It announces nothing.
+    connector(config, role, kv_role="kv_consumer", staging_bytes=10_000).shutdown()
+
+
+def test_whatever_a_call_raises_the_engine_goes_on(daemon: Daemon, layout_of: Any, caplog: pytest.LogCaptureFixture):
+    layout, one = layout_of(cache(FULL)), link(daemon)
+    for wrong in (ValueError, OverflowError, TypeError, RuntimeError, kvd.errors.Invalid):
+
+        def fail(session: kvd.Session, wrong: Any = wrong) -> None:
+            raise wrong("that")
+
+        assert one.ask(fail) is None
+    # A salt that no scope can hold, with events on.
+    asked = request(names(3), cache_salt="s" * 2000, all_token_ids=list(range(3 * TOKENS + 5)))
+    events = Events(link(daemon), layout, "default")
+    asks = scheduler(daemon, layout, events=events)
+    assert matched(asks, asked) == 0
+    assert asks.step(planned(3)).stores, "it is offered, and comes to nothing"
+    events.remember(SimpleNamespace(), layout.groups[0], 0, names(3), OWNER)
+    store(worker(daemon, layout, tensors(layout, 1)), [Piece(0, names(3), [1, 2, 3])], Owner("w", salt="s" * 2000))
+    asks.close()
+
+
+def test_what_a_client_says_wrongly_is_cut_short_in_the_log(daemon: Daemon, layout_of: Any, monkeypatch: pytest.MonkeyPatch):
+    said: list[str] = []
+    monkeypatch.setattr(_scheduler.logger, "warning", lambda form, *values: said.append(form % values))
+    wrong = request(names(4), kv_transfer_params={"kvd": {"wait": "x" * 10_000}})
+    assert scheduler(daemon, layout_of(cache(FULL)))._track(wrong).wait == 0
+    assert len(said) == 1 and len(said[0]) < 400
+
+
+def test_the_name_of_a_session_may_be_of_any_length(daemon: Daemon):
+    assert link(daemon, "ü" * 500).ask(lambda session: session.is_connected) is not None

@@ -11,6 +11,7 @@ use std::os::unix::fs::FileExt;
 use kv_arena::hazard::Owner;
 use kv_arena::{
     Adoption, Geometry, Grower, HazardFile, HazardSet, HugePages, MemorySpec, ShardMemory, ShardView, Slab,
+    Slot,
 };
 use kv_block::code::Code;
 use kv_block::{
@@ -18,8 +19,8 @@ use kv_block::{
     SessionId, ShardId, Tier, payload,
 };
 use kv_node::{
-    Binding, BlockReport, BlockState, Brain, BrainConfig, Command, Event, Filter, Found, Grant, Keep, Micros,
-    Now, Op, Origin, Progress, Reply, RequestId, ShardReport,
+    Binding, BlockReport, BlockState, Brain, BrainConfig, Command, Event, FetchDone, FetchOp, FetchToken,
+    Filter, Found, Grant, Keep, Micros, Now, Op, Origin, Progress, Reach, Reply, RequestId, ShardReport,
 };
 use kv_tiers::admit::AdmissionKind;
 use kv_tiers::catalog::Catalog;
@@ -60,6 +61,7 @@ pub struct Setup {
     pub leases_max: usize,
     pub offloads_max: usize,
     pub onboards_max: usize,
+    pub fetches_max: usize,
     pub pinned_bytes_max: u64,
     pub events_kept_max: usize,
     /// In files, so that it can crash.
@@ -80,6 +82,7 @@ impl Default for Setup {
             leases_max: 64,
             offloads_max: 16,
             onboards_max: 8,
+            fetches_max: 8,
             pinned_bytes_max: 3 << 20,
             events_kept_max: 1 << 20,
             survives: false,
@@ -130,6 +133,13 @@ pub struct Rig {
     pub hold_fills: bool,
     pub hold_store: bool,
     held_fills: Vec<Command>,
+    /// What was asked of the peers and has no answer yet: searches, and slots to land in.
+    pub searches: BTreeMap<u64, BlockKey>,
+    pub landings: BTreeMap<u64, Slot>,
+    /// While set, what is asked of the peers goes there instead.
+    pub asked_of_peers: Option<VecDeque<FetchOp>>,
+    /// Why an offer was declined, if the last one was.
+    pub declined: Option<MissReason>,
     /// The inventory as the event log tells it.
     pub inventory: BTreeSet<(BlockKey, Tier)>,
     heard: u64,
@@ -177,6 +187,10 @@ impl Rig {
             hold_fills: false,
             hold_store: false,
             held_fills: Vec::new(),
+            searches: BTreeMap::new(),
+            declined: None,
+            landings: BTreeMap::new(),
+            asked_of_peers: None,
             inventory: BTreeSet::new(),
             heard: 0,
             durable: BTreeMap::new(),
@@ -229,6 +243,8 @@ impl Rig {
             stalled_max: self.setup.stalled_max,
             offloads_max: self.setup.offloads_max,
             onboards_max: self.setup.onboards_max,
+            fetches_max: self.setup.fetches_max,
+            fetch_limit_ms: 2 * DEADLINE_MS,
             events_kept_max: self.setup.events_kept_max,
         };
         let mut brain = Brain::new(config, Catalog::new(table, 512), host);
@@ -255,6 +271,8 @@ impl Rig {
         self.grower = None;
         self.commands.clear();
         self.held_fills.clear();
+        self.searches.clear();
+        self.landings.clear();
         self.parked.clear();
         self.asked.clear();
         self.leases.clear();
@@ -379,6 +397,7 @@ impl Rig {
                         brain.handle(self.now, Event::Filled { fill, slot, checksum }, &mut self.commands);
                     }
                     Command::Store(op) => self.parked.push_back(op),
+                    Command::Fetch(op) => self.fetch(op),
                     Command::Sweep => {
                         let freed = self.slab.as_ref().unwrap().sweep(&self.hazards);
                         self.swept += freed;
@@ -389,6 +408,76 @@ impl Rig {
             self.brain = Some(brain);
             self.submit();
         }
+    }
+
+    fn fetch(&mut self, op: FetchOp) {
+        if let Some(queue) = &mut self.asked_of_peers {
+            return queue.push_back(op);
+        }
+        match op {
+            FetchOp::Find { fetch, key, deadline, .. } => {
+                assert!(deadline > self.now.micros, "a search that is over before it begins");
+                assert!(self.searches.insert(fetch.0, key).is_none(), "a search that runs already");
+            }
+            FetchOp::Into { fetch, into } => {
+                assert!(self.searches.contains_key(&fetch.0), "a slot for no search");
+                assert!(self.landings.insert(fetch.0, into).is_none(), "a second slot for one search");
+            }
+            FetchOp::Decline { fetch, reason } => {
+                assert!(self.searches.contains_key(&fetch.0), "an offer for no search is declined");
+                self.landings.remove(&fetch.0);
+                self.declined = Some(reason);
+            }
+            FetchOp::Leave { fetch } => {
+                assert!(self.searches.remove(&fetch.0).is_some(), "a search that does not run is left");
+                self.landings.remove(&fetch.0);
+            }
+        }
+    }
+
+    /// A peer offers block `n` to whoever looks for it.
+    pub fn offer(&mut self, n: u64, record: Record) {
+        let fetch = self.search_of(n);
+        self.declined = None;
+        self.tell(Event::Fetch(FetchDone::Offered { fetch, record, ttl_s: 0 }));
+    }
+
+    /// Block `n` as a peer has it.
+    pub fn peer_record(n: u64, binding: BindingId) -> Record {
+        let of = bindings().into_iter().find(|one| one.id == binding).expect("a binding");
+        let mut bytes = vec![0; of.block_bytes as usize];
+        payload::fill(&key(n), &mut bytes);
+        let checksum = Checksum::of(&key(n), &bytes);
+        let priority = kv_block::Priority::Normal;
+        Record { key: key(n), checksum, bytes: of.block_bytes, tag: of.tag, priority, expires_at: 0 }
+    }
+
+    /// The bytes of block `n` arrive.
+    pub fn land(&mut self, n: u64) {
+        let fetch = self.search_of(n);
+        let mut into = self.landings.remove(&fetch.0).expect("a slot to land in");
+        self.searches.remove(&fetch.0);
+        // Whatever its length: the rest of the slot is nobody's.
+        payload::fill(&key(n), &mut into);
+        self.tell(Event::Fetch(FetchDone::Landed { fetch, into }));
+    }
+
+    /// No peer gives block `n`.
+    pub fn lose(&mut self, n: u64, reason: MissReason) {
+        let fetch = self.search_of(n);
+        self.searches.remove(&fetch.0);
+        self.landings.remove(&fetch.0);
+        self.tell(Event::Fetch(FetchDone::Missed { fetch, reason }));
+    }
+
+    /// Whether block `n` has a slot to land in.
+    pub fn is_landing(&self, n: u64) -> bool {
+        self.landings.contains_key(&self.search_of(n).0)
+    }
+
+    fn search_of(&self, n: u64) -> FetchToken {
+        let search = self.searches.iter().find(|(_, of)| **of == key(n));
+        FetchToken(*search.unwrap_or_else(|| panic!("nobody looks for block {n}")).0)
     }
 
     fn submit(&mut self) {
@@ -608,7 +697,12 @@ impl Rig {
     }
 
     pub fn acquire_op(n: u64) -> Op {
-        Op::Acquire { key: key(n), wait: true }
+        Op::Acquire { key: key(n), wait: true, reach: Reach::Here }
+    }
+
+    /// As [`Self::acquire_op`], and the peers are asked as well.
+    pub fn fetch_op(n: u64) -> Op {
+        Op::Acquire { key: key(n), wait: true, reach: Reach::Peers { hint: None } }
     }
 
     /// Acquires and gives the lease back at once; what it got, in a word.

@@ -54,8 +54,7 @@ impl Tally {
 
     /// The latency that this share of operations stayed within, in nanoseconds; 0 of nothing.
     pub(super) fn quantile(&self, share: f64) -> u64 {
-        let rank = (self.latencies_ns.len() as f64 * share).ceil() as usize;
-        self.latencies_ns.get(rank.saturating_sub(1)).copied().unwrap_or(0)
+        super::quantile(&self.latencies_ns, share)
     }
 
     pub(super) fn per_second(&self, number: u64) -> u64 {
