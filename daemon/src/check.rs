@@ -50,6 +50,17 @@ pub fn report(loaded: &Loaded, topology: &Topology, resources: &Resources, plan:
     let secure = if config.listen.tls.client_ca.get().is_some() { "  mutual TLS" } else { "" };
     say(format!("tcp       {}{secure}", config.listen.tcp));
     say(format!("http      {}", config.listen.http));
+    let peers: Vec<String> = config.peers().map(ToString::to_string).collect();
+    let secure = if config.has_mutual_tls() { "mutual TLS" } else { "plain" };
+    match (peers.is_empty(), config.peers.listen.get()) {
+        (true, None) => say("peers     off".into()),
+        _ => say(format!(
+            "peers     {}  {secure}, rdma {}, members {}",
+            config.peers.listen,
+            config.peers.rdma,
+            if peers.is_empty() { "none".into() } else { peers.join(", ") }
+        )),
+    }
     let lmcache = &config.lmcache;
     match lmcache.listen.get() {
         None => say("lmcache   off".into()),

@@ -2,13 +2,14 @@
 //! `cargo run --release -p kv-tcp --example tcp_speed [cubic]`.
 //!
 //! The owner is a process of its own, so that each side's CPU time can be told. Every figure of ours includes the
-//! checksum of every byte; iperf3 looks at none. Both use the congestion control that is named (loopback with BBR is
+//! checksum of every byte; iperf3 looks at none, and sends one buffer that stays in the caches. So there is a third: a
+//! bare loop of blocking sockets over as much memory as ours. Both use the congestion control that is named (loopback with BBR is
 //! paced and much slower). The ratios say something when nothing else runs; with two cores, both sides and the
 //! measuring thread already share them.
 
 #![expect(clippy::disallowed_methods, reason = "this program measures")]
 
-use std::io::{BufRead, BufReader, Read};
+use std::io::{BufRead, BufReader, Read, Write};
 use std::net::SocketAddr;
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
@@ -334,6 +335,46 @@ fn iperf3(connections: usize, congestion: &str) -> Option<(f64, f64)> {
     Some((rate, busy / (rate / GIB)))
 }
 
+/// What a bare loop of blocking sockets moves between two buffers as large as ours, with no word, no checksum and no
+/// choice: iperf3 sends one buffer again and again, which the caches keep; blocks come from memory and go there.
+fn bare(connections: usize, bytes: u32, congestion: &str) -> anyhow::Result<f64> {
+    let moved = std::sync::atomic::AtomicU64::new(0);
+    let set = (SET_BYTES as usize / connections).max(bytes as usize);
+    let begun = Instant::now();
+    std::thread::scope(|scope| -> anyhow::Result<()> {
+        for _ in 0..connections {
+            let listener = std::net::TcpListener::bind("127.0.0.1:0")?;
+            let mut to = std::net::TcpStream::connect(listener.local_addr()?)?;
+            let (mut from, _) = listener.accept()?;
+            rustix::net::sockopt::set_tcp_congestion(&to, congestion)?;
+            let moved = &moved;
+            scope.spawn(move || {
+                let source = vec![1; set];
+                while begun.elapsed() < MEASURED {
+                    for piece in source.chunks_exact(bytes as usize) {
+                        if to.write_all(piece).is_err() {
+                            return;
+                        }
+                    }
+                }
+            });
+            scope.spawn(move || {
+                let mut into = vec![0; set];
+                loop {
+                    for piece in into.chunks_exact_mut(bytes as usize) {
+                        if from.read_exact(piece).is_err() {
+                            return;
+                        }
+                        moved.fetch_add(u64::from(bytes), std::sync::atomic::Ordering::Relaxed);
+                    }
+                }
+            });
+        }
+        Ok(())
+    })?;
+    Ok(moved.into_inner() as f64 / begun.elapsed().as_secs_f64())
+}
+
 fn at(sorted: &[f64], share: f64) -> f64 {
     sorted[((sorted.len() - 1) as f64 * share) as usize]
 }
@@ -359,10 +400,12 @@ fn streams(
             (Some(before), Some(after)) => {
                 let theirs = f64::midpoint(before.0, after.0);
                 let busy = f64::midpoint(before.1, after.1);
-                println!("   iperf3 {:>5.2}  cpu {busy:.2}   ratio {:.2}", theirs / GIB, rate / theirs);
+                print!("   iperf3 {:>5.2}  cpu {busy:.2}   ratio {:.2}", theirs / GIB, rate / theirs);
             }
-            _ => println!("   iperf3 is not here"),
+            _ => print!("   iperf3 is not here"),
         }
+        let bare = bare(connections, bytes, congestion)?;
+        println!("   bare loop {:>5.2}   ratio {:.2}", bare / GIB, rate / bare);
         before = after;
     }
     Ok(())
