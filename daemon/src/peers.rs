@@ -43,6 +43,7 @@ mod serve;
 
 pub use offer::Evacuation;
 pub(crate) use offer::{evacuate, named};
+pub(crate) use serve::CONNECTIONS_MAX;
 
 /// Control connections that wait to be taken up.
 const ACCEPTED_MAX: usize = 64;

@@ -639,10 +639,14 @@ fn budget(config: &Config, shards: &[ShardPlan], homes: u64, bounds: &Bounds) ->
     }
     if config.peers.listen.get().is_some() {
         let wants = u64::from(config.peers.wants_max);
+        let readers = peers.max(1) * crate::peers::CONNECTIONS_MAX as u64;
         lines.push(line(
             "wants of peers",
-            format!("{} readers of {wants}, 256B each", peers.max(1)),
-            peers.max(1) * wants * 256,
+            format!(
+                "{readers} readers of {wants}, 256B each; a node may have {} at once",
+                crate::peers::CONNECTIONS_MAX
+            ),
+            readers * wants * 256,
         ));
     }
     if config.lmcache.listen.get().is_some() {

@@ -165,7 +165,8 @@ impl Fetching {
                 }
             }
             // What else is there belongs to the same turn: many wants become few messages.
-            while let Ok(word) = self.heard.try_recv() {
+            for _ in 0..WORDS_MAX {
+                let Ok(word) = self.heard.try_recv() else { break };
                 self.hear(word);
             }
             while wanted.len() < TURN_MAX

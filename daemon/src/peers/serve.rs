@@ -30,7 +30,7 @@ const SAY_MAX: usize = 1024;
 /// Messages of a reader that are heard before what follows from them is done.
 const TURN_MAX: usize = 64;
 /// Connections of one reader: the one that it has, and some of before that nobody has ended yet.
-const CONNECTIONS_MAX: usize = 4;
+pub(crate) const CONNECTIONS_MAX: usize = 4;
 /// How often what a reader has is told to whoever asks.
 const TELL_EVERY: Duration = Duration::from_millis(250);
 
