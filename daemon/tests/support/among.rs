@@ -10,14 +10,14 @@ use kv_block::{BlockKey, SequenceHash, payload};
 
 use super::{Door, scope, slice};
 
-/// Waits until `look` finds something, 30 s at most.
+/// Waits until `look` finds something, a minute at most: a peer that was down for long is tried again within half of it.
 pub(crate) fn until<T>(what: &str, mut look: impl FnMut() -> Option<T>) -> T {
-    let limit = Instant::now() + Duration::from_secs(30);
+    let limit = Instant::now() + Duration::from_secs(60);
     loop {
         if let Some(found) = look() {
             return found;
         }
-        assert!(Instant::now() < limit, "{what}: not within 30 s");
+        assert!(Instant::now() < limit, "{what}: not within a minute");
         std::thread::sleep(Duration::from_millis(20));
     }
 }
