@@ -46,7 +46,7 @@ fn set_nonblocking(fd: BorrowedFd<'_>) -> io::Result<()> {
 /// An open device.
 pub(crate) struct Context {
     raw: NonNull<sys::Context>,
-    pub(crate) library: &'static Library,
+    pub(crate) calls: &'static Library,
 }
 
 // SAFETY: the library locks what it shares between threads.
@@ -69,7 +69,7 @@ impl Context {
             let opened = named.map(|device| object((library.ibv_open_device)(*device)));
             (library.ibv_free_device_list)(list.as_ptr());
             let Some(raw) = opened.transpose()? else { return Ok(None) };
-            let context = Self { raw, library };
+            let context = Self { raw, calls: library };
             set_nonblocking(context.events())?;
             Ok(Some(context))
         }
@@ -85,14 +85,14 @@ impl Context {
     pub(crate) fn device_attr(&self) -> io::Result<sys::DeviceAttr> {
         let mut attr = sys::DeviceAttr::zeroed();
         // SAFETY: writes one structure of that type.
-        check(unsafe { (self.library.ibv_query_device)(self.raw.as_ptr(), &raw mut attr) })?;
+        check(unsafe { (self.calls.ibv_query_device)(self.raw.as_ptr(), &raw mut attr) })?;
         Ok(attr)
     }
 
     pub(crate) fn port_attr(&self, port: u8) -> io::Result<sys::PortAttr> {
         let mut attr = sys::PortAttr::zeroed();
         // SAFETY: writes the beginning of one structure of that type.
-        check(unsafe { (self.library.ibv_query_port)(self.raw.as_ptr(), port, &raw mut attr) })?;
+        check(unsafe { (self.calls.ibv_query_port)(self.raw.as_ptr(), port, &raw mut attr) })?;
         Ok(attr)
     }
 
@@ -107,11 +107,11 @@ impl Context {
         let mut event = sys::AsyncEvent::zeroed();
         // SAFETY: writes one event, which is acknowledged at once and whose object is not looked at.
         unsafe {
-            if (self.library.ibv_get_async_event)(self.raw.as_ptr(), &raw mut event) != 0 {
+            if (self.calls.ibv_get_async_event)(self.raw.as_ptr(), &raw mut event) != 0 {
                 return None;
             }
-            (self.library.ibv_ack_async_event)(&raw mut event);
-            let text = CStr::from_ptr((self.library.ibv_event_type_str)(event.event_type));
+            (self.calls.ibv_ack_async_event)(&raw mut event);
+            let text = CStr::from_ptr((self.calls.ibv_event_type_str)(event.event_type));
             Some((event.event_type, text.to_string_lossy().into_owned()))
         }
     }
@@ -119,7 +119,7 @@ impl Context {
     /// What a failed completion is called.
     pub(crate) fn status_text(&self, status: c_int) -> String {
         // SAFETY: gives a constant string for any number.
-        let text = unsafe { CStr::from_ptr((self.library.ibv_wc_status_str)(status)) };
+        let text = unsafe { CStr::from_ptr((self.calls.ibv_wc_status_str)(status)) };
         text.to_string_lossy().into_owned()
     }
 }
@@ -127,7 +127,7 @@ impl Context {
 impl Drop for Context {
     fn drop(&mut self) {
         // SAFETY: opened once, and everything on it is closed: each held it.
-        closed("device", unsafe { (self.library.ibv_close_device)(self.raw.as_ptr()) });
+        closed("device", unsafe { (self.calls.ibv_close_device)(self.raw.as_ptr()) });
     }
 }
 
@@ -145,7 +145,7 @@ unsafe impl Sync for Pd {}
 impl Pd {
     pub(crate) fn new(context: &Arc<Context>) -> io::Result<Arc<Self>> {
         // SAFETY: a plain call.
-        let raw = object(unsafe { (context.library.ibv_alloc_pd)(context.raw.as_ptr()) })?;
+        let raw = object(unsafe { (context.calls.ibv_alloc_pd)(context.raw.as_ptr()) })?;
         Ok(Arc::new(Self { raw, context: Arc::clone(context) }))
     }
 }
@@ -153,7 +153,7 @@ impl Pd {
 impl Drop for Pd {
     fn drop(&mut self) {
         // SAFETY: made once; what stood on it held it.
-        closed("protection domain", unsafe { (self.context.library.ibv_dealloc_pd)(self.raw.as_ptr()) });
+        closed("protection domain", unsafe { (self.context.calls.ibv_dealloc_pd)(self.raw.as_ptr()) });
     }
 }
 
@@ -190,7 +190,7 @@ impl Mr {
         iova: u64,
         access: c_int,
     ) -> io::Result<Self> {
-        let register = pd.context.library.ibv_reg_mr_iova2;
+        let register = pd.context.calls.ibv_reg_mr_iova2;
         // SAFETY: by the contract of this function; the kernel pins the pages or refuses.
         let raw = unsafe { register(pd.raw.as_ptr(), address as *mut c_void, bytes, iova, access as u32) };
         Ok(Self { raw: object(raw)?, pd: Arc::clone(pd) })
@@ -205,7 +205,7 @@ impl Mr {
         access: c_int,
     ) -> io::Result<Self> {
         let unsupported = || io::Error::from_raw_os_error(libc::ENOSYS);
-        let register = pd.context.library.ibv_reg_dmabuf_mr.ok_or_else(unsupported)?;
+        let register = pd.context.calls.ibv_reg_dmabuf_mr.ok_or_else(unsupported)?;
         // SAFETY: the kernel takes its own hold on the buffer behind the descriptor, or refuses.
         let raw = unsafe { register(pd.raw.as_ptr(), offset, bytes, offset, fd.as_raw_fd(), access) };
         Ok(Self { raw: object(raw)?, pd: Arc::clone(pd) })
@@ -230,7 +230,7 @@ impl Mr {
     /// Ends it: no device touches its memory after that. A failure leaves it as it is.
     pub(crate) fn close(self) -> Result<(), (Self, io::Error)> {
         // SAFETY: registered once; on success it is not touched again.
-        match check(unsafe { (self.pd.context.library.ibv_dereg_mr)(self.raw.as_ptr()) }) {
+        match check(unsafe { (self.pd.context.calls.ibv_dereg_mr)(self.raw.as_ptr()) }) {
             Ok(()) => {
                 // SAFETY: `drop` does not run, so the domain's count is moved out exactly once.
                 drop(unsafe { ptr::read(&raw const std::mem::ManuallyDrop::new(self).pd) });
@@ -244,7 +244,7 @@ impl Mr {
 impl Drop for Mr {
     fn drop(&mut self) {
         // SAFETY: registered once.
-        closed("memory region", unsafe { (self.pd.context.library.ibv_dereg_mr)(self.raw.as_ptr()) });
+        closed("memory region", unsafe { (self.pd.context.calls.ibv_dereg_mr)(self.raw.as_ptr()) });
     }
 }
 
@@ -317,7 +317,7 @@ impl Drop for Channel {
     fn drop(&mut self) {
         // SAFETY: made once; its queue held it.
         closed("completion channel", unsafe {
-            (self.context.library.ibv_destroy_comp_channel)(self.raw.as_ptr())
+            (self.context.calls.ibv_destroy_comp_channel)(self.raw.as_ptr())
         });
     }
 }
@@ -337,7 +337,7 @@ unsafe impl Sync for Cq {}
 
 impl Cq {
     pub(crate) fn new(context: &Arc<Context>, entries: u32) -> io::Result<Arc<Self>> {
-        let library = context.library;
+        let library = context.calls;
         // SAFETY: plain calls on an open context; the channel outlives the queue (field of it, dropped after).
         unsafe {
             let raw = object((library.ibv_create_comp_channel)(context.raw.as_ptr()))?;
@@ -386,7 +386,7 @@ impl Cq {
         let (mut queue, mut context) = (ptr::null_mut(), ptr::null_mut());
         // SAFETY: the channel has this queue alone; its descriptor does not block.
         unsafe {
-            let next = self.channel.context.library.ibv_get_cq_event;
+            let next = self.channel.context.calls.ibv_get_cq_event;
             while next(self.channel.raw.as_ptr(), &raw mut queue, &raw mut context) == 0 {
                 if self.events.fetch_add(1, Ordering::Relaxed) >= 1 << 16 {
                     self.acknowledge();
@@ -398,7 +398,7 @@ impl Cq {
     fn acknowledge(&self) {
         let events = self.events.swap(0, Ordering::Relaxed);
         // SAFETY: exactly those that were taken.
-        unsafe { (self.channel.context.library.ibv_ack_cq_events)(self.raw.as_ptr(), events) };
+        unsafe { (self.channel.context.calls.ibv_ack_cq_events)(self.raw.as_ptr(), events) };
     }
 
     pub(crate) fn channel(&self) -> BorrowedFd<'_> {
@@ -411,9 +411,7 @@ impl Drop for Cq {
     fn drop(&mut self) {
         self.acknowledge();
         // SAFETY: made once; queue pairs held it, and its events are acknowledged.
-        closed("completion queue", unsafe {
-            (self.channel.context.library.ibv_destroy_cq)(self.raw.as_ptr())
-        });
+        closed("completion queue", unsafe { (self.channel.context.calls.ibv_destroy_cq)(self.raw.as_ptr()) });
     }
 }
 
@@ -557,7 +555,7 @@ impl Qp {
             sq_sig_all: 0,
         };
         // SAFETY: domain and queue are open and held by what comes of it.
-        let raw = object(unsafe { (pd.context.library.ibv_create_qp)(pd.raw.as_ptr(), &raw mut attr) })?;
+        let raw = object(unsafe { (pd.context.calls.ibv_create_qp)(pd.raw.as_ptr(), &raw mut attr) })?;
         Ok(Self { raw, cq: Arc::clone(cq), pd: Arc::clone(pd) })
     }
 
@@ -568,7 +566,7 @@ impl Qp {
 
     fn modify(&self, mut attr: sys::QpAttr, mask: c_int) -> io::Result<()> {
         // SAFETY: reads the fields that the mask names.
-        check(unsafe { (self.pd.context.library.ibv_modify_qp)(self.raw.as_ptr(), &raw mut attr, mask) })
+        check(unsafe { (self.pd.context.calls.ibv_modify_qp)(self.raw.as_ptr(), &raw mut attr, mask) })
     }
 
     /// Puts it on a port. The peer may read through windows, or nothing at all.
@@ -683,7 +681,7 @@ impl Qp {
     /// Ends it: after that the device touches no memory on its behalf. A failure leaves it as it is.
     pub(crate) fn close(self) -> Result<(), (Self, io::Error)> {
         // SAFETY: made once; on success it is not touched again.
-        match check(unsafe { (self.pd.context.library.ibv_destroy_qp)(self.raw.as_ptr()) }) {
+        match check(unsafe { (self.pd.context.calls.ibv_destroy_qp)(self.raw.as_ptr()) }) {
             Ok(()) => {
                 let this = std::mem::ManuallyDrop::new(self);
                 // SAFETY: `drop` does not run, so each count is moved out exactly once.
@@ -701,6 +699,6 @@ impl Qp {
 impl Drop for Qp {
     fn drop(&mut self) {
         // SAFETY: made once.
-        closed("queue pair", unsafe { (self.pd.context.library.ibv_destroy_qp)(self.raw.as_ptr()) });
+        closed("queue pair", unsafe { (self.pd.context.calls.ibv_destroy_qp)(self.raw.as_ptr()) });
     }
 }
