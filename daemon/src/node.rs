@@ -14,6 +14,7 @@ use kv_arena::Held;
 use kv_block::code::Code;
 use kv_block::{BlockKey, Epoch, Fault, MissReason, SessionId, ShardId, Tier};
 use kv_node::{BlockReport, Event, Found, Grant, Op, Reach, Reply, ShardReport};
+use kv_wire::message::Sight;
 
 use crate::drain::Drain;
 use crate::plan::PrincipalPlan;
@@ -272,6 +273,20 @@ impl<'a> View<'a> {
         &self.shards[(key.halves()[1] % self.shards.len() as u64) as usize]
     }
 
+    /// What a look at the tables tells of each of these, and the shard that it is told of: the home of one that is
+    /// nowhere. Asks nobody.
+    pub fn sights(&self, keys: &[BlockKey]) -> Vec<(Sight, &'a ShardHandle)> {
+        let mut best: Vec<_> = keys.iter().map(|key| (Sight::Absent, self.home(key))).collect();
+        for shard in self.shards {
+            shard.sights(keys, |at, sight| {
+                if sight.is_nearer(best[at].0) {
+                    best[at] = (sight, shard);
+                }
+            });
+        }
+        best
+    }
+
     /// Where each of these blocks is, over all shards that are seen.
     pub async fn lookup(&self, keys: &[BlockKey], all: bool, deadline: Instant) -> Result<Vec<Found>, Fault> {
         if let [shard] = self.shards {
@@ -401,8 +416,8 @@ impl<'a> View<'a> {
         deadline: Instant,
     ) -> Result<(u64, u64), Fault> {
         let mut by_shard: BTreeMap<ShardId, Vec<BlockKey>> = BTreeMap::new();
-        for key in keys {
-            by_shard.entry(self.owner(key, deadline).await?.id).or_default().push(*key);
+        for (key, (_, shard)) in keys.iter().zip(self.sights(keys)) {
+            by_shard.entry(shard.id).or_default().push(*key);
         }
         let mut sum = (0, 0);
         for (shard, keys) in by_shard {

@@ -516,7 +516,7 @@ impl Exchange {
                 let Some(location) = self.locations.get_mut(&id) else { return };
                 let sights = found.map_or_else(Vec::new, |found| found.sights);
                 for (place, sight) in location.places[first..].iter_mut().zip(sights) {
-                    if sight != Sight::Absent && place.is_none_or(|(_, known)| better(sight, known)) {
+                    if sight != Sight::Absent && place.is_none_or(|(_, known)| sight.is_nearer(known)) {
                         *place = Some((peer, sight));
                     }
                 }
@@ -576,16 +576,6 @@ impl Exchange {
     fn located(&mut self, id: u64, out: &mut Vec<ExchangeCommand>) {
         let Some(location) = self.locations.remove(&id) else { return };
         out.push(ExchangeCommand::Located { id, places: location.places });
-    }
-}
-
-/// Whether a block is sooner had there.
-fn better(new: Sight, known: Sight) -> bool {
-    match (new, known) {
-        (Sight::In(new), Sight::In(known)) => new < known,
-        (Sight::In(_), _) => true,
-        (Sight::Pending, Sight::Absent) => true,
-        _ => false,
     }
 }
 

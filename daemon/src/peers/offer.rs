@@ -119,7 +119,7 @@ pub(crate) async fn evacuate(
         let mut waiting = offers.into_iter();
         let mut under_way = JoinSet::new();
         for peer in &wanted.peers {
-            under_way.offer_to(&peers, *peer, waiting.next());
+            offer_next(&mut under_way, &peers, *peer, waiting.next());
         }
         while let Some(done) = under_way.join_next().await {
             let Ok((peer, count, block_bytes, taken)) = done else { continue };
@@ -129,7 +129,7 @@ pub(crate) async fn evacuate(
             progress.left += count - taken;
             progress.bytes += taken * block_bytes;
             let _ = told.try_send(Ok(progress));
-            under_way.offer_to(&peers, peer, waiting.next());
+            offer_next(&mut under_way, &peers, peer, waiting.next());
         }
         progress.finished = true;
         let _ = told.send(Ok(progress)).await;
@@ -143,21 +143,15 @@ pub(crate) async fn evacuate(
 
 type Outcome = (PeerId, u64, u64, Option<Taken>);
 
-trait OfferTo {
-    fn offer_to(&mut self, peers: &Peers, peer: PeerId, next: Option<(u64, Offer)>);
-}
-
-impl OfferTo for JoinSet<Outcome> {
-    /// Makes the next offer to a peer.
-    fn offer_to(&mut self, peers: &Peers, peer: PeerId, next: Option<(u64, Offer)>) {
-        let Some((block_bytes, offer)) = next else { return };
-        let peers = peers.clone();
-        self.spawn(async move {
-            let count = offer.keys.len() as u64;
-            let taken = peers.offer(peer, offer, Instant::now() + OFFER_LIMIT).await;
-            (peer, count, block_bytes, taken.ok().flatten())
-        });
-    }
+/// Makes the next offer to a peer, if there is one.
+fn offer_next(under_way: &mut JoinSet<Outcome>, peers: &Peers, peer: PeerId, next: Option<(u64, Offer)>) {
+    let Some((block_bytes, offer)) = next else { return };
+    let peers = peers.clone();
+    under_way.spawn(async move {
+        let count = offer.keys.len() as u64;
+        let taken = peers.offer(peer, offer, Instant::now() + OFFER_LIMIT).await;
+        (peer, count, block_bytes, taken.ok().flatten())
+    });
 }
 
 /// All blocks that are here as offers, the most valuable first, with the length of their blocks.

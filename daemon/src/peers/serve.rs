@@ -23,7 +23,7 @@ use super::rdma::Rails;
 use super::{Clock, Served, ServedPeer, facts, offer, unguessable};
 use crate::config::Config;
 use crate::config::units::Member;
-use crate::node::{Node, View};
+use crate::node::Node;
 
 /// Words to a reader that wait to be sent. More means that it does not read.
 const SAY_MAX: usize = 1024;
@@ -362,7 +362,7 @@ impl Reader {
             return self.events.push(OwnerEvent::Held { want, block, tier: Tier::Host });
         }
         let Some(until) = until else {
-            let reason = match sight(view, &key) {
+            let reason = match view.sights(&[key])[0].0 {
                 Sight::In(_) => MissReason::TierTimeout,
                 Sight::Pending => MissReason::NotComplete,
                 Sight::Absent => MissReason::NeverStored,
@@ -398,12 +398,8 @@ impl Reader {
     }
 
     fn sights(&self, principal: &str, keys: &[BlockKey]) -> Vec<Sight> {
-        let mut sights = vec![Sight::Absent; keys.len()];
-        let Some(number) = self.principal(principal) else { return sights };
-        for shard in self.serving.node.of(number).shards() {
-            shard.sights(keys, |at, sight| sights[at] = nearer(sights[at], sight));
-        }
-        sights
+        let Some(number) = self.principal(principal) else { return vec![Sight::Absent; keys.len()] };
+        self.serving.node.of(number).sights(keys).into_iter().map(|(sight, _)| sight).collect()
     }
 
     fn principal(&self, name: &str) -> Option<usize> {
@@ -425,22 +421,4 @@ impl Reader {
             served.end(self.session);
         }
     }
-}
-
-fn sight(view: View<'_>, key: &BlockKey) -> Sight {
-    let mut best = Sight::Absent;
-    for shard in view.shards() {
-        shard.sights(std::slice::from_ref(key), |_, sight| best = nearer(best, sight));
-    }
-    best
-}
-
-/// The one of two sights of a block that is sooner had.
-fn nearer(left: Sight, right: Sight) -> Sight {
-    let rank = |sight| match sight {
-        Sight::In(tier) => tier as u8,
-        Sight::Pending => 10,
-        Sight::Absent => 11,
-    };
-    if rank(right) < rank(left) { right } else { left }
 }

@@ -600,8 +600,10 @@ impl v1::admin_server::Admin for AdminService {
         let offer = named(node, keys, until).await.map_err(status)?;
         let taken = known.offer(peer, offer, until).await.map_err(status)?;
         let Some(taken) = taken else {
-            let text = format!("node {} did not say in time what it took", request.node);
-            return Err(status(Fault::new(Code::PeerDown, text)));
+            let views = self.peer_views().await?;
+            let last = views.get(usize::from(peer.0)).map_or_else(String::new, peers::reason);
+            let why = if last.is_empty() { "it did not say in time what it took".into() } else { last };
+            return Err(status(Fault::new(Code::PeerDown, format!("node {}: {why}", request.node))));
         };
         let taken = taken.taken.min(count);
         Ok(Response::new(v1::OfferResponse { taken, left: count - taken }))

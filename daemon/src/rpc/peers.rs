@@ -155,7 +155,7 @@ pub(super) fn warnings(views: &[PeerView]) -> Vec<(Code, String)> {
 }
 
 /// The last thing that went wrong with a peer.
-fn reason(view: &PeerView) -> String {
+pub(super) fn reason(view: &PeerView) -> String {
     let last = view.reader.last_error.as_ref();
     last.map_or_else(String::new, |(kind, why)| format!("{kind}: {why}"))
 }

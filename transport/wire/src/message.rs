@@ -229,6 +229,18 @@ pub enum Sight {
     In(Tier),
 }
 
+impl Sight {
+    /// Whether the block is sooner had where this was seen than where the other was.
+    pub fn is_nearer(self, other: Self) -> bool {
+        match (self, other) {
+            (Self::In(this), Self::In(other)) => this < other,
+            (Self::In(_), _) => true,
+            (Self::Pending, Self::Absent) => true,
+            _ => false,
+        }
+    }
+}
+
 /// Answer to a probe.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct Found {

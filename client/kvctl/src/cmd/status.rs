@@ -192,10 +192,11 @@ fn lookups(status: &v1::StatusResponse) -> [Line; 2] {
 /// One line for all of them. Why one is down stands in the warnings.
 fn peers(status: &v1::StatusResponse) -> Option<Line> {
     let (all, down) = (status.peers, status.peers_down);
-    let up = (Ink::Plain, format!("{} up, ", all.saturating_sub(down)));
+    // Of those that are not down, some may never have been asked for anything: nobody knows whether they are up.
+    let known = (Ink::Plain, format!("{all}, "));
     let ink = if down == 0 { Ink::Plain } else { Ink::Warn };
     let came = format!("  in {} ({})", bytes(status.fetched_bytes), counted(status.fetched_blocks, "block"));
-    let words = vec![up, (ink, format!("{down} down")), (Ink::Plain, came)];
+    let words = vec![known, (ink, format!("{down} down")), (Ink::Plain, came)];
     (all > 0).then_some(Line { label: "peers", words })
 }
 
@@ -299,7 +300,7 @@ hits     host 610  disk 221
 misses   of what kvd was asked: never_stored 121  evicted_capacity 48
 puts     30,000 blocks, 15.0GiB
 disk     3.0GiB written, 12.0GiB read in hits: 0.25 written per hit
-peers    2 up, 1 down  in 1.2GiB (5,321 blocks)
+peers    3, 1 down  in 1.2GiB (5,321 blocks)
 checks   0 checksum failures, 0 quarantined; none was served
 start    brought back 12,034 host and 400,000 disk blocks in 1.4s; shard-1.meta…
 ";

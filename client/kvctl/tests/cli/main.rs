@@ -350,7 +350,7 @@ fn why_says_which_peer_has_it() {
 fn status_has_a_line_for_peers_where_there_are_any() {
     let fake = Fake::start(Mood::Peers);
     let page = kvctl(&fake.socket(), "status").exits(0).out;
-    assert!(page.contains("\npeers    1 up, 1 down  in 1.2GiB (5,321 blocks)\n"), "{page}");
+    assert!(page.contains("\npeers    2, 1 down  in 1.2GiB (5,321 blocks)\n"), "{page}");
     assert!(!kvctl(&Fake::start(Mood::Well).socket(), "status").exits(0).out.contains("peers"));
 }
 
