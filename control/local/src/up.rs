@@ -1,5 +1,6 @@
 //! Daemons on embedded defaults until Ctrl-C: nothing to configure, nothing left behind.
 
+use std::io::Write;
 use std::path::PathBuf;
 use std::time::Duration;
 
@@ -64,7 +65,7 @@ pub fn run(options: &Options, stop: &Stop) -> anyhow::Result<()> {
         let place = places.of(at);
         let (host, disk) = (places.host.about(), places.disk.about());
         let (pid, data) = (daemon.pid(), place.data_dir.display());
-        eprintln!("kvd serves, process {pid}: host {host}, disk {disk} in {data}");
+        say(&format!("kvd serves, process {pid}: host {host}, disk {disk} in {data}\n"))?;
         if daemons.len() > 1 {
             eprintln!("  as {}: export KVCTL_ENDPOINT={}", daemon.name(), place.run_dir.display());
         }
@@ -79,4 +80,10 @@ pub fn run(options: &Options, stop: &Stop) -> anyhow::Result<()> {
         daemon.stop()?;
     }
     Ok(())
+}
+
+/// One write for the whole line: the daemons' logs go to the same standard error, and a line written
+/// in pieces can have one of theirs in the middle.
+fn say(line: &str) -> std::io::Result<()> {
+    std::io::stderr().write_all(line.as_bytes())
 }
