@@ -241,7 +241,8 @@ fn greet(path: &Path, options: &WorkerOptions, deadline: Duration) -> Result<(Ar
         let cause = error.source().map_or_else(String::new, |cause| format!(": {cause}"));
         unreachable(format!("{}: {error}{cause}", path.display()))
     };
-    let connection = Connection::connect(path).map_err(|error| refused(&error))?;
+    let until = Instant::now() + deadline;
+    let connection = Connection::connect(path, deadline).map_err(|error| refused(&error))?;
     let hello = Hello {
         version_min: VERSION_MIN,
         version_max: VERSION,
@@ -253,7 +254,6 @@ fn greet(path: &Path, options: &WorkerOptions, deadline: Duration) -> Result<(Ar
         name: options.name.clone(),
     };
     connection.send(&Message::Hello(hello), &[]).map_err(|error| refused(&error))?;
-    let until = Instant::now() + deadline;
     let (message, fds) = loop {
         let left = until.saturating_duration_since(Instant::now());
         match connection.recv(left).map_err(|error| refused(&error))? {

@@ -40,7 +40,7 @@ fn hello() -> Hello {
 
 impl RawWorker {
     fn connect(home: &Home) -> Self {
-        let connection = Connection::connect(&home.run_dir().join("worker.sock")).unwrap();
+        let connection = Connection::connect(&home.run_dir().join("worker.sock"), WAIT).unwrap();
         connection.send(&Message::Hello(hello()), &[]).unwrap();
         let (message, fds) = connection.recv(WAIT).unwrap().expect("an answer");
         let Message::Welcome(welcome) = message else { panic!("{message:?}") };
@@ -184,7 +184,7 @@ fn garbage_on_the_sockets_is_closed_and_others_are_served() {
     }
     // Connections that never say hello do not keep others out. With those above, which a busy daemon may not
     // have closed yet, they are fewer than the strangers it lets in at one moment.
-    let silent: Vec<_> = (0..50).map(|_| Connection::connect(&path).unwrap()).collect();
+    let silent: Vec<_> = (0..50).map(|_| Connection::connect(&path, WAIT).unwrap()).collect();
     let mut worker = RawWorker::connect(&home);
     assert_eq!(worker.ask(Request::Ping), Outcome::Done);
     drop(silent);
@@ -197,7 +197,7 @@ fn garbage_on_the_sockets_is_closed_and_others_are_served() {
 #[test]
 fn victim() {
     let Ok(run_dir) = std::env::var("KVD_STORY_RUN_DIR") else { return };
-    let connection = Connection::connect(&std::path::Path::new(&run_dir).join("worker.sock")).unwrap();
+    let connection = Connection::connect(&std::path::Path::new(&run_dir).join("worker.sock"), WAIT).unwrap();
     connection.send(&Message::Hello(hello()), &[]).unwrap();
     println!("greeting");
     let (message, fds) = connection.recv(WAIT).unwrap().expect("an answer");

@@ -126,7 +126,7 @@ fn finds_nothing(home: &std::path::Path) {
 /// The descriptors that the worker door gives out are those of its own files, and the others' stay shut.
 fn maps_its_own(home: &std::path::Path) {
     let number = |name: &str| -> u64 { std::env::var(name).unwrap().parse().unwrap() };
-    let connection = Connection::connect(&home.join("run/worker.sock")).unwrap();
+    let connection = Connection::connect(&home.join("run/worker.sock"), Duration::from_secs(10)).unwrap();
     let hello = Hello {
         version_min: kv_shm::door::VERSION_MIN,
         version_max: kv_shm::door::VERSION,

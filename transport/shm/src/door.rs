@@ -314,7 +314,7 @@ mod socket {
     use rustix::io::Errno;
     use rustix::net::{
         self, AddressFamily, RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, ReturnFlags,
-        SendAncillaryBuffer, SendAncillaryMessage, SendFlags, SocketAddrUnix, SocketFlags, SocketType,
+        SendAncillaryBuffer, SendAncillaryMessage, SendFlags, SocketAddrUnix, SocketFlags, SocketType, sockopt,
     };
 
     use super::{Error, FDS_PER_SHARD, MESSAGE_BYTES_MAX, Message, SHARDS_MAX, refuse};
@@ -322,8 +322,8 @@ mod socket {
     const FLAGS: SocketFlags = SocketFlags::CLOEXEC.union(SocketFlags::NONBLOCK);
     const FDS_MAX: usize = FDS_PER_SHARD * SHARDS_MAX;
 
-    fn socket() -> Result<OwnedFd, Error> {
-        net::socket_with(AddressFamily::UNIX, SocketType::SEQPACKET, FLAGS, None)
+    fn socket(flags: SocketFlags) -> Result<OwnedFd, Error> {
+        net::socket_with(AddressFamily::UNIX, SocketType::SEQPACKET, flags, None)
             .map_err(Error::io("making a worker socket"))
     }
 
@@ -334,7 +334,7 @@ mod socket {
     impl Listener {
         /// Listens at `path`, which must not exist, with the permission bits `mode`.
         pub fn bind(path: &Path, mode: u32) -> Result<Self, Error> {
-            let socket = socket()?;
+            let socket = socket(FLAGS)?;
             let address = SocketAddrUnix::new(path).map_err(Error::io("naming the worker socket"))?;
             net::bind(&socket, &address).map_err(Error::io("binding the worker socket"))?;
             rustix::fs::chmod(path, Mode::from_raw_mode(mode))
@@ -371,11 +371,19 @@ mod socket {
     pub struct Connection(OwnedFd);
 
     impl Connection {
-        /// Connects to the daemon at `path`. Does not wait: a daemon whose backlog is full is an error.
-        pub fn connect(path: &Path) -> Result<Self, Error> {
-            let socket = socket()?;
+        /// Connects to the daemon at `path`. One whose backlog is full is waited for, up to `timeout`: many
+        /// workers that start at the same moment all get in.
+        pub fn connect(path: &Path, timeout: Duration) -> Result<Self, Error> {
+            let connecting = Error::io("connecting to the worker socket");
             let address = SocketAddrUnix::new(path).map_err(Error::io("naming the worker socket"))?;
-            net::connect(&socket, &address).map_err(Error::io("connecting to the worker socket"))?;
+            // No poll tells when a backlog has room. A connect that blocks waits for it in the kernel, as
+            // long as this socket's sends may take; nought would mean for ever.
+            let socket = socket(SocketFlags::CLOEXEC)?;
+            let limit = timeout.max(Duration::from_millis(1));
+            let connected = sockopt::set_socket_timeout(&socket, sockopt::Timeout::Send, Some(limit))
+                .and_then(|()| rustix::io::retry_on_intr(|| net::connect(&socket, &address)))
+                .and_then(|()| rustix::io::ioctl_fionbio(&socket, true));
+            connected.map_err(connecting)?;
             Ok(Self(socket))
         }
 
@@ -608,7 +616,7 @@ mod tests {
             worker.send(&Message::Welcome(welcome(2)), &fds).unwrap();
             assert!(matches!(worker.recv(LONG), Err(Error::Closed)), "the worker's end is seen");
         });
-        let daemon = Connection::connect(&path).unwrap();
+        let daemon = Connection::connect(&path, Duration::from_secs(1)).unwrap();
         daemon.send(&Message::Hello(hello()), &[]).unwrap();
         let (message, fds) = daemon.recv(LONG).unwrap().unwrap();
         assert_eq!(message, Message::Welcome(welcome(2)));
@@ -622,6 +630,23 @@ mod tests {
         }
         drop(daemon);
         serving.join().unwrap();
+    }
+
+    #[test]
+    fn a_full_backlog_is_waited_for() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("worker.sock");
+        let listener = Listener::bind(&path, 0o600).unwrap();
+        let mut crowd = Vec::new();
+        while let Ok(one) = Connection::connect(&path, Duration::from_millis(1)) {
+            crowd.push(one);
+            assert!(crowd.len() < 10_000, "a backlog has an end");
+        }
+        let late = std::thread::spawn(move || Connection::connect(&path, LONG).map(drop));
+        std::thread::sleep(Duration::from_millis(20));
+        assert!(!late.is_finished(), "it waits");
+        let _first = listener.accept().unwrap().expect("one of the crowd");
+        late.join().unwrap().unwrap();
     }
 
     #[test]

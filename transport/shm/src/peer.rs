@@ -112,7 +112,7 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("s");
         let listener = Listener::bind(&path, 0o600).unwrap();
-        let _client = Connection::connect(&path).unwrap();
+        let _client = Connection::connect(&path, std::time::Duration::from_secs(1)).unwrap();
         let server = listener.accept().unwrap().unwrap();
         assert_eq!(peer(&server).unwrap(), myself());
     }
