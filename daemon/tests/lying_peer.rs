@@ -157,7 +157,7 @@ fn a_peer_that_grants_badly_is_left_alone_until_it_grants_well() {
             down(SilentAfterWant, LOST),
             down(HangsUpOnWant, LOST),
             down(HalfAGrant, LOST),
-            up(NeverGrants, LOST),
+            down(NeverGrants, LOST),
             down(GrantsUnasked, LOST),
             down(GrantsTwice, LOST),
             down(GrantsNothing, LOST),
@@ -171,7 +171,7 @@ fn a_peer_that_grants_badly_is_left_alone_until_it_grants_well() {
             down(WelcomesTwice, LOST),
             down(PongsUnasked, LOST),
             Row { manner: NeverPongs, missed: LOST, fate: Fate::Served },
-            up(NoCredits, LOST),
+            down(NoCredits, LOST),
         ],
         true,
     );

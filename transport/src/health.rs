@@ -10,7 +10,8 @@
 //!     +------------------------------------------ Trying ---+      one at a time is let through
 //! ```
 //! What was in doubt decides what proves: a peer that could not be reached has to welcome us, one that fell silent
-//! or broke the rules has to answer, and one that sent damaged bytes, or none, has to send good ones.
+//! or broke the rules has to answer, one that let wants run out has to answer one, and one that sent damaged bytes, or
+//! none, has to send good ones.
 
 use std::collections::VecDeque;
 use std::time::Duration;
@@ -33,6 +34,8 @@ pub enum Strike {
     Rules,
     /// A read of its memory did not come back after it was cancelled.
     Stuck,
+    /// It said something, and nothing about what was wanted of it.
+    Unanswered,
     /// It let us read, and nothing could be read.
     Unread,
     /// It sent bytes that are not those it promised.
@@ -41,13 +44,14 @@ pub enum Strike {
 
 impl Strike {
     /// Every kind.
-    pub const ALL: [Self; 8] = [
+    pub const ALL: [Self; 9] = [
         Self::Unreachable,
         Self::Refused,
         Self::Broken,
         Self::Silent,
         Self::Rules,
         Self::Stuck,
+        Self::Unanswered,
         Self::Unread,
         Self::Corrupt,
     ];
@@ -61,6 +65,7 @@ impl Strike {
             Self::Silent => "silent",
             Self::Rules => "rules",
             Self::Stuck => "stuck",
+            Self::Unanswered => "unanswered",
             Self::Unread => "unread",
             Self::Corrupt => "corrupt",
         }
@@ -71,6 +76,7 @@ impl Strike {
         match self {
             Self::Unreachable | Self::Refused => Proof::Welcomed,
             Self::Broken | Self::Silent | Self::Rules | Self::Stuck => Proof::Answered,
+            Self::Unanswered => Proof::Settled,
             Self::Unread | Self::Corrupt => Proof::Landed,
         }
     }
@@ -83,6 +89,8 @@ pub enum Proof {
     Welcomed,
     /// It answered what it was asked.
     Answered,
+    /// It said what becomes of a want.
+    Settled,
     /// Bytes of it arrived and were right.
     Landed,
 }
@@ -301,20 +309,21 @@ mod tests {
 
     #[test]
     fn what_was_in_doubt_decides_what_proves() {
-        use Proof::{Answered, Landed, Welcomed};
+        use Proof::{Answered, Landed, Settled, Welcomed};
         let table = [
-            (Strike::Unreachable, [true, true, true]),
-            (Strike::Refused, [true, true, true]),
-            (Strike::Broken, [false, true, true]),
-            (Strike::Silent, [false, true, true]),
-            (Strike::Rules, [false, true, true]),
-            (Strike::Stuck, [false, true, true]),
-            (Strike::Unread, [false, false, true]),
-            (Strike::Corrupt, [false, false, true]),
+            (Strike::Unreachable, [true; 4]),
+            (Strike::Refused, [true; 4]),
+            (Strike::Broken, [false, true, true, true]),
+            (Strike::Silent, [false, true, true, true]),
+            (Strike::Rules, [false, true, true, true]),
+            (Strike::Stuck, [false, true, true, true]),
+            (Strike::Unanswered, [false, false, true, true]),
+            (Strike::Unread, [false, false, false, true]),
+            (Strike::Corrupt, [false, false, false, true]),
         ];
         assert!(table.iter().map(|(strike, _)| *strike).eq(Strike::ALL));
         for (strike, closes) in table {
-            for (proof, closes) in [Welcomed, Answered, Landed].into_iter().zip(closes) {
+            for (proof, closes) in [Welcomed, Answered, Settled, Landed].into_iter().zip(closes) {
                 let mut health = struck(strike, &[0, 0, 0]);
                 health.proved(second(0), proof);
                 assert!(

@@ -7,6 +7,7 @@ use kv_wire::message::{
     Welcome, Window,
 };
 
+use super::machine::{Session, Stage};
 use super::*;
 use crate::health::Circuit;
 use crate::{OFFERS_MAX, PROBES_MAX, Reader};
@@ -589,6 +590,50 @@ fn words_are_no_answer_to_a_ping() {
     }
     let silent = rig.later(Duration::from_secs(1));
     assert_eq!(silent, ["hangup: it talked, and answered no ping for 4s", "missed 1 peer_down"]);
+}
+
+#[test]
+fn a_peer_that_answers_pings_and_no_want_is_left_alone_until_it_answers_one() {
+    let mut rig = Rig::up();
+    let mut id = 0;
+    // A second in which what was wanted runs out, and every ping is answered.
+    let second = |rig: &mut Rig| {
+        let said = rig.later(Duration::from_secs(1));
+        if let Stage::Up(Session { ping: Some(_), .. }) = rig.reader.stage {
+            rig.pong();
+        }
+        said
+    };
+    while rig.reader.report().circuit == Circuit::Closed {
+        id += 1;
+        rig.want(id);
+        assert_eq!(second(&mut rig), [format!("missed {id} tier_timeout"), format!("done {id}")]);
+        assert!(id < 20, "{:?}", rig.reader.report());
+    }
+    assert_eq!((id, rig.reader.report().strikes), (7, 3), "one for each two seconds without an answer");
+    second(&mut rig);
+    assert_eq!(rig.want(30), ["want 30"], "one is let through");
+    assert_eq!(rig.want(31), ["missed 31 peer_down"]);
+    second(&mut rig);
+    assert!(matches!(rig.reader.report().circuit, Circuit::Open { .. }), "a pong proves nothing");
+    second(&mut rig);
+    second(&mut rig);
+    assert_eq!(rig.want(32), ["want 32"]);
+    rig.heard(Answer::Missed(vec![(WantId(32), MissReason::NeverStored)]));
+    assert_eq!(rig.reader.report().circuit, Circuit::Closed);
+}
+
+#[test]
+fn a_want_that_is_answered_in_time_makes_up_for_those_that_were_not() {
+    let mut rig = Rig::up();
+    for id in (0..40).step_by(2) {
+        rig.want_by(id, rig.now.after(Duration::from_secs(1)));
+        rig.pong();
+        rig.later(Duration::from_secs(1));
+        rig.want(id + 1);
+        rig.heard(Answer::Missed(vec![(WantId(id + 1), MissReason::NotComplete)]));
+    }
+    assert_eq!(rig.reader.report().strikes, 0);
 }
 
 #[test]

@@ -5,6 +5,7 @@
 //! comes whose ping was said after it was done; then the owner has nothing to say about it any more.
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use std::time::Duration;
 
 use kv_arena::Slot;
 use kv_block::{BlockKey, MissReason, Record, Tier};
@@ -40,9 +41,10 @@ impl Want {
         Record { key: self.key, checksum, bytes, tag, priority, expires_at: 0 }
     }
 
-    /// How long the owner may take, rounded up so that a little time is not none.
+    /// How long the owner may take: a tenth less than there is, so that an honest one has answered by the deadline.
+    /// Rounded up so that a little time is not none.
     fn wait_ms(&self, now: Micros) -> u32 {
-        let left = self.deadline.since(now).as_micros().div_ceil(1000).max(1);
+        let left = (self.deadline.since(now).as_micros() * 9 / 10).div_ceil(1000).max(1);
         if self.wait { u32::try_from(left).unwrap_or(u32::MAX) } else { 0 }
     }
 }
@@ -103,6 +105,8 @@ pub(super) struct Books {
     pub(super) granted_bytes: u64,
     /// The longest block of this connection so far: what the next one is taken for.
     likely_bytes: u64,
+    /// When the first want ran out since the owner last answered one.
+    unanswered_since: Option<Micros>,
 }
 
 impl Books {
@@ -120,6 +124,11 @@ impl Books {
         let likely = self.granted_bytes + (self.asked as u64 + 1) * self.likely_bytes;
         let alone = self.asked == 0 && self.granted_bytes == 0;
         self.said < credits.wants_max as usize && (likely <= credits.bytes_max || alone)
+    }
+
+    /// A want ran out without an answer: for how long that has been so.
+    fn unanswered(&mut self, now: Micros) -> Duration {
+        now.since(*self.unanswered_since.get_or_insert(now))
     }
 
     /// The owner answered a want that had ended. False when it is no such want.
@@ -210,11 +219,19 @@ impl Reader {
     }
 
     /// A want's time is over. A read that was under way for so long that silence would be a strike, while nothing
-    /// landed from this peer, is one: what waits behind it waits in vain.
+    /// landed from this peer, is one: what waits behind it waits in vain. So is a peer that lets wants run out for as
+    /// long, and answers none.
     pub(super) fn late(&mut self, now: Micros, id: WantId, out: &mut Out) {
         let limit = self.config.silence_max;
         let read = match self.wants.get(&id).map(|want| &want.stage) {
             Some(WantStage::Reading { read, .. }) => self.reads.get(read),
+            Some(WantStage::Queued { .. } | WantStage::Asked) if matches!(self.stage, Stage::Up(_)) => {
+                if self.books.unanswered(now) >= limit {
+                    self.books.unanswered_since = Some(now);
+                    self.health.strike(now, Strike::Unanswered, format!("it answered no want for {limit:?}"));
+                }
+                None
+            }
             _ => None,
         };
         let in_vain = read.is_some_and(|read| {
@@ -311,8 +328,16 @@ impl Reader {
             let record = want.record(grant);
             out.push(ReaderCommand::Granted { want: grant.id, record, ttl_s: grant.ttl_s, tier: grant.tier });
         }
-        self.health.proved(now, Proof::Answered);
+        self.settled(now, grants.len());
         Ok(())
+    }
+
+    /// The owner said what becomes of so many wants.
+    fn settled(&mut self, now: Micros, wants: usize) {
+        if wants > 0 {
+            self.books.unanswered_since = None;
+            self.health.proved(now, Proof::Settled);
+        }
     }
 
     /// Nothing in a grant is believed before.
@@ -348,7 +373,7 @@ impl Reader {
         if misses.len() > ITEMS_MAX {
             return Err("more misses than one message takes");
         }
-        self.health.proved(now, Proof::Answered);
+        self.settled(now, misses.len());
         for (id, reason) in misses {
             if self.books.answered(*id) {
                 continue;
