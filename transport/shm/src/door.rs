@@ -314,7 +314,8 @@ mod socket {
     use rustix::io::Errno;
     use rustix::net::{
         self, AddressFamily, RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, ReturnFlags,
-        SendAncillaryBuffer, SendAncillaryMessage, SendFlags, SocketAddrUnix, SocketFlags, SocketType, sockopt,
+        SendAncillaryBuffer, SendAncillaryMessage, SendFlags, SocketAddrUnix, SocketFlags, SocketType,
+        sockopt,
     };
 
     use super::{Error, FDS_PER_SHARD, MESSAGE_BYTES_MAX, Message, SHARDS_MAX, refuse};

@@ -21,6 +21,9 @@ pub struct Limits {
     /// How long the other end may take nothing of what is written to it. Then the connection is cut, and the memory
     /// that waited for it comes back.
     pub stall: Duration,
+    /// How long an owner may send nothing on a connection on which it was asked for something. Then the connection is
+    /// cut, its reads take another path, and the next one takes another way through the network.
+    pub silence: Duration,
     /// How long an owner's link lives without any connection before it is broken: time for its reader to come back.
     /// For the first to come, it is this and the time of a handshake.
     pub rejoin: Duration,
@@ -52,6 +55,7 @@ impl Default for Limits {
         Self {
             handshake: Duration::from_secs(5),
             stall: Duration::from_secs(10),
+            silence: Duration::from_secs(3),
             rejoin: Duration::from_secs(5),
             bulk_connections: 4,
             window_bytes: 8 << 20,

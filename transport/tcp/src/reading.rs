@@ -22,7 +22,7 @@ use kv_wire::frame::{ITEMS_MAX, Message};
 use kv_wire::message::{DataAnswer, DataAsk, ReadId};
 use tokio::io::AsyncWrite;
 use tokio::sync::mpsc;
-use tokio::time::Instant;
+use tokio::time::{Instant, Sleep};
 
 use crate::dial::{Dialer, Target};
 use crate::error::Error;
@@ -156,6 +156,8 @@ pub(crate) struct Reading {
     asked_reads: usize,
     /// Whether this connection has answered anything.
     useful: bool,
+    /// Since when nothing has come although something was asked for.
+    silent_since: Option<Instant>,
 }
 
 impl Reading {
@@ -190,6 +192,7 @@ impl Reading {
             asked_bytes: 0,
             asked_reads: 0,
             useful: false,
+            silent_since: None,
         }
     }
 
@@ -292,10 +295,12 @@ impl Reading {
         if let Err(why) = self.digest() {
             return Over::Connection(why);
         }
+        self.silent_since = None;
+        let mut alarm = pin!(tokio::time::sleep(self.dialer.limits.silence));
         let over = std::future::poll_fn(|cx| {
             let over = self.pass(&mut stream, cx);
             self.give();
-            over
+            if over.is_ready() { over } else { self.poll_silence(alarm.as_mut(), cx) }
         })
         .await;
         self.inbox = Inbox::new(0, 0);
@@ -320,6 +325,7 @@ impl Reading {
                 Ok(bytes) => moved += bytes,
                 Err(error) => return Poll::Ready(path(error)),
             }
+            self.silent_since = None;
             if let Err(why) = self.digest() {
                 return Poll::Ready(Over::Connection(why));
             }
@@ -327,6 +333,25 @@ impl Reading {
                 cx.waker().wake_by_ref();
                 return Poll::Pending;
             }
+        }
+    }
+
+    /// An owner that was asked and sends nothing is gone, whatever the kernel still hopes for.
+    fn poll_silence(&mut self, mut alarm: Pin<&mut Sleep>, cx: &mut Context<'_>) -> Poll<Over> {
+        if self.asked_reads == 0 && self.incoming.is_none() {
+            self.silent_since = None;
+            return Poll::Pending;
+        }
+        let limit = self.dialer.limits.silence;
+        let until = *self.silent_since.get_or_insert_with(Instant::now) + limit;
+        // The alarm is set anew only when it rings: bytes that come do not touch it.
+        loop {
+            ready!(alarm.as_mut().poll(cx));
+            if until <= Instant::now() {
+                let what = format!("the owner sent nothing for {limit:?} of what it was asked for");
+                return Poll::Ready(Over::Connection(LinkError::Path { what }));
+            }
+            alarm.as_mut().reset(until);
         }
     }
 
@@ -359,9 +384,11 @@ impl Reading {
         }
         match self.reads.remove(&read) {
             Some(Under::Queued(read)) => self.end(read, Err(LinkError::Cancelled)),
+            // Its bytes are still to come, and others do better by another connection.
             Some(Under::Asked(read)) => {
-                self.reads.insert(read.read, Under::Dropped(read.record.bytes));
-                self.end(read, Err(LinkError::Cancelled));
+                let Read { read, record, into, .. } = read;
+                self.reads.insert(read, Under::Dropped(record.bytes));
+                self.ended.push(Ended { read, bytes: record.bytes, into, result: Err(LinkError::Cancelled) });
             }
             Some(dropped @ Under::Dropped(_)) => {
                 self.reads.insert(read, dropped);
@@ -470,7 +497,10 @@ impl Reading {
     fn answered(&mut self, read: ReadId) -> Result<(u32, Option<Read>), LinkError> {
         let (bytes, asked) = match self.reads.remove(&read) {
             Some(Under::Asked(read)) => (read.record.bytes, Some(read)),
-            Some(Under::Dropped(bytes)) => (bytes, None),
+            Some(Under::Dropped(bytes)) => {
+                self.ended_bytes += u64::from(bytes);
+                (bytes, None)
+            }
             Some(Under::Queued(queued)) => {
                 self.reads.insert(read, Under::Queued(queued));
                 return Err(protocol("an answer to a read that was not asked for"));
@@ -540,7 +570,7 @@ impl Reading {
         for (_, under) in std::mem::take(&mut self.reads) {
             match under {
                 Under::Queued(read) | Under::Asked(read) => self.end(read, Err(why.clone())),
-                Under::Dropped(_) => {}
+                Under::Dropped(bytes) => self.ended_bytes += u64::from(bytes),
             }
         }
         self.out.clear();

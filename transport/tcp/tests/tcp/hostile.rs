@@ -132,7 +132,7 @@ fn an_owner_that_breaks_the_rules_fails_the_reads_of_that_connection() {
     ];
     for (what, lie) in lies {
         let nodes = Nodes::plain(Limits { bulk_connections: 1, ..patient() });
-        let (mut reader, mut bares, listener) = scripted(&nodes);
+        let (mut reader, mut bares, listener) = scripted(&nodes, 2);
         drop(listener);
         let (_held, record) = block(nodes.owner.slab(), 1, 8192);
         reader.read(1, 1, record, nodes.reader.slab().take(8192).unwrap());

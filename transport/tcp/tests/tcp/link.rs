@@ -1,6 +1,7 @@
 //! Blocks.
 
 use std::net::TcpListener;
+use std::time::Duration;
 
 use kv_block::Checksum;
 use kv_tcp::Limits;
@@ -181,7 +182,7 @@ fn small_reads_end_while_long_ones_cannot() {
 #[test]
 fn a_cancelled_read_gives_its_slot_back_in_the_middle_of_its_bytes() {
     let nodes = Nodes::plain(Limits { bulk_connections: 1, ..patient() });
-    let (mut reader, mut bares, _listener) = scripted(&nodes);
+    let (mut reader, mut bares, _listener) = scripted(&nodes, 2);
     let bytes = 4 << 20;
     let (first, record) = block(nodes.owner.slab(), 1, bytes);
     let (second, other) = block(nodes.owner.slab(), 2, bytes);
@@ -213,7 +214,7 @@ fn a_cancelled_read_gives_its_slot_back_in_the_middle_of_its_bytes() {
 #[test]
 fn a_cancelled_read_gives_its_slot_back_before_its_bytes_come() {
     let nodes = Nodes::plain(Limits { bulk_connections: 1, window_bytes: 4 << 20, ..patient() });
-    let (mut reader, mut bares, _listener) = scripted(&nodes);
+    let (mut reader, mut bares, _listener) = scripted(&nodes, 2);
     let (held, record) = block(nodes.owner.slab(), 1, 4 << 20);
     // The first two fill the window, the last is not asked for.
     for read in 1..4 {
@@ -242,7 +243,7 @@ fn a_cancelled_read_gives_its_slot_back_before_its_bytes_come() {
 #[test]
 fn a_connection_that_breaks_takes_its_own_reads_and_is_made_again() {
     let nodes = Nodes::plain(Limits { bulk_connections: 1, ..patient() });
-    let (mut reader, mut bares, listener) = scripted(&nodes);
+    let (mut reader, mut bares, listener) = scripted(&nodes, 2);
     let bytes = 4 << 20;
     let (held, record) = block(nodes.owner.slab(), 1, bytes);
     reader.read(1, 1, record, nodes.reader.slab().take(bytes).unwrap());
@@ -263,6 +264,64 @@ fn a_connection_that_breaks_takes_its_own_reads_and_is_made_again() {
     assert_eq!(reader.read_one().2, Ok(()));
     // Something to read made it try again.
     let _again = Bare::joined_by_reader(&listener);
+}
+
+#[test]
+fn a_connection_on_which_nothing_comes_is_cut_and_made_again() {
+    let silence = Duration::from_millis(200);
+    let nodes = Nodes::plain(Limits { bulk_connections: 1, silence, ..patient() });
+    let (mut reader, mut bares, listener) = scripted(&nodes, 2);
+    let bytes = 1 << 20;
+    let (held, record) = block(nodes.owner.slab(), 1, bytes);
+    reader.read(1, 1, record, nodes.reader.slab().take(bytes).unwrap());
+    reader.link.kick();
+    let (mut hangs, _) = asked(&mut bares);
+    hangs.say(&DataAnswer::Data(ReadId(1), bytes));
+    hangs.send(&held[..1000]);
+    let (_, slot, result) = reader.read_one();
+    let Err(LinkError::Path { what }) = result else { panic!("{result:?}") };
+    assert_eq!(what, "the owner sent nothing for 200ms of what it was asked for");
+    hangs.assert_closed();
+    reader.read(2, 1, record, slot);
+    reader.link.kick();
+    let _again = Bare::joined_by_reader(&listener);
+}
+
+#[test]
+fn a_read_stays_off_a_connection_that_owes_the_bytes_of_one_that_was_cancelled() {
+    let nodes = Nodes::plain(Limits { bulk_connections: 2, ..patient() });
+    let (mut reader, mut bares, _listener) = scripted(&nodes, 3);
+    let bytes = 1 << 20;
+    let (held, record) = block(nodes.owner.slab(), 1, bytes);
+    reader.read(1, 1, record, nodes.reader.slab().take(bytes).unwrap());
+    reader.link.kick();
+    let (slow, _) = asked(&mut bares);
+    reader.submit(LinkOp::Cancel { read: ReadId(1) });
+    let (_, mut slot, result) = reader.read_one();
+    assert_eq!(result, Err(LinkError::Cancelled));
+    let slow_address = slow.0.peer_addr().unwrap();
+    let mut slow = Some(slow);
+    for number in 2.. {
+        reader.read(number, 1, record, slot);
+        reader.link.kick();
+        let (mut bare, reads) = asked(&mut bares);
+        assert_eq!(reads, [(ReadId(number), WantId(1))]);
+        bare.say(&DataAnswer::Data(ReadId(number), bytes));
+        bare.send(&held);
+        slot = reader.read_one().1;
+        let came_by = bare.0.peer_addr().unwrap();
+        bares.push(bare);
+        match slow.take() {
+            Some(mut slow) => {
+                assert_ne!(came_by, slow_address);
+                // Once that is answered, it is as good as the others, and the first of them.
+                slow.say(&DataAnswer::Gone(ReadId(1)));
+                bares.push(slow);
+            }
+            None if came_by == slow_address => break,
+            None => assert!(number < 1000, "it is left alone for ever"),
+        }
+    }
 }
 
 #[test]
@@ -288,7 +347,7 @@ fn a_concealed_block_comes_back_when_its_write_is_over() {
 
 #[test]
 fn a_reader_that_does_not_read_is_cut_and_stalls_nobody() {
-    let limits = Limits { stall: std::time::Duration::from_millis(300), ..patient() };
+    let limits = Limits { stall: Duration::from_millis(300), ..patient() };
     let nodes = Nodes::plain(limits);
     let (mut owner, bytes) = (nodes.owner_link(), 16 << 20);
     let (held, record) = block(nodes.owner.slab(), 1, bytes);

@@ -368,12 +368,12 @@ impl Bare {
     }
 }
 
-/// A reader with two connections to bare sockets.
-pub(crate) fn scripted(nodes: &Nodes) -> (Driven<ReaderLink>, Vec<Bare>, TcpListener) {
+/// A reader with all its connections to bare sockets.
+pub(crate) fn scripted(nodes: &Nodes, connections: usize) -> (Driven<ReaderLink>, Vec<Bare>, TcpListener) {
     let listener = TcpListener::bind("127.0.0.1:0").unwrap();
     let to = listener.local_addr().unwrap();
     let reader = Driven::new(|wake| nodes.dialer.link(to, "owner", SESSION, wake).unwrap());
-    let bares = (0..2).map(|_| Bare::joined_by_reader(&listener)).collect();
+    let bares = (0..connections).map(|_| Bare::joined_by_reader(&listener)).collect();
     (reader, bares, listener)
 }
 
