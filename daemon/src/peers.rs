@@ -23,7 +23,7 @@ use kv_block::code::Code;
 use kv_block::{BlockKey, Fault, ShardId};
 use kv_node::{FetchOp, PeerId, TransferReport};
 use kv_tcp::{Dialer, Limits, Listener, Security, Tls};
-use kv_transport::owner::{OwnerReport, OwnerState};
+use kv_transport::owner::{LeaseReport, OwnerReport, OwnerState};
 use kv_transport::plan::PathPlan;
 use kv_transport::reader::PeerReport;
 use kv_wire::message::{Offer, Sight, Taken};
@@ -57,40 +57,52 @@ type Served = Arc<Mutex<BTreeMap<String, ServedPeer>>>;
 #[derive(Clone, Debug, Default)]
 pub struct ServedPeer {
     /// By each of its connections. There may be an old one that does not know yet that it is over.
-    now: BTreeMap<u128, OwnerReport>,
+    now: BTreeMap<u128, Connection>,
     /// Blocks and bytes granted by those before.
     before: (u64, u64),
+}
+
+/// One connection of a reader.
+#[derive(Clone, Debug)]
+struct Connection {
+    report: OwnerReport,
+    /// What is held for it, block by block, is asked here.
+    asks: mpsc::Sender<oneshot::Sender<Vec<LeaseReport>>>,
 }
 
 impl ServedPeer {
     /// Blocks that it was let read since the start.
     pub fn blocks(&self) -> u64 {
-        self.before.0 + self.now.values().map(|now| now.grants).sum::<u64>()
+        self.before.0 + self.reports().map(|now| now.grants).sum::<u64>()
     }
 
     /// Their bytes.
     pub fn bytes(&self) -> u64 {
-        self.before.1 + self.now.values().map(|now| now.bytes_granted).sum::<u64>()
+        self.before.1 + self.reports().map(|now| now.bytes_granted).sum::<u64>()
     }
 
     /// Blocks that are held for it.
     pub fn held(&self) -> usize {
-        self.now.values().map(|now| now.waiting + now.granted + now.fenced).sum()
+        self.reports().map(|now| now.waiting + now.granted + now.fenced).sum()
     }
 
     /// Bytes that it may read, or might still.
     pub fn held_bytes(&self) -> u64 {
-        self.now.values().map(|now| now.bytes).sum()
+        self.reports().map(|now| now.bytes).sum()
     }
 
     /// Whether it is connected.
     pub fn reads_here(&self) -> bool {
-        self.now.values().any(|now| now.state == OwnerState::Serving)
+        self.reports().any(|now| now.state == OwnerState::Serving)
+    }
+
+    fn reports(&self) -> impl Iterator<Item = &OwnerReport> {
+        self.now.values().map(|connection| &connection.report)
     }
 
     /// A connection ends, with all that it held.
     fn end(&mut self, session: u128) {
-        if let Some(last) = self.now.remove(&session) {
+        if let Some(Connection { report: last, .. }) = self.now.remove(&session) {
             self.before = (self.before.0 + last.grants, self.before.1 + last.bytes_granted);
         }
     }
@@ -127,6 +139,16 @@ pub struct PeerView {
     pub served: ServedPeer,
     /// In the exchange's time, what is `now` for the moments in `reader`.
     pub now: kv_transport::Micros,
+}
+
+/// Blocks on their way at one moment.
+pub struct Transfers {
+    /// What is `now` for their moments.
+    pub now: kv_transport::Micros,
+    /// Those that come here.
+    pub incoming: Vec<TransferReport>,
+    /// Those that are held for peers, with whom.
+    pub outgoing: Vec<(String, LeaseReport)>,
 }
 
 /// What is asked of the task that fetches.
@@ -224,9 +246,23 @@ impl Peers {
         Ok(self.members.iter().zip(readers).map(view).collect())
     }
 
-    /// Blocks on their way here, and what is `now` for their moments.
-    pub async fn transfers(&self) -> Result<(kv_transport::Micros, Vec<TransferReport>), Fault> {
-        self.ask(Order::Transfers).await
+    /// Blocks on their way here and from here.
+    pub async fn transfers(&self) -> Result<Transfers, Fault> {
+        let (now, incoming) = self.ask(Order::Transfers).await?;
+        let served = self.served.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        let mut outgoing = Vec::new();
+        for (name, reader) in served {
+            for Connection { asks, .. } in reader.now.into_values() {
+                let (reply, answer) = oneshot::channel();
+                // One that ends meanwhile holds nothing any more.
+                if asks.send(reply).await.is_ok()
+                    && let Ok(leases) = answer.await
+                {
+                    outgoing.extend(leases.into_iter().map(|lease| (name.clone(), lease)));
+                }
+            }
+        }
+        Ok(Transfers { now, incoming, outgoing })
     }
 
     /// Where each block is among the peers, as far as they answer in time.

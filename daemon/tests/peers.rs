@@ -4,7 +4,7 @@ mod support;
 
 use kv_api::v1;
 use kv_block::SequenceHash;
-use support::among::{get, peer, until};
+use support::among::{get, peer, transfers, until};
 use support::{Daemon, Door, Home, scope};
 
 const BLOCK: u32 = 64 << 10;
@@ -103,6 +103,15 @@ fn a_block_that_is_still_being_computed_elsewhere_is_waited_for() {
         let waiting = threads.spawn(|| get(&at_b, binding, 7, 10_000, ""));
         until("node b waits for it", || (peer(&at_b, "a").wanted == 1).then_some(()));
         let hash = SequenceHash::from(7);
+        for (door, node, direction, stage) in [(&at_b, "a", "in", "asked"), (&at_a, "b", "out", "looking")] {
+            let key = scope("t").id().block_key(&hash, &support::slice());
+            until("both say so", || {
+                let all = transfers(door);
+                let [one] = &all[..] else { return None };
+                assert_eq!((one.node.as_str(), one.direction.as_str()), (node, direction), "{one:?}");
+                (one.stage == stage && one.key == key.as_bytes()[..]).then_some(())
+            });
+        }
         let mut body = vec![0; BLOCK as usize];
         kv_block::payload::fill(&scope("t").id().block_key(&hash, &support::slice()), &mut body);
         let header = v1::PutHeader {

@@ -29,7 +29,7 @@ mod report;
 #[cfg(test)]
 mod tests;
 
-pub use report::{OwnerConfig, OwnerPath, OwnerReport, OwnerState};
+pub use report::{LeaseReport, OwnerConfig, OwnerPath, OwnerReport, OwnerState};
 
 /// Something that happened to an owner.
 #[derive(Debug)]

@@ -11,16 +11,16 @@ use kv_node::Reach;
 use kv_tcp::{Accepted, End, Sessions};
 use kv_transport::Owner;
 use kv_transport::link::{Link, LinkDone, LinkError, LinkOp, Wake};
-use kv_transport::owner::{OwnerCommand, OwnerConfig, OwnerEvent};
+use kv_transport::owner::{LeaseReport, OwnerCommand, OwnerConfig, OwnerEvent};
 use kv_transport::plan::PathPlan;
 use kv_transport::reader::PathId;
 use kv_wire::message::{Answer, Ask, Credits, Found, PathEnd, Refusal, Refused, Sight, WantId};
-use tokio::sync::{Notify, mpsc};
+use tokio::sync::{Notify, mpsc, oneshot};
 use tokio::task::{AbortHandle, JoinSet};
 
 use super::line::chain;
 use super::rdma::Rails;
-use super::{Clock, Served, ServedPeer, facts, offer, unguessable};
+use super::{Clock, Connection, Served, ServedPeer, facts, offer, unguessable};
 use crate::config::Config;
 use crate::config::units::Member;
 use crate::node::Node;
@@ -31,6 +31,8 @@ const SAY_MAX: usize = 1024;
 const TURN_MAX: usize = 64;
 /// Connections of one reader: the one that it has, and some of before that nobody has ended yet.
 pub(crate) const CONNECTIONS_MAX: usize = 4;
+/// Questions that wait to be answered; whoever asks more waits.
+const ASKS_MAX: usize = 4;
 /// How often what a reader has is told to whoever asks.
 const TELL_EVERY: Duration = Duration::from_millis(250);
 
@@ -67,6 +69,8 @@ struct Reader {
     looking: HashMap<WantId, AbortHandle>,
     tasks: JoinSet<Event>,
     hung_up: Option<String>,
+    /// Where others ask what is held for it.
+    asks: mpsc::Sender<oneshot::Sender<Vec<LeaseReport>>>,
 }
 
 /// What a task of a reader has to say.
@@ -155,6 +159,7 @@ async fn serve(serving: Arc<Serving>, accepted: Accepted) {
     let mut writing = tokio::spawn(writer.drain(queue));
     let clock = serving.clock;
     let mut leaving = serving.node.drain.watch();
+    let (asks, mut asked) = mpsc::channel(ASKS_MAX);
     let mut reader = Reader {
         serving,
         owner,
@@ -170,6 +175,7 @@ async fn serve(serving: Arc<Serving>, accepted: Accepted) {
         looking: HashMap::new(),
         tasks: JoinSet::new(),
         hung_up: None,
+        asks,
     };
     reader.tell();
     reader.events.push(OwnerEvent::Heard(Ask::Hello(hello)));
@@ -212,6 +218,8 @@ async fn serve(serving: Arc<Serving>, accepted: Accepted) {
             () = wake.notified() => {}
             Some(done) = reader.tasks.join_next(), if !reader.tasks.is_empty() => reader.task_ended(done),
             _ = telling.tick() => reader.tell(),
+            // Whoever asked may be gone; then nobody misses the answer.
+            Some(reply) = asked.recv() => drop(reply.send(reader.owner.leases())),
             changed = leaving.changed() => {
                 let leaving = changed.is_ok() && *leaving.borrow_and_update();
                 reader.events.push(OwnerEvent::Leaving { leaving });
@@ -410,7 +418,8 @@ impl Reader {
     fn tell(&self) {
         if !self.refused {
             let mut served = self.serving.served();
-            served.entry(self.name.clone()).or_default().now.insert(self.session, self.owner.report());
+            let now = Connection { report: self.owner.report(), asks: self.asks.clone() };
+            served.entry(self.name.clone()).or_default().now.insert(self.session, now);
         }
     }
 

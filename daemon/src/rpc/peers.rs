@@ -6,7 +6,7 @@ use bytes::Bytes;
 use kv_api::v1;
 use kv_block::code::Code;
 use kv_block::{Fault, MissReason};
-use kv_node::Found;
+use kv_node::{Found, PeerId};
 use kv_transport::Micros;
 use kv_transport::health::Circuit;
 use kv_transport::reader::{PathId, PathState, PeerState};
@@ -14,7 +14,7 @@ use kv_wire::message::Sight;
 use tonic::Status;
 
 use super::{Shared, status};
-use crate::peers::{PeerView, Peers};
+use crate::peers::{PeerView, Peers, Transfers};
 
 impl Shared {
     /// The peers; a fault that says what to set where there are none.
@@ -128,20 +128,29 @@ fn path_name(view: &PeerView, id: PathId) -> String {
 
 /// What is on its way, as messages.
 pub(super) async fn transfers(peers: &Peers) -> Result<Vec<v1::TransferInfo>, Fault> {
-    let (now, under_way) = peers.transfers().await?;
-    let info = |transfer: kv_node::TransferReport| v1::TransferInfo {
+    let Transfers { now, incoming, outgoing } = peers.transfers().await?;
+    let name = |peer: PeerId| peers.members()[usize::from(peer.0)].name.clone();
+    let incoming = incoming.into_iter().map(|transfer| v1::TransferInfo {
         key: Bytes::copy_from_slice(transfer.key.as_bytes()),
-        node: transfer
-            .peer
-            .map_or_else(String::new, |peer| peers.members()[usize::from(peer.0)].name.clone()),
+        node: transfer.peer.map_or_else(String::new, name),
         direction: "in".into(),
         stage: transfer.stage.into(),
         bytes: transfer.bytes.into(),
         age_ms: now.since(transfer.since).as_millis() as u64,
         left_ms: left_ms(transfer.deadline, now),
-        shard: transfer.shard.0.into(),
-    };
-    Ok(under_way.into_iter().map(info).collect())
+        shard: Some(transfer.shard.0.into()),
+    });
+    let outgoing = outgoing.into_iter().map(|(node, lease)| v1::TransferInfo {
+        key: Bytes::copy_from_slice(lease.key.as_bytes()),
+        node,
+        direction: "out".into(),
+        stage: lease.stage.into(),
+        bytes: lease.bytes.into(),
+        age_ms: now.since(lease.since).as_millis() as u64,
+        left_ms: lease.until.map_or(0, |until| left_ms(until, now)),
+        shard: None,
+    });
+    Ok(incoming.chain(outgoing).collect())
 }
 
 /// What an operator must know: peers that are down.

@@ -6,13 +6,13 @@
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 
 use kv_arena::Held;
-use kv_block::{MissReason, Tier};
+use kv_block::{BlockKey, MissReason, Tier};
 use kv_wire::frame::ITEMS_MAX;
 use kv_wire::message::{Answer, Grant, Want, WantId, Window};
 
 use super::OwnerCommand;
 use super::machine::{Out, Owner, Stage};
-use super::report::OwnerReport;
+use super::report::{LeaseReport, OwnerReport};
 use crate::Micros;
 use crate::link::LinkError;
 use crate::reader::PathId;
@@ -42,6 +42,8 @@ pub(super) struct Leases {
 
 #[derive(Debug)]
 struct Lease {
+    key: BlockKey,
+    since: Micros,
     stage: LeaseStage,
     until: Micros,
     /// What it weighs, from `Expose` on.
@@ -62,6 +64,17 @@ enum LeaseStage {
     Granted { grant: Grant },
     /// It is over, and a device may still have it.
     Over,
+}
+
+impl LeaseStage {
+    fn name(&self) -> &'static str {
+        match self {
+            Self::Holding => "looking",
+            Self::Waiting { .. } | Self::Exposing { .. } => "waiting",
+            Self::Granted { .. } => "granted",
+            Self::Over => "fenced",
+        }
+    }
 }
 
 /// A block in the hands of one device.
@@ -103,6 +116,20 @@ impl Leases {
         }
     }
 
+    /// Each, oldest first.
+    pub(super) fn each(&self) -> Vec<LeaseReport> {
+        let report = |lease: &Lease| LeaseReport {
+            key: lease.key,
+            stage: lease.stage.name(),
+            bytes: lease.bytes,
+            since: lease.since,
+            until: (!matches!(lease.stage, LeaseStage::Over)).then_some(lease.until),
+        };
+        let mut all: Vec<_> = self.all.values().map(report).collect();
+        all.sort_by_key(|report| (report.since, report.key));
+        all
+    }
+
     /// Sets when a lease's present stage ends by itself.
     fn limit(&mut self, id: WantId, until: Micros) {
         if let Some(lease) = self.all.get_mut(&id) {
@@ -137,7 +164,8 @@ impl Owner {
             let until = (want.wait_ms > 0).then(|| now.after(wait));
             // A node that does not answer by itself is not waited for for ever.
             let limit = until.unwrap_or(now).after(self.config.wait_max);
-            let lease = Lease { stage: LeaseStage::Holding, until: limit, bytes: 0, shown: Vec::new() };
+            let (key, stage) = (want.key, LeaseStage::Holding);
+            let lease = Lease { key, since: now, stage, until: limit, bytes: 0, shown: Vec::new() };
             leases.all.insert(want.id, lease);
             leases.timers.insert((limit, want.id));
             leases.outstanding += 1;

@@ -7,7 +7,7 @@ use kv_wire::frame::{ITEMS_MAX, VERSIONS};
 use kv_wire::message::{Answer, Ask, Found, Hello, Offer, PathEnd, Probe, Refusal, Refused, Welcome};
 
 use super::leases::Leases;
-use super::report::{OwnerConfig, OwnerReport, OwnerState};
+use super::report::{LeaseReport, OwnerConfig, OwnerReport, OwnerState};
 use super::{OwnerCommand, OwnerEvent};
 use crate::reader::PathId;
 use crate::{Micros, OFFERS_MAX, PROBES_MAX};
@@ -145,6 +145,11 @@ impl Owner {
             }
         }
         report
+    }
+
+    /// Everything that is held for the reader, oldest first.
+    pub fn leases(&self) -> Vec<LeaseReport> {
+        self.leases.each()
     }
 
     fn heard(&mut self, now: Micros, ask: Ask, out: &mut Out) {

@@ -3,9 +3,10 @@
 use std::collections::BTreeMap;
 use std::time::Duration;
 
-use kv_block::Epoch;
+use kv_block::{BlockKey, Epoch};
 use kv_wire::message::{Credits, Refused};
 
+use crate::Micros;
 use crate::reader::PathId;
 
 /// A path other than TCP, and how good it is.
@@ -121,4 +122,19 @@ pub struct OwnerReport {
     pub paths: BTreeMap<PathId, u64>,
     /// Why the connection was ended here.
     pub last_error: Option<String>,
+}
+
+/// What an owner says about one want.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct LeaseReport {
+    /// Name of the block.
+    pub key: BlockKey,
+    /// `looking` for it, `waiting` for credit or a device, `granted`, or `fenced`: over, and a device may still read it.
+    pub stage: &'static str,
+    /// Length in bytes, once a device has it.
+    pub bytes: u32,
+    /// When it was wanted.
+    pub since: Micros,
+    /// When this stage ends by itself; what is fenced ends when its devices are done.
+    pub until: Option<Micros>,
 }

@@ -122,7 +122,8 @@ pub struct Want {
     pub id: WantId,
     /// Whose, counted through [`Hello::principals`].
     pub principal: u8,
-    /// How long the owner may take to bring it up or wait for it, in milliseconds; 0: only if it is in memory now.
+    /// How long the owner may take to bring it up or wait for it, in milliseconds; 0: only if it is in memory now. It
+    /// answers by then, one way or the other: wants that run out without an answer are held against it.
     pub wait_ms: u32,
     /// Name.
     pub key: BlockKey,

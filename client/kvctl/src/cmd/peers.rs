@@ -77,7 +77,10 @@ pub(crate) const TRANSFERS: Kind<v1::TransferInfo> = Kind {
         column("BYTES", |transfer, _| Cell::bytes(transfer.bytes)),
         column("AGE", |transfer, _| Cell::milliseconds(transfer.age_ms)),
         column("LEFT", |transfer, _| Cell::milliseconds(transfer.left_ms)),
-        column("SHARD", |transfer, _| Cell::count(transfer.shard)),
+        column("SHARD", |transfer, _| match transfer.shard {
+            Some(shard) => Cell::count(shard),
+            None => Cell::number(u64::MAX, "-".into()),
+        }),
     ],
 };
 

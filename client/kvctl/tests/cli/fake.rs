@@ -394,13 +394,13 @@ impl admin_server::Admin for Service {
             bytes: u64::from(n) << 16,
             age_ms: 12,
             left_ms: 9_988,
-            shard: 0,
+            shard: (direction == "in").then_some(0),
         };
         let transfers = match self.0.mood {
             Mood::Peers => vec![
                 transfer(3, "", "in", "searching"),
                 transfer(4, "node-b", "in", "reading"),
-                transfer(1, "node-b", "out", "held"),
+                transfer(1, "node-b", "out", "granted"),
             ],
             _ => Vec::new(),
         };

@@ -234,7 +234,7 @@ fn transfers_are_listed() {
 {:32}   NODE     DIR   STAGE         BYTES    AGE    LEFT   SHARD
 {}   -        in    searching    192KiB   12ms   10.0s       0
 {}   node-b   in    reading      256KiB   12ms   10.0s       0
-{}   node-b   out   held        64.0KiB   12ms   10.0s       0
+{}   node-b   out   granted     64.0KiB   12ms   10.0s       -
 ",
         "KEY",
         key(3),
