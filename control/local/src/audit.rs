@@ -43,6 +43,8 @@ fn verdict(reason: MissReason) -> Verdict {
         | MissReason::EvictedQuota
         | MissReason::EvictedRequest
         | MissReason::EvictedReclaim
+        // Its segment was reclaimed while it was in memory, too. When it left that, it was not written once more.
+        | MissReason::AdmissionRejected
         | MissReason::Expired => Verdict::Evicted,
         MissReason::TierDegraded
         | MissReason::NotComplete
@@ -54,8 +56,7 @@ fn verdict(reason: MissReason) -> Verdict {
         | MissReason::PeerEvicted => Verdict::Undecided,
         MissReason::NeverStored
         | MissReason::ScopeDiffers
-        | MissReason::Corrupt
-        | MissReason::AdmissionRejected => Verdict::Lost,
+        | MissReason::Corrupt => Verdict::Lost,
     }
 }
 
@@ -132,7 +133,7 @@ mod tests {
         for (hash, reason) in MissReason::ALL.into_iter().enumerate() {
             audit.enter(hash as u64 + 1, Some(reason));
         }
-        assert_eq!((audit.evicted, audit.lost, audit.undecided, audit.kept.len()), (5, 4, 8, 9));
+        assert_eq!((audit.evicted, audit.lost, audit.undecided, audit.kept.len()), (6, 3, 8, 9));
         assert_eq!(audit.first_lost, Some((1, MissReason::NeverStored)));
     }
 }

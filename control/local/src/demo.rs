@@ -118,7 +118,7 @@ pub fn run(options: &Options, stop: &Stop) -> anyhow::Result<Report> {
     };
     let nodes = usize::from(options.nodes);
     let host = share(Size::mib(256), nodes, Size::mib(16));
-    // Enough for all that is durable: of old evictions a small disk forgets that they were any.
+    // Enough for all that is durable, as a rule.
     let disk = Size::gib(if nodes == 1 { 2 } else { 1 });
     let places = Places::make(&wishes, host, disk, nodes)?;
     let workers = options.workers.map_or_else(
@@ -145,6 +145,9 @@ pub fn run(options: &Options, stop: &Stop) -> anyhow::Result<Report> {
         "listen.http=off".to_owned(),
         format!("disk.admission={}", options.admission),
         format!("host.policy={}", options.policy),
+        // With less memory and disk than the trace fills, most of it is evicted. The account needs to hear of every
+        // block that it was, so none may be forgotten.
+        format!("catalog.ghosts_max={}", trace::blocks(&requests).max(64)),
     ];
     let setups = nodes::setups(&places, &settings)?;
     let started: Vec<_> = setups.iter().map(Daemon::start).collect::<Result<_, _>>()?;

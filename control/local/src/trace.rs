@@ -6,6 +6,7 @@
 //! ```
 //! Only whole blocks are kept: an engine does not cache the one that the prompt does not fill.
 
+use std::collections::HashSet;
 use std::path::{Path, PathBuf};
 
 use serde::Deserialize;
@@ -92,6 +93,12 @@ fn request(line: &str) -> Result<Request, String> {
     }
     blocks.truncate((input_length / tokens) as usize);
     Ok(Request { timestamp_ms: timestamp, blocks })
+}
+
+/// How many different blocks these requests name.
+pub fn blocks(requests: &[Request]) -> usize {
+    let names: HashSet<u64> = requests.iter().flat_map(|request| &request.blocks).copied().collect();
+    names.len()
 }
 
 /// Reads the trace in a file.
