@@ -37,6 +37,7 @@ use crate::plan::Plan;
 pub mod facts;
 mod fetch;
 mod line;
+mod mending;
 mod offer;
 pub mod rdma;
 mod serve;

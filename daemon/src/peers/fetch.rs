@@ -2,7 +2,7 @@
 
 use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use kv_block::ShardId;
 use kv_node::{Exchange, ExchangeCommand, ExchangeConfig, ExchangeEvent, FetchDone, FetchOp, PeerId};
@@ -17,6 +17,7 @@ use tokio::task::AbortHandle;
 
 use super::facts;
 use super::line::{self, FromLine, Word};
+use super::mending::Mending;
 use super::rdma::Rails;
 use super::{Clock, Order, Place, principals};
 use crate::config::Config;
@@ -26,9 +27,6 @@ use crate::shard::ShardHandle;
 
 /// Words of peers that wait to be heard; whoever says more waits.
 const WORDS_MAX: usize = 64;
-/// How long a path besides TCP stays down before it is asked for again: at first, and at most.
-const MEND_MIN: Duration = Duration::from_secs(1);
-const MEND_MAX: Duration = Duration::from_secs(60);
 /// Of one kind, what is taken in one turn.
 const TURN_MAX: usize = 4096;
 
@@ -62,8 +60,8 @@ struct Line {
     links: BTreeMap<PathId, Box<dyn Link>>,
     /// Our ends of paths whose other end is not known yet.
     ends: BTreeMap<PathId, Endpoint>,
-    /// Planned paths that are down, when each is asked for again, and after how long it was the last time.
-    mending: BTreeMap<PathId, (Instant, Duration)>,
+    /// Planned paths that are down, and when each is asked for again.
+    mending: Mending,
     /// Of this connection, or the last one.
     plan: PathPlan,
 }
@@ -108,7 +106,7 @@ impl Fetching {
             address: None,
             links: BTreeMap::new(),
             ends: BTreeMap::new(),
-            mending: BTreeMap::new(),
+            mending: Mending::default(),
             plan: PathPlan::default(),
         };
         let (words, heard) = mpsc::channel(WORDS_MAX);
@@ -140,7 +138,7 @@ impl Fetching {
         let mut wanted = Vec::new();
         let wake = Arc::clone(&self.wake);
         loop {
-            let mending = self.lines.iter().flat_map(|line| line.mending.values()).map(|(due, _)| *due);
+            let mending = self.lines.iter().filter_map(|line| line.mending.next_due());
             let due =
                 self.exchange.next_tick().map(|at| self.clock.moment(at)).into_iter().chain(mending).min();
             let tick = async {
@@ -324,7 +322,9 @@ impl Fetching {
         let path = planned.path;
         match self.rails.ask(planned) {
             Ok((endpoint, end)) => {
-                self.lines[usize::from(peer.0)].ends.insert(path, endpoint);
+                let line = &mut self.lines[usize::from(peer.0)];
+                line.ends.insert(path, endpoint);
+                line.mending.asked(path, Instant::now());
                 self.tell(peer, ReaderEvent::Reach(end));
             }
             Err(why) => self.path_down(peer, path, why),
@@ -334,9 +334,7 @@ impl Fetching {
     /// A path besides TCP is down: it is asked for again later, each time after twice as long.
     fn path_down(&mut self, peer: PeerId, path: PathId, why: String) {
         let line = &mut self.lines[usize::from(peer.0)];
-        let last = line.mending.get(&path).map(|(_, after)| *after);
-        let after = last.map_or(MEND_MIN, |after| (2 * after).min(MEND_MAX));
-        line.mending.insert(path, (Instant::now() + after, after));
+        let after = line.mending.down(path, Instant::now());
         tracing::info!(
             peer = line.member.name,
             path = path.0,
@@ -351,16 +349,8 @@ impl Fetching {
     fn mend(&mut self) {
         let now = Instant::now();
         for at in 0..self.lines.len() {
-            let line = &mut self.lines[at];
-            let due: Vec<PathId> =
-                line.mending.iter().filter(|(_, (due, _))| *due <= now).map(|(path, _)| *path).collect();
-            for path in due {
-                let line = &mut self.lines[at];
-                // An answer that does not come is as good as a refusal.
-                if let Some((due, after)) = line.mending.get_mut(&path) {
-                    *after = (2 * *after).min(MEND_MAX);
-                    *due = now + *after;
-                }
+            for path in self.lines[at].mending.take_due(now) {
+                let line = &self.lines[at];
                 let planned = line.plan.paths.iter().find(|planned| planned.path == path).cloned();
                 if let Some(planned) = planned.filter(|_| line.say.is_some()) {
                     self.ask_for_rail(PeerId(at as u16), &planned);
@@ -383,7 +373,7 @@ impl Fetching {
         match endpoint.connect(&end.words, wake) {
             Ok(link) => {
                 line.links.insert(path, Box::new(link));
-                line.mending.remove(&path);
+                line.mending.joined(path);
                 self.tell(peer, ReaderEvent::Path { path, up: Ok(()) });
             }
             Err(error) => self.path_down(peer, path, line::chain(&error)),
@@ -425,6 +415,9 @@ impl Fetching {
                 for done in done.drain(..) {
                     match done {
                         LinkDone::Read { read, into, result } => {
+                            if result.is_ok() {
+                                line.mending.carried(*path);
+                            }
                             events.push((peer, ReaderEvent::Read { read, into, result }));
                         }
                         LinkDone::Broken { why } => broken.push((peer, *path, why.to_string())),
