@@ -607,6 +607,7 @@ impl Engine {
                         self.pool.free.push_back(loan.window);
                         self.dirty.append(&mut self.starved);
                     }
+                    Output::Answered => lane.outbox.answered(),
                     Output::Done(done) => dones.push(done),
                     Output::Check { read, into, record } => {
                         let check = Check { read, into, record, outbox: Arc::clone(&lane.outbox) };

@@ -92,6 +92,8 @@ pub(crate) enum Output<R> {
     Deregister { want: WantId, region: R },
     /// A window is free.
     Return(Loan),
+    /// The peer's device answered for the first time.
+    Answered,
     /// Something ended.
     Done(LinkDone),
     /// A read has come and is to be checked.
@@ -211,6 +213,8 @@ pub(crate) struct Flow<R> {
     heard: Micros,
     beat_at: Micros,
     beating: bool,
+    /// The peer's device has answered something.
+    answered: bool,
     leaving: bool,
     /// Something never comes back.
     lost: bool,
@@ -232,6 +236,7 @@ impl<R> Flow<R> {
             heard: now,
             beat_at: now,
             beating: false,
+            answered: false,
             leaving: false,
             lost: false,
             out: Vec::new(),
@@ -474,7 +479,12 @@ impl<R> Flow<R> {
             self.beating &= token != Token::BEAT;
             self.leaving &= token != Token::BYE;
             match result {
-                Ok(()) => self.heard = now,
+                Ok(()) => {
+                    self.heard = now;
+                    if !std::mem::replace(&mut self.answered, true) {
+                        self.out.push(Output::Answered);
+                    }
+                }
                 Err(fault) => self.fault(fault, now),
             }
             return;
@@ -634,9 +644,14 @@ impl<R> Flow<R> {
             let what = format!("the peer's device has not answered for {} ms", quiet / 1000);
             self.fail(what, true, now);
         } else if !owed && now.0.saturating_sub(self.beat_at.0.max(self.heard.0)) > self.limits.beat {
-            (self.beating, self.beat_at, self.heard) = (true, now, now);
-            self.out.push(Output::Post(Token::BEAT, Step::Say(Word::Beat)));
+            self.beat(now);
         }
+    }
+
+    /// Asks the peer's device whether it is there.
+    pub(crate) fn beat(&mut self, now: Micros) {
+        (self.beating, self.beat_at, self.heard) = (true, now, now);
+        self.out.push(Output::Post(Token::BEAT, Step::Say(Word::Beat)));
     }
 
     /// Whether nothing more comes of waiting, and it is to be dismantled.
@@ -665,7 +680,7 @@ impl<R> Flow<R> {
                 }
                 Output::Return(loan) => loans.push(loan),
                 Output::Deregister { region, .. } => regions.push(region),
-                Output::Post(..) | Output::Register { .. } => {}
+                Output::Post(..) | Output::Register { .. } | Output::Answered => {}
             }
         }
         // What was refused once is refused to whoever asks next.
@@ -723,6 +738,7 @@ mod tests {
         by_regions: bool,
         done: Vec<LinkDone>,
         came: Vec<ReadId>,
+        answers: u32,
     }
 
     impl Rig {
@@ -739,6 +755,7 @@ mod tests {
                 by_regions,
                 done: Vec::new(),
                 came: Vec::new(),
+                answers: 0,
             }
         }
 
@@ -796,6 +813,7 @@ mod tests {
                         Output::Register { want, .. } => self.register.push(want),
                         Output::Deregister { want, .. } => self.deregister.push(want),
                         Output::Return(_) => self.windows += 1,
+                        Output::Answered => self.answers += 1,
                         Output::Done(done) => self.done.push(done),
                         Output::Check { read, into, record: _ } => {
                             self.came.push(read);
@@ -906,6 +924,33 @@ mod tests {
         let remains = rig.flow.dismantle();
         let LinkError::Path { what } = remains.why else { panic!() };
         assert_eq!(what, "the peer's device has not answered for 10 ms");
+    }
+
+    #[test]
+    fn a_peer_is_there_when_its_device_has_answered() {
+        let mut rig = Rig::new(0, false);
+        rig.flow.beat(rig.now);
+        rig.move_on();
+        assert!(matches!(rig.posted[..], [(Token::BEAT, _)]));
+        rig.tick(5_000);
+        assert_eq!((rig.posted.len(), rig.answers), (1, 0), "it was asked, and has not answered");
+        rig.end(0, Ok(()));
+        assert_eq!(rig.answers, 1);
+        rig.tick(6_001);
+        rig.end(0, Ok(()));
+        assert_eq!(rig.answers, 1, "that is told once");
+
+        for broken in [true, false] {
+            let mut rig = Rig::new(0, false);
+            rig.flow.beat(rig.now);
+            rig.move_on();
+            if broken {
+                rig.end(0, Err(Fault::Other("transport retry counter exceeded")));
+            } else {
+                rig.tick(10_001);
+            }
+            assert!(rig.flow.is_failing() && rig.answers == 0);
+        }
     }
 
     #[test]

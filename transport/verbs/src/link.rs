@@ -3,6 +3,7 @@
 //! ```text
 //!   Endpoint::open    a queue pair, and the words that the peer needs       nothing is connected yet
 //!   connect(words)    with the peer's words: a VerbsLink                    both ends, in any order
+//!   has_answered      the reader's end asked, and the owner's device heard  there is a network between them
 //! ```
 //! A path that broke is gone for good; to heal it, both sides open a new endpoint, which takes a few system calls.
 
@@ -117,8 +118,12 @@ impl Endpoint {
         };
         let now = Micros(inner.started.elapsed().as_micros() as u64);
         let outbox = Arc::new(Outbox::new(wake));
-        let lane =
-            Lane { qp, flow: Flow::new(limits, now), pd, outbox: Arc::clone(&outbox), permit, failed: false };
+        let mut flow = Flow::new(limits, now);
+        if ours.role == Role::Reader {
+            // Should the owner's end not be there yet, the device says it again.
+            flow.beat(now);
+        }
+        let lane = Lane { qp, flow, pd, outbox: Arc::clone(&outbox), permit, failed: false };
         let serial = inner.serial.fetch_add(1, Ordering::Relaxed);
         inner.inbox.send(Command::Attach(serial, Box::new(lane)));
         Ok(VerbsLink {
@@ -184,6 +189,12 @@ impl VerbsLink {
     /// The device that it goes through.
     pub fn device(&self) -> &Device {
         &self.device
+    }
+
+    /// Whether the peer's device has answered, so that there is a network between both ends. The reader's end asks as
+    /// soon as it is connected; `wake` is called when the answer comes. If none comes the link breaks.
+    pub fn has_answered(&self) -> bool {
+        self.outbox.has_answered()
     }
 
     fn is_broken(&self) -> bool {

@@ -11,6 +11,8 @@ struct State {
     broken: Option<LinkError>,
     /// Some of what was under way never comes back.
     abandoned: bool,
+    /// The peer's device has answered something.
+    answered: bool,
     /// Its link is gone: what comes is let go, and nobody is called.
     orphan: bool,
 }
@@ -60,6 +62,21 @@ impl Outbox {
         if !orphan {
             (self.wake)();
         }
+    }
+
+    /// The peer's device answered for the first time.
+    pub(crate) fn answered(&self) {
+        let mut state = self.lock();
+        state.answered = true;
+        let orphan = state.orphan;
+        drop(state);
+        if !orphan {
+            (self.wake)();
+        }
+    }
+
+    pub(crate) fn has_answered(&self) -> bool {
+        self.lock().answered
     }
 
     /// Its link is gone.

@@ -360,6 +360,22 @@ fn a_wake_comes_with_completions() {
 }
 
 #[test]
+fn a_reader_knows_whether_the_owner_answers() {
+    let Some(node) = node(16, &DeviceConfig { silence: Duration::from_secs(2), ..config() }) else { return };
+    let (_owner, reader) = node.pair();
+    assert!(common::eventually(|| reader.link.has_answered()));
+
+    let (sender, receiver) = std::sync::mpsc::channel();
+    let (reader, _) = kv_verbs::Endpoint::open(&node.device, kv_verbs::Role::Reader, 1).unwrap();
+    let (_owner, answers) = kv_verbs::Endpoint::open(&node.device, kv_verbs::Role::Owner, 1).unwrap();
+    let wake = std::sync::Arc::new(move || sender.send(()).unwrap_or(()));
+    let mut reader = common::End::new(reader.connect(&answers, wake).unwrap());
+    receiver.recv_timeout(LIMIT).expect("it is told that nobody answers");
+    reader.broken();
+    assert!(!reader.link.has_answered());
+}
+
+#[test]
 fn nobody_is_called_for_a_link_that_is_gone() {
     let Some(node) = node(64, &config()) else { return };
     let (mut owner, reader) = node.pair();
