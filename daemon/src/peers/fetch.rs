@@ -10,7 +10,7 @@ use kv_tcp::Dialer;
 use kv_transport::link::{Link, LinkDone, LinkError, LinkOp, Wake};
 use kv_transport::plan::{PathPlan, PlannedPath};
 use kv_transport::reader::{PathId, ReaderCommand, ReaderConfig, ReaderEvent};
-use kv_verbs::Endpoint;
+use kv_verbs::{Endpoint, VerbsLink};
 use kv_wire::message::{PathEnd, Taken};
 use tokio::sync::{Notify, mpsc, oneshot};
 use tokio::task::AbortHandle;
@@ -60,6 +60,8 @@ struct Line {
     links: BTreeMap<PathId, Box<dyn Link>>,
     /// Our ends of paths whose other end is not known yet.
     ends: BTreeMap<PathId, Endpoint>,
+    /// Paths with both ends, whose other end was not heard yet: no read goes by them.
+    trying: BTreeMap<PathId, VerbsLink>,
     /// Planned paths that are down, and when each is asked for again.
     mending: Mending,
     /// Of this connection, or the last one.
@@ -106,6 +108,7 @@ impl Fetching {
             address: None,
             links: BTreeMap::new(),
             ends: BTreeMap::new(),
+            trying: BTreeMap::new(),
             mending: Mending::default(),
             plan: PathPlan::default(),
         };
@@ -183,6 +186,7 @@ impl Fetching {
     /// Does what the exchange commands, and what follows from that, until nothing is left.
     fn settle(&mut self) {
         loop {
+            self.poll_trying();
             self.poll_links();
             self.exchange.flush(self.clock.now(), &mut self.commands);
             if self.commands.is_empty() {
@@ -372,11 +376,43 @@ impl Fetching {
         }
         match endpoint.connect(&end.words, wake) {
             Ok(link) => {
-                line.links.insert(path, Box::new(link));
+                line.trying.insert(path, link);
                 line.mending.joined(path);
-                self.tell(peer, ReaderEvent::Path { path, up: Ok(()) });
             }
             Err(error) => self.path_down(peer, path, line::chain(&error)),
+        }
+    }
+
+    /// Paths come up whose other end has answered.
+    fn poll_trying(&mut self) {
+        let (mut done, mut ended) = (Vec::new(), Vec::new());
+        for (at, line) in self.lines.iter_mut().enumerate() {
+            for (path, mut link) in std::mem::take(&mut line.trying) {
+                link.poll(&mut done);
+                // It was given nothing, so only its own end can come back.
+                let broken = done.drain(..).find_map(|done| match done {
+                    LinkDone::Broken { why } => Some(why.to_string()),
+                    _ => None,
+                });
+                let up = match broken {
+                    Some(why) => Err(why),
+                    None if link.has_answered() => {
+                        line.links.insert(path, Box::new(link));
+                        Ok(())
+                    }
+                    None => {
+                        line.trying.insert(path, link);
+                        continue;
+                    }
+                };
+                ended.push((PeerId(at as u16), path, up));
+            }
+        }
+        for (peer, path, up) in ended {
+            match up {
+                Ok(()) => self.tell(peer, ReaderEvent::Path { path, up: Ok(()) }),
+                Err(why) => self.path_down(peer, path, why),
+            }
         }
     }
 
@@ -398,6 +434,7 @@ impl Fetching {
         }
         (line.say, line.address) = (None, None);
         line.ends.clear();
+        line.trying.clear();
         line.mending.clear();
         let links = std::mem::take(&mut line.links);
         self.closing.extend(links.into_iter().map(|(path, link)| (peer, path, link)));
