@@ -5,6 +5,7 @@
 //! answers. A node without a device has a plan with nothing but TCP.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use kv_tcp::Security;
 use kv_transport::link::{Link, Wake};
@@ -21,6 +22,9 @@ use crate::node::Node;
 
 /// Devices used at once.
 const RAILS_MAX: usize = PATHS_MAX;
+/// How long a peer's device may owe an answer, at the least and at the most: one that is busy is not gone.
+const SILENCE_MIN: Duration = Duration::from_secs(2);
+const SILENCE_MAX: Duration = Duration::from_secs(60);
 
 /// The devices in use, and what peers are told of them. Cheap to clone.
 #[derive(Clone, Default)]
@@ -57,9 +61,12 @@ impl Rails {
         for line in probe.lines() {
             tracing::info!("RDMA: {line}");
         }
+        // A block that waits for a device in vain must have time left to come by TCP.
+        let silence = (config.peers.fetch_limit.0 / 2).clamp(SILENCE_MIN, SILENCE_MAX);
+        let device = DeviceConfig { silence, ..DeviceConfig::default() };
         let mut devices = Vec::new();
         for rail in probe.nearest(numa_node).into_iter().take(RAILS_MAX) {
-            match Device::open(rail, &arenas, &DeviceConfig::default()) {
+            match Device::open(rail, &arenas, &device) {
                 Ok(device) => {
                     device.notes().iter().for_each(|note| tracing::info!("RDMA: {}: {note}", rail.device));
                     devices.push(device);
