@@ -84,6 +84,8 @@ pub(super) struct Read {
     until: Option<Micros>,
     /// When it began, and how many blocks had landed then.
     since: (Micros, u64),
+    /// The want and its bytes, when the owner is to be told that they are done once the device is.
+    owes: Option<(WantId, u32)>,
 }
 
 /// What was said and is to be said to the owner.
@@ -259,21 +261,19 @@ impl Reader {
                 self.books.settle(id, grant.bytes);
             }
             WantStage::Reading { grant, read, .. } => {
-                self.cancel(now, read, out);
-                if leased {
-                    self.books.settle(id, grant.bytes);
-                }
+                self.cancel(now, read, leased.then_some((id, grant.bytes)), out);
             }
             _ => {}
         }
         true
     }
 
-    /// The device keeps the slot until it is done with it; nobody waits for that.
-    fn cancel(&mut self, now: Micros, id: ReadId, out: &mut Out) {
+    /// The device keeps the slot until it is done with it; nobody waits for that. Nor does the owner hear of it before:
+    /// a device that still reads what the owner has withdrawn fails, and all that goes by its path with it.
+    fn cancel(&mut self, now: Micros, id: ReadId, owes: Option<(WantId, u32)>, out: &mut Out) {
         let Some(read) = self.reads.get_mut(&id) else { return };
         let until = now.after(self.config.cancel_max);
-        read.want = None;
+        (read.want, read.owes) = (None, owes);
         read.until = Some(until);
         self.timers.insert((until, Timer::Cancelled(id)));
         out.push(ReaderCommand::Cancel { path: read.path, read: id });
@@ -415,7 +415,8 @@ impl Reader {
                 let record = want.record(&grant);
                 let connection = self.connection;
                 let since = (now, self.landed);
-                self.reads.insert(read, Read { want: Some(id), path, connection, until: None, since });
+                let under_way = Read { want: Some(id), path, connection, until: None, since, owes: None };
+                self.reads.insert(read, under_way);
                 out.push(ReaderCommand::Read { path, read, want: id, window, record, into });
             }
             Err(NoPath::Yet) => want.stage = WantStage::Parked { grant, into, tried },
@@ -456,6 +457,9 @@ impl Reader {
             self.timers.remove(&(until, Timer::Cancelled(id)));
         }
         let here = read.connection == self.connection && matches!(self.stage, Stage::Up(_));
+        if let Some((want, bytes)) = read.owes.filter(|_| here) {
+            self.books.settle(want, bytes);
+        }
         let want = read.want.and_then(|want| Some((want, self.wants.get_mut(&want)?)));
         let Some((id, want)) = want else { return };
         let WantStage::Reading { grant, tried, .. } = want.stage else { return };

@@ -66,8 +66,10 @@ impl World {
                 let report = self.side(node, peer).reader.report();
                 let strike = report.last_error.map_or("", |(strike, _)| strike);
                 self.tally.count(strike);
-                // Without a strike it accuses nobody: no path is left, and nothing was wanted.
-                let fair = ["", "unreachable", "silent", "stuck", "unread"].contains(&strike);
+                // What a network does to two honest ends. Without a strike of its own it accuses nobody: no path is
+                // left, and nothing was wanted; the newest strike is an older one then.
+                let network = ["unreachable", "broken", "silent", "stuck", "unanswered", "unread"];
+                let fair = strike.is_empty() || network.contains(&strike);
                 assert!(fair || !self.weather.is_honest(), "an honest peer is accused: {strike}, {why}");
                 if let Some(conn) = self.leave_conn(node, peer) {
                     self.sever_all(conn, 0);
