@@ -284,7 +284,10 @@ impl Worker {
         let life = self.life();
         let Way::Shm(shm) = &life.way else {
             life.check()?;
-            return keys.iter().map(|key| self.fetch(&life, key, wait)).collect();
+            // One after the other, within the time of all together.
+            let until = Instant::now() + wait;
+            let left = || until.saturating_duration_since(Instant::now());
+            return keys.iter().map(|key| self.fetch(&life, key, left())).collect();
         };
         let asked = Instant::now();
         let until = asked + if wait.is_zero() { self.deadline() } else { wait };
