@@ -61,6 +61,8 @@ pub struct Description {
     pub principal: String,
     /// Longest message that it takes, in bytes. Blocks go in as many as they need.
     pub message_bytes_max: u64,
+    /// Names of the nodes that it fetches blocks from.
+    pub peers: Vec<String>,
 }
 
 impl Client {
@@ -134,6 +136,7 @@ impl Client {
             block_bytes_max: answer.block_bytes_max,
             message_bytes_max: answer.message_bytes_max,
             principal: answer.principal,
+            peers: answer.peers,
         })
     }
 

@@ -241,12 +241,24 @@ impl Worker {
     /// Where each of these blocks is: here, or at a peer that the daemon asks. Nothing moves; what a peer has comes
     /// with [`Worker::prefetch`], or when an acquire waits for it.
     pub fn locate(&self, binding: &Binding, hashes: &[SequenceHash]) -> Call<Vec<Sighting>> {
-        let (client, session) = (self.client(), self.session());
-        let requests = self.batches(binding, hashes);
+        self.locate_keys(&binding.keys(hashes), "")
+    }
+
+    /// [`Worker::locate`] by keys, for those who keep them. `node` is a peer that is asked in any case, where there
+    /// are more than are asked for one block; empty: nobody in particular.
+    pub fn locate_keys(&self, keys: &[BlockKey], node: impl Into<String>) -> Call<Vec<Sighting>> {
+        let (client, session, node) = (self.client(), self.session(), node.into());
+        let requests: Vec<_> = keys.chunks(client.keys_per_request_max()).map(names_of).collect();
         self.client().call(async move {
             let mut sightings = Vec::new();
             for names in requests {
-                let message = v1::LookupRequest { names, all: true, session: session.0, peers: true };
+                let message = v1::LookupRequest {
+                    names: Some(names),
+                    all: true,
+                    session: session.0,
+                    peers: true,
+                    node: node.clone(),
+                };
                 let answer = client.within(client.blocks().lookup(client.request(message))).await?;
                 for found in answer.found {
                     sightings.push(sighting(found)?);

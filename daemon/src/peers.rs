@@ -156,8 +156,19 @@ pub struct Transfers {
 enum Order {
     Peers(oneshot::Sender<(kv_transport::Micros, Vec<(PeerReport, PathPlan)>)>),
     Transfers(oneshot::Sender<(kv_transport::Micros, Vec<TransferReport>)>),
-    Locate { principal: u8, keys: Vec<BlockKey>, deadline: Instant, reply: oneshot::Sender<Vec<Place>> },
-    Offer { peer: PeerId, offer: Offer, deadline: Instant, reply: oneshot::Sender<Option<Taken>> },
+    Locate {
+        principal: u8,
+        keys: Vec<BlockKey>,
+        hint: Option<PeerId>,
+        deadline: Instant,
+        reply: oneshot::Sender<Vec<Place>>,
+    },
+    Offer {
+        peer: PeerId,
+        offer: Offer,
+        deadline: Instant,
+        reply: oneshot::Sender<Option<Taken>>,
+    },
 }
 
 /// Where a block is among the peers.
@@ -266,14 +277,15 @@ impl Peers {
         Ok(Transfers { now, incoming, outgoing })
     }
 
-    /// Where each block is among the peers, as far as they answer in time.
+    /// Where each block is among the peers, as far as they answer in time. `hint` is asked in any case.
     pub async fn locate(
         &self,
         principal: u8,
         keys: Vec<BlockKey>,
+        hint: Option<PeerId>,
         deadline: Instant,
     ) -> Result<Vec<Place>, Fault> {
-        self.ask(|reply| Order::Locate { principal, keys, deadline, reply }).await
+        self.ask(|reply| Order::Locate { principal, keys, hint, deadline, reply }).await
     }
 
     /// Offers blocks to a peer; what it took, or `None` when it did not say in time.

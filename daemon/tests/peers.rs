@@ -4,27 +4,10 @@ mod support;
 
 use kv_api::v1;
 use kv_block::SequenceHash;
-use support::among::{get, peer, transfers, until};
-use support::{Daemon, Door, Home, scope};
+use support::among::{get, nodes, peer, transfers, until};
+use support::{Daemon, Door, scope};
 
 const BLOCK: u32 = 64 << 10;
-
-/// Homes of nodes `a`, `b`, ... that know each other, each with `host` memory and `disk`.
-fn nodes<const N: usize>(story: &str, host: &str, disk: Option<&str>) -> [Home; N] {
-    // Ports that were free a moment ago; all are taken before the first is given back.
-    let free: Vec<_> = (0..N).map(|_| std::net::TcpListener::bind("127.0.0.1:0").unwrap()).collect();
-    let ports: Vec<u16> = free.iter().map(|one| one.local_addr().unwrap().port()).collect();
-    let name = |at: usize| char::from(b'a' + at as u8).to_string();
-    let member = |(at, port): (usize, &u16)| format!("{}=127.0.0.1:{port}", name(at));
-    let members: Vec<String> = ports.iter().enumerate().map(member).collect();
-    drop(free);
-    std::array::from_fn(|at| {
-        Home::sized(&format!("{story}-{}", name(at)), host, disk)
-            .set(&format!("node.name={}", name(at)))
-            .set(&format!("peers.listen=127.0.0.1:{}", ports[at]))
-            .set(&format!("peers.members={}", members.join(",")))
-    })
-}
 
 fn store(door: &Door, numbers: std::ops::Range<u64>) -> u32 {
     let binding = door.register(&scope("t"), BLOCK);
@@ -153,6 +136,27 @@ fn lookups_see_what_peers_have_when_they_are_told_to() {
     assert_eq!(look(false).prefix, 0);
     // Nothing has moved.
     assert_eq!(at_c.status().fetched_blocks, 0);
+}
+
+#[test]
+fn a_lookup_asks_the_node_it_names_where_nobody_else_would_be_asked() {
+    let [a, b] = nodes("named", "64MiB", None);
+    let b = b.set("peers.probe_peers_max=0");
+    let (_a, _b) = (a.start(), b.start());
+    let (at_a, at_b) = (Door::of(&a), Door::of(&b));
+    store(&at_a, 0..2);
+    let binding = at_b.register(&scope("t"), BLOCK);
+    let look = |node: &str| {
+        let hashes = (0..3).map(|number| SequenceHash::from(number).as_bytes().to_vec().into()).collect();
+        let names = v1::Names { binding, sequence_hashes: hashes, ..v1::Names::default() };
+        let node = node.to_owned();
+        let request = v1::LookupRequest { names: Some(names), peers: true, node, ..Default::default() };
+        at_b.runtime.block_on(async { at_b.blocks().lookup(request).await })
+    };
+    assert_eq!(look("").expect("lookup").into_inner().prefix, 0);
+    assert_eq!(look("a").expect("lookup").into_inner().prefix, 2);
+    let refused = look("nowhere").unwrap_err();
+    assert!(refused.message().contains("peers.members"), "{refused}");
 }
 
 #[test]

@@ -61,6 +61,8 @@ pub enum ExchangeEvent {
         principal: u8,
         /// Names.
         keys: Vec<BlockKey>,
+        /// Who is asked in any case.
+        hint: Option<PeerId>,
         /// When the question ends.
         deadline: Micros,
     },
@@ -240,8 +242,8 @@ impl Exchange {
                 FetchOp::Leave { fetch } => self.leave(now, (shard, fetch), out),
             },
             ExchangeEvent::Peer { peer, event } => self.tell(now, peer, event, out),
-            ExchangeEvent::Locate { id, principal, keys, deadline } => {
-                self.locate(now, id, principal, &keys, deadline, out);
+            ExchangeEvent::Locate { id, principal, keys, hint, deadline } => {
+                self.locate(now, id, (principal, &keys), hint, deadline, out);
             }
             ExchangeEvent::Offer { peer, offer, deadline } => {
                 if usize::from(peer.0) < self.readers.len() {
@@ -551,12 +553,14 @@ impl Exchange {
         &mut self,
         now: Micros,
         id: u64,
-        principal: u8,
-        keys: &[BlockKey],
+        (principal, keys): (u8, &[BlockKey]),
+        hint: Option<PeerId>,
         deadline: Micros,
         out: &mut Vec<ExchangeCommand>,
     ) {
-        let peers = self.whom_to_ask();
+        let mut peers = self.whom_to_ask();
+        let hint = hint.filter(|hint| usize::from(hint.0) < self.readers.len());
+        peers.extend(hint.filter(|hint| !peers.contains(hint)));
         let answers_left = keys.chunks(ITEMS_MAX).len() * peers.len();
         self.locations.insert(id, Location { places: vec![None; keys.len()], answers_left });
         if answers_left == 0 {

@@ -500,11 +500,11 @@ impl Fetching {
                 drop(reply.send((now, self.exchange.reports().into_iter().zip(plans).collect())));
             }
             Order::Transfers(reply) => drop(reply.send((now, self.exchange.transfers()))),
-            Order::Locate { principal, keys, deadline, reply } => {
+            Order::Locate { principal, keys, hint, deadline, reply } => {
                 let id = self.number();
                 self.locating.insert(id, reply);
                 let deadline = self.clock.at(deadline);
-                let event = ExchangeEvent::Locate { id, principal, keys, deadline };
+                let event = ExchangeEvent::Locate { id, principal, keys, hint, deadline };
                 self.exchange.handle(now, event, &mut self.commands);
             }
             Order::Offer { peer, mut offer, deadline, reply } => {

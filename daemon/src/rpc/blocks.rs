@@ -38,15 +38,20 @@ impl BlocksService {
 
     /// How far the search for a block goes; `node` is the one to ask first.
     fn reach(&self, node: &str) -> Result<Reach, Status> {
+        Ok(Reach::Peers { hint: self.hint(node)? })
+    }
+
+    /// The peer of that name; none where nobody in particular is named, or this node.
+    fn hint(&self, node: &str) -> Result<Option<PeerId>, Status> {
         if node.is_empty() || node == self.node().name {
-            return Ok(Reach::Peers { hint: None });
+            return Ok(None);
         }
         let hint = self.0.config.peers().position(|member| member.name == node);
         let hint = hint.map(|at| PeerId(at as u16)).ok_or_else(|| {
             let text = format!("node {node} is not among peers.members of node {}", self.node().name);
             status(Fault::new(Code::BadRequest, text))
         })?;
-        Ok(Reach::Peers { hint: Some(hint) })
+        Ok(Some(hint))
     }
 
     fn one_key(&self, names: Option<&v1::Names>) -> Result<BlockKey, Status> {
@@ -165,7 +170,8 @@ impl v1::blocks_server::Blocks for BlocksService {
         let mut answers = view.lookup(&keys, all, until).await.map_err(status)?;
         let mut nodes = Vec::new();
         if request.peers && answers.iter().any(|found| matches!(found, Found::Miss(_))) {
-            let further = self.0.look_further(who.principal, &keys, &mut answers, until).await;
+            let hint = self.hint(&request.node)?;
+            let further = self.0.look_further(who.principal, &keys, hint, &mut answers, until).await;
             nodes = further.map_err(status)?;
             let first = answers.iter().position(|found| matches!(found, Found::Miss(_)));
             if let Some(first) = first.filter(|_| !request.all) {

@@ -31,6 +31,7 @@ impl Shared {
         &self,
         principal: usize,
         keys: &[kv_block::BlockKey],
+        hint: Option<PeerId>,
         answers: &mut [Found],
         until: Instant,
     ) -> Result<Vec<String>, Fault> {
@@ -42,7 +43,7 @@ impl Shared {
             (0..keys.len()).filter(|at| matches!(answers[*at], Found::Miss(_))).collect();
         let until = until.min(Instant::now() + self.config.peers.probe_limit.0);
         let asked = absent.iter().map(|at| keys[*at]).collect();
-        let places = peers.locate(principal as u8, asked, until).await?;
+        let places = peers.locate(principal as u8, asked, hint, until).await?;
         for (at, place) in absent.into_iter().zip(places) {
             let Some((peer, sight)) = place else { continue };
             nodes[at].clone_from(&peers.members()[usize::from(peer.0)].name);

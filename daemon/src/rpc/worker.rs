@@ -140,6 +140,7 @@ impl v1::worker_server::Worker for WorkerService {
             worker_socket: config.run_dir().join("worker.sock").display().to_string(),
             block_bytes_max: node.block_bytes_max.min(u64::from(u32::MAX)) as u32,
             principal: node.principals[who.principal].name.clone(),
+            peers: config.peers().map(|member| member.name.clone()).collect(),
         }))
     }
 }

@@ -8,7 +8,24 @@ use std::time::{Duration, Instant};
 use kv_api::v1;
 use kv_block::{BlockKey, SequenceHash, payload};
 
-use super::{Door, scope, slice};
+use super::{Door, Home, scope, slice};
+
+/// Homes of nodes `a`, `b`, ... that know each other, each with `host` memory and `disk`.
+pub(crate) fn nodes<const N: usize>(story: &str, host: &str, disk: Option<&str>) -> [Home; N] {
+    // Ports that were free a moment ago; all are taken before the first is given back.
+    let free: Vec<_> = (0..N).map(|_| std::net::TcpListener::bind("127.0.0.1:0").unwrap()).collect();
+    let ports: Vec<u16> = free.iter().map(|one| one.local_addr().unwrap().port()).collect();
+    let name = |at: usize| char::from(b'a' + at as u8).to_string();
+    let member = |(at, port): (usize, &u16)| format!("{}=127.0.0.1:{port}", name(at));
+    let members: Vec<String> = ports.iter().enumerate().map(member).collect();
+    drop(free);
+    std::array::from_fn(|at| {
+        Home::sized(&format!("{story}-{}", name(at)), host, disk)
+            .set(&format!("node.name={}", name(at)))
+            .set(&format!("peers.listen=127.0.0.1:{}", ports[at]))
+            .set(&format!("peers.members={}", members.join(",")))
+    })
+}
 
 /// Waits until `look` finds something, a minute at most: a peer that was down for long is tried again within half of it.
 pub(crate) fn until<T>(what: &str, mut look: impl FnMut() -> Option<T>) -> T {
