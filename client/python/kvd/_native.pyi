@@ -24,6 +24,7 @@ __all__ = [
     "Reservation",
     "Scope",
     "Session",
+    "Sighting",
     "Slice",
     "__version__",
     "connect",
@@ -115,6 +116,10 @@ class Description:
     @property
     def principal(self) -> str:
         """Whose blocks the caller sees: the name of its group of users, empty without one."""
+
+    @property
+    def peers(self) -> list[str]:
+        """The nodes that it fetches blocks from."""
 
 
 @final
@@ -211,6 +216,23 @@ class Lookup:
     @property
     def miss(self) -> Miss | None:
         """Why the next one is absent; ``None`` when all are here."""
+
+@final
+class Sighting:
+    """Where a block is, as far as this node and its peers know."""
+
+    @property
+    def node(self) -> str | None:
+        """The peer that has it, or expects it; ``None`` when it is here, or nowhere."""
+
+    @property
+    def tier(self) -> _Tier | None:
+        """The fastest tier that has it; ``None`` when nobody has it. With a :attr:`node` that one expects it then:
+        somebody there is about to store it."""
+
+    @property
+    def miss(self) -> Miss | None:
+        """Why it is nowhere; ``None`` when somebody has or expects it."""
 
 
 @final
@@ -346,12 +368,19 @@ class Session:
     def lookup(self, binding: Binding, hashes: Sequence[_Hash]) -> Lookup:
         """What is here, from the first block on. Holds nothing; wakes nobody up where there is shared memory."""
 
+    def locate(self, binding: Binding, hashes: Sequence[_Hash], *, node: str | None = None) -> list[Sighting]:
+        """Where each block is: here, or with a peer, which the daemon asks. Nothing moves: that is for :meth:`prefetch`,
+        or for :meth:`acquire` with time to wait.
+
+        ``node`` is a peer to ask in any case, where there are more than are asked for one block.
+        """
+
     def acquire(
         self, binding: Binding, hashes: Sequence[_Hash], *, wait: float = 0.0
     ) -> list[Block | Miss]:
-        """Open blocks for reading, one answer for each, in order: those in host memory at once; those on slower tiers, or
-        announced by others and not stored yet, if they are there within ``wait`` seconds (else they are misses,
-        ``tier_timeout`` and ``not_complete``)."""
+        """Open blocks for reading, one answer for each, in order: those in host memory at once; those on slower tiers, with
+        peers of the node, or announced by others and not stored yet, if they are there within ``wait`` seconds (else
+        they are misses, such as ``tier_timeout`` and ``not_complete``)."""
 
     def wait(self, binding: Binding, hashes: Sequence[_Hash], timeout: float) -> int:
         """Wait for announced blocks; how many are readable from the first on. Holds nothing afterwards."""

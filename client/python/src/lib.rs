@@ -30,6 +30,7 @@ fn _native(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_class::<session::PyEvent>()?;
     module.add_class::<session::Described>()?;
     module.add_class::<session::PyLookup>()?;
+    module.add_class::<session::PySighting>()?;
     module.add_class::<session::PyPinned>()?;
     module.add_class::<session::PyPrefetched>()?;
     module.add_class::<session::PyEvicted>()?;

@@ -5,8 +5,8 @@ use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use kv_client::{
-    Client, ClientOptions, Doors, Endpoint, EventCursor, Events, Got, PutOptions, SequenceHash, Tls,
-    WatchOptions, Worker, WorkerOptions,
+    Client, ClientOptions, Doors, Endpoint, EventCursor, Events, Got, PutOptions, SequenceHash, Sighting,
+    Tls, WatchOptions, Worker, WorkerOptions,
 };
 use pyo3::prelude::*;
 use pyo3::types::{PyBytes, PyList};
@@ -89,6 +89,7 @@ impl PyClient {
             keys_per_request_max: told.keys_per_request_max,
             block_bytes_max: told.block_bytes_max,
             principal: told.principal,
+            peers: told.peers,
         })
     }
 
@@ -135,6 +136,7 @@ record! {
         keys_per_request_max: u32,
         block_bytes_max: u32,
         principal: String,
+        peers: Vec<String>,
     }
 }
 record! {
@@ -173,6 +175,34 @@ impl PyLookup {
     fn __repr__(&self) -> String {
         let miss = self.miss.as_ref().map(|miss| miss.get().0.to_string());
         format!("Lookup(prefix={}, miss={miss:?})", self.prefix)
+    }
+}
+
+/// Where a block is, among this node and its peers; see `_native.pyi`.
+#[pyclass(name = "Sighting", module = "kvd", frozen, get_all)]
+pub(crate) struct PySighting {
+    node: Option<String>,
+    tier: Option<&'static str>,
+    miss: Option<Py<PyMiss>>,
+}
+
+impl PySighting {
+    fn of(py: Python<'_>, sighting: Sighting) -> PyResult<Self> {
+        let (node, tier, miss) = match sighting {
+            Sighting::Here(tier) => (None, Some(tier.name()), None),
+            Sighting::At { node, tier } => (Some(node), Some(tier.name()), None),
+            Sighting::Expected { node } => (Some(node), None, None),
+            Sighting::Absent(miss) => (None, None, Some(Py::new(py, PyMiss(miss))?)),
+        };
+        Ok(Self { node, tier, miss })
+    }
+}
+
+#[pymethods]
+impl PySighting {
+    fn __repr__(&self) -> String {
+        let miss = self.miss.as_ref().map(|miss| miss.get().0.to_string());
+        format!("Sighting(node={:?}, tier={:?}, miss={miss:?})", self.node, self.tier)
     }
 }
 
@@ -257,6 +287,19 @@ impl PySession {
         let miss = found.first_miss.map(|(_, miss)| Py::new(py, PyMiss(miss))).transpose()?;
         let tiers = found.tiers.into_iter().map(kv_client::Tier::name).collect::<Vec<_>>();
         Ok(PyLookup { prefix: tiers.len(), tiers, miss })
+    }
+
+    #[pyo3(signature = (binding, hashes, *, node=None))]
+    fn locate(
+        &self,
+        py: Python<'_>,
+        binding: &PyBinding,
+        hashes: Vec<Hash>,
+        node: Option<String>,
+    ) -> PyResult<Vec<PySighting>> {
+        let (keys, node) = (binding.0.keys(&self::hashes(hashes)), node.unwrap_or_default());
+        let all = py.detach(|| self.0.locate_keys(&keys, node).wait()).map_err(|error| raised(py, &error))?;
+        all.into_iter().map(|one| PySighting::of(py, one)).collect()
     }
 
     #[pyo3(signature = (binding, hashes, *, wait=0.0))]

@@ -4,6 +4,7 @@ import contextlib
 import mmap
 import os
 import signal
+import socket
 import subprocess
 import tempfile
 import time
@@ -89,16 +90,39 @@ class Daemon:
         return kvd.connect(self.run, deadline=20)
 
 
-@pytest.fixture
-def daemon(request: pytest.FixtureRequest):
-    settings = getattr(request, "param", ())
+@contextlib.contextmanager
+def running(*settings: str):
     # Not pytest's own directory: the path of a Unix socket is short.
     shm = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
     with tempfile.TemporaryDirectory() as root, tempfile.TemporaryDirectory(dir=shm) as memory:
         daemon = Daemon(Path(root), Path(memory), *settings)
-        daemon.start()
+        try:
+            daemon.start()
+            yield daemon
+        finally:
+            daemon.kill()
+
+
+@pytest.fixture
+def daemon(request: pytest.FixtureRequest):
+    with running(*getattr(request, "param", ())) as daemon:
         yield daemon
-        daemon.kill()
+
+
+@pytest.fixture
+def nodes(request: pytest.FixtureRequest):
+    """Node ``a``, and node ``b`` with further settings, which fetch blocks from each other."""
+    # Ports that were free a moment ago; both are taken before the first is given back.
+    with socket.create_server(("127.0.0.1", 0)) as one, socket.create_server(("127.0.0.1", 0)) as two:
+        places = {name: f"127.0.0.1:{free.getsockname()[1]}" for name, free in (("a", one), ("b", two))}
+    members = ",".join(f"{name}={place}" for name, place in places.items())
+
+    def node(name: str, *more: str):
+        listen = f"peers.listen={places[name]}"
+        return running(f"node.name={name}", listen, f"peers.members={members}", *more)
+
+    with node("a") as a, node("b", *getattr(request, "param", ())) as b:
+        yield a, b
 
 
 @pytest.fixture(params=["shared memory", "gRPC"])

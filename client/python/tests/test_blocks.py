@@ -179,6 +179,41 @@ def test_blocks_come_up_from_disk(session, binding):
     assert session.lookup(binding, names).tiers == ["host"] * 4
 
 
+def test_a_block_is_located_at_a_peer_and_fetched(nodes):
+    a, b = nodes
+    there, here = a.client().session("there"), b.client().session("here")
+    far, near = there.register(scope(), BLOCK_BYTES), here.register(scope(), BLOCK_BYTES)
+    stored, announced, own, absent = hashes(range(4))
+    there.put(far, stored, body(0))
+    room = there.reserve(far, announced)
+    here.put(near, own, body(2))
+    first, second, third, fourth = here.locate(near, [stored, announced, own, absent])
+    assert (first.node, first.tier, first.miss) == ("a", "host", None)
+    assert (second.node, second.tier, second.miss) == ("a", None, None)
+    assert (third.node, third.tier, third.miss) == (None, "host", None)
+    assert (fourth.node, fourth.tier, fourth.miss.reason) == (None, None, "never_stored")
+    assert "host" in repr(first)
+    assert here.lookup(near, [stored]).prefix == 0, "nothing has moved"
+    assert here.prefetch(near, [stored], node="a").started == 1
+    soon(lambda: here.lookup(near, [stored]).prefix == 1)
+    room.write(body(1))
+    room.commit()
+    (block,) = here.acquire(near, [announced], wait=20)
+    assert block.tobytes() == body(1)
+    with pytest.raises(kvd.Invalid, match="peers.members"):
+        here.locate(near, [absent], node="elsewhere")
+    assert b.client().describe().peers == ["a"]
+
+
+def test_many_blocks_are_waited_for_together(session, binding):
+    names = hashes(range(20))
+    rooms = [session.reserve(binding, name) for name in names]
+    assert all(rooms)
+    begun = time.monotonic()
+    assert not any(session.acquire(binding, names, wait=1.0))
+    assert time.monotonic() - begun < 10, "the waits added up"
+
+
 def test_a_short_life_ends(session, binding):
     [name] = hashes([1])
     session.put(binding, name, body(1), ttl=1, priority="low")
