@@ -47,7 +47,9 @@ class Link:
         self.endpoint, self.deadline, self.log = endpoint, deadline, log
         self._staging_bytes = staging_bytes
         self._lock = threading.Lock()
+        self._client: kvd.Client | None = None
         self._session: kvd.Session | None = None
+        self._described: tuple[int, kvd.Description] | None = None
         self._bindings: OrderedDict[tuple[Any, ...], kvd.Binding] = OrderedDict()
         self._failures, self._silent_until = 0, 0.0
 
@@ -101,11 +103,24 @@ class Link:
                 self._bindings.popitem(last=False)
         return binding
 
+    def daemon(self) -> kvd.Description | None:
+        """What the daemon says of itself, asked once in each of its lives."""
+
+        def describe(session: kvd.Session) -> kvd.Description:
+            if (known := self._described) is not None and known[0] == session.epoch:
+                return known[1]
+            assert self._client is not None, "there is a session"
+            told = self._client.describe()
+            self._described = session.epoch, told
+            return told
+
+        return self.ask(describe)
+
     def _connected(self) -> kvd.Session:
         with self._lock:
             if self._session is None:
-                client = kvd.connect(self.endpoint, deadline=self.deadline)
-                self._session = client.session(self.name, staging_bytes=self._staging_bytes)
+                self._client = kvd.connect(self.endpoint, deadline=self.deadline)
+                self._session = self._client.session(self.name, staging_bytes=self._staging_bytes)
                 self.log.info("kvd: session %r, %s", self.name, self._session.doors)
             return self._session
 

@@ -1,4 +1,4 @@
-"""vLLM on kvd: prompts that any engine of the node has computed are loaded instead of computed again.
+"""vLLM on kvd: prompts that any engine of the node, or of its peers, has computed are loaded instead of computed again.
 
 One line turns it on::
 
@@ -77,6 +77,9 @@ class Settings:
     """Seconds that a request may say it waits for blocks which nobody has announced."""
     match_seconds: float = number(2.0, least=0.001, most=WAIT_SECONDS)
     """Seconds in which the blocks of a request must have been brought up and checked; what is not is computed."""
+    peer_seconds: float = number(2.0, least=0.0, most=WAIT_SECONDS)
+    """Seconds in which blocks that other nodes have must have been found and fetched; what has not come is computed. 0:
+    other nodes are not asked. Where the daemon has no peers, nobody is."""
     load_seconds: float = number(5.0, least=0.001, most=WAIT_SECONDS)
     """Seconds in which a rank must have opened the blocks that a request was promised."""
     staging_bytes: int = number(64 << 20, least=1, most=STAGING_BYTES)
@@ -141,6 +144,7 @@ class KvdConnector(KVConnectorBase_V1, SupportsHMA):
                 weights_named(vllm_config, chosen.weights),
                 wait=chosen.wait,
                 match_seconds=chosen.match_seconds,
+                peer_seconds=chosen.peer_seconds,
                 request_wait_max=chosen.request_wait_max,
                 loads=transfer.is_kv_consumer,
                 stores=transfer.is_kv_producer,

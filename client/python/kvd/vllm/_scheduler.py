@@ -1,8 +1,8 @@
 """The half that runs beside vLLM's scheduler: it finds out what kvd holds, and says what the ranks load and store.
 
 A request is looked up on a thread of its own, while the engine goes on with others; vLLM asks again until the answer is
-there. What is promised to vLLM has been brought up to host memory, read and compared with its checksum, and is pinned
-until the ranks have loaded it.
+there. Where the node's own kvd has no more, it asks its peers. What is promised to vLLM has been brought up to host memory
+of this node, read and compared with its checksum, and is pinned until the ranks have loaded it.
 """
 
 import contextlib
@@ -38,6 +38,8 @@ GLANCE_SECONDS = 0.002
 """How long vLLM's scheduler waits for a lookup before it goes on with other requests."""
 POLL_SECONDS = (0.005, 0.05)
 """How soon a request that waits for another engine's blocks is looked up again at first, and later."""
+PEER_POLL_SECONDS, PEER_POLLS = 0.05, 500
+"""The same where peers are asked each time; and how many such questions all requests may ask in a second."""
 IDLE_SECONDS = 0.0005
 """How long a step that has nothing else to do than to wait for lookups stands still."""
 LOOKERS = 16
@@ -51,7 +53,23 @@ SHOWN = 200
 EVENTS_KEPT = 1 << 18
 """Blocks whose hash is remembered, to name them in events."""
 
-_SOURCES = {"host": CacheHitSource.HOST, "disk": CacheHitSource.DISK}
+_SOURCES = {"host": CacheHitSource.HOST, "disk": CacheHitSource.DISK, "peer": CacheHitSource.P2P}
+
+
+@dataclass
+class _Abroad:
+    """What peers have of a request, as they said when it was last looked up."""
+
+    node: str | None
+    """Who is asked in any case."""
+    until: float
+    """What has not come by then is computed."""
+    keys: set[bytes]
+    """Of blocks that were seen there, now or before."""
+    places: list[tuple[int, kvd.Binding, str, bytes]] = field(default_factory=list)
+    """The first token of a block that is there now, how it is bound, who has it and what it is called."""
+    came: set[bytes] = field(default_factory=set)
+    """Of ``keys``, those that are here and right."""
 
 
 @dataclass
@@ -63,7 +81,7 @@ class Found:
     tokens: int = 0
     """Tokens from the start that are there and checked."""
     tiers: list[str] = field(default_factory=list)
-    """Where the blocks of the first group were found."""
+    """Where the blocks of the first group were found; ``peer``: on another node."""
     pinned: list[tuple[kvd.Binding, list[bytes]]] = field(default_factory=list)
     waiting: bool = False
     """More may come: it is to be looked up again."""
@@ -82,6 +100,10 @@ class _Track:
     owner: Owner
     wait: float
     """Seconds to wait for blocks that nobody has announced yet."""
+    node: str = ""
+    """Who has its blocks, as it says itself."""
+    abroad: set[bytes] = field(default_factory=set)
+    """Keys of its blocks that were seen at peers."""
     gone: threading.Event = field(default_factory=threading.Event)
     """The request is over: nobody waits for what is being looked up."""
     looking: "Future[Found] | None" = None
@@ -90,6 +112,8 @@ class _Track:
     """Tokens that vLLM had itself when it was last told what can be loaded: the load begins there."""
     begun: float | None = None
     """When it was first looked up."""
+    asked_at: float = 0.0
+    """When it was last handed over to be looked up."""
     look_at: float = 0.0
     """When it is looked up again, while it waits; and how long it waits then."""
     pause: float = POLL_SECONDS[0]
@@ -106,7 +130,8 @@ class Scheduler:
 
     ``weights``: what of the model decides about keys and values, see ``_identity.py``; here alone, and the ranks are told.
     ``wait``: seconds to wait for blocks that another engine has announced. ``match_seconds``: for how long a request is
-    looked up at most, on top of what it waits. ``loads`` and ``stores``: what this engine does.
+    looked up at most, on top of what it waits. ``peer_seconds``: for how long blocks of other nodes are looked for and
+    fetched, on top of what it waits; 0: not at all. ``loads`` and ``stores``: what this engine does.
     """
 
     def __init__(
@@ -118,6 +143,7 @@ class Scheduler:
         *,
         wait: float,
         match_seconds: float,
+        peer_seconds: float,
         request_wait_max: float,
         loads: bool,
         stores: bool,
@@ -126,6 +152,7 @@ class Scheduler:
         self.link, self.layout, self.tenant = link, layout, tenant
         self._weights = self._first_weights = weights
         self.wait, self.match_seconds, self.request_wait_max = wait, match_seconds, request_wait_max
+        self.peer_seconds = peer_seconds
         self.loads, self.stores = loads, stores
         self.stats = Stats()
         self.events = events
@@ -170,7 +197,7 @@ class Scheduler:
             if track.begun is None:
                 track.begun = time.monotonic()
                 self.stats.add("lookups")
-            hashes = list(request.block_hashes)
+            hashes, track.asked_at = list(request.block_hashes), time.monotonic()
             track.looking = self._lookers.submit(self._look, track, hashes, computed, limit)
         if not track.looking.done():
             self._stand_still(track)
@@ -294,21 +321,27 @@ class Scheduler:
         """As much of the first ``limit`` tokens as is there, in every group and slice, and right."""
         owner, now = track.owner, time.monotonic()
         begun = now if track.begun is None else track.begun
-        tokens, tiers, pending = self._held(hashes, owner, limit)
+        abroad = self._abroad(track)
+        tokens, tiers, pending = self._held(hashes, owner, limit, abroad)
+        if abroad is not None:
+            self._bring(abroad, computed, tokens)
         # Nobody has to have announced them when the request itself says that they will come.
         until = begun + (max(track.wait, self.wait) if pending else track.wait)
         if tokens < limit and now < until and self.link.is_up:
-            track.look_at = now + track.pause
+            pause = track.pause if abroad is None else max(PEER_POLL_SECONDS, len(self._tracks) / PEER_POLLS)
+            track.look_at = now + pause
             track.pause = min(track.pause * 1.5, POLL_SECONDS[1])
             return Found(computed, waiting=True)
         found = Found(computed, tiers=tiers)
         until = time.monotonic() + self.match_seconds
         while tokens > computed and not track.gone.is_set():
-            bad = self._first_bad(hashes, owner, computed, tokens, until, found)
+            bad = self._first_bad(hashes, owner, computed, tokens, until, found, abroad)
             if bad is None:
                 found.tokens = tokens
                 break
             tokens, _, _ = self._held(hashes, owner, bad)
+        if abroad is not None and abroad.came and found.tokens:
+            self.stats.add("peer_blocks", len(abroad.came))
         found.tiers = found.tiers[: tokens // self.layout.groups[0].block_tokens]
         return found
 
@@ -317,8 +350,66 @@ class Scheduler:
         parts = (self.layout.part(group, slice_) for slice_ in range(self.layout.slices))
         return [self.link.binding(session, scope, group.block_bytes, part) for part in parts]
 
-    def _held(self, hashes: list[Any], owner: Owner, limit: int) -> tuple[int, list[str], bool]:
-        """Tokens from the start that kvd says it has, the tiers of the first group, and whether more is announced."""
+    def _abroad(self, track: _Track) -> _Abroad | None:
+        """Whom to ask for what is not here; ``None`` when nobody is."""
+        daemon = self.link.daemon()
+        if daemon is None:
+            return None
+        node = track.node
+        if node and node not in (daemon.node, *daemon.peers):
+            peers = ", ".join(daemon.peers) or "none"
+            logger.warning(
+                "kvd: a request says that node %r has its blocks, which is no peer of node %r; its peers (peers.members): %s",
+                node[:SHOWN],
+                daemon.node,
+                peers,
+            )
+            track.node = ""
+        until = track.asked_at + self.peer_seconds
+        # One that had to queue for longer than that waits no more.
+        if not daemon.peers or until <= time.monotonic():
+            return None
+        return _Abroad(track.node or None, until, track.abroad)
+
+    def _sighted(
+        self, abroad: _Abroad, binding: kvd.Binding, names: list[bytes], first: int, step: int
+    ) -> tuple[list[str], bool]:
+        """The tiers of blocks that this node or a peer has, from the first on, and whether the next one is announced
+        somewhere. The first begins at token ``first``, each has ``step`` of them."""
+
+        def locate(session: kvd.Session) -> list[kvd.Sighting]:
+            try:
+                return session.locate(binding, names, node=abroad.node)
+            except kvd.DeadlineExceeded:
+                # A peer is slow, not the daemon.
+                return []
+
+        tiers: list[str] = []
+        if time.monotonic() >= abroad.until:
+            return tiers, False
+        for at, one in enumerate(self.link.ask(locate) or []):
+            if one.tier is None:
+                return tiers, one.node is not None or (one.miss is not None and one.miss.reason == "not_complete")
+            tiers.append(one.tier if one.node is None else "peer")
+            if one.node is not None:
+                abroad.places.append((first + at * step, binding, one.node, names[at]))
+                abroad.keys.add(binding.key(names[at]))
+        return tiers, False
+
+    def _bring(self, abroad: _Abroad, computed: int, tokens: int) -> None:
+        """Lets the daemon begin to fetch what peers have between the two, each block from whom it is with."""
+        wanted: dict[tuple[kvd.Binding, str], list[bytes]] = {}
+        for at, binding, node, name in abroad.places:
+            if computed <= at < tokens:
+                wanted.setdefault((binding, node), []).append(name)
+        for (binding, node), names in wanted.items():
+            self.link.ask(lambda s: s.prefetch(binding, names, node=node))
+
+    def _held(
+        self, hashes: list[Any], owner: Owner, limit: int, abroad: _Abroad | None = None
+    ) -> tuple[int, list[str], bool]:
+        """Tokens from the start that kvd says it has, the tiers of the first group, and whether more is announced. With
+        ``abroad``, what peers have and announce counts, and is noted there."""
         tiers: list[str] = []
         pending = False
 
@@ -334,10 +425,16 @@ class Scheduler:
                 here = self.link.ask(lambda s: s.lookup(binding, names))
                 if here is None:
                     return first
+                found: list[str] = list(here.tiers)
                 pending |= here.miss is not None and here.miss.reason == "not_complete"
+                if abroad is not None and here.prefix < len(names):
+                    at = (first + here.prefix) * group.block_tokens
+                    more, announced = self._sighted(abroad, binding, names[here.prefix :], at, group.block_tokens)
+                    found += more
+                    pending |= announced
                 if group is self.layout.groups[0] and first == 0:
-                    tiers = list(here.tiers)
-                names = names[: here.prefix]
+                    tiers = found
+                names = names[: len(found)]
             return first + len(names)
 
         def aligned(tokens: int) -> int:
@@ -359,7 +456,14 @@ class Scheduler:
         return tokens, tiers, pending
 
     def _first_bad(
-        self, hashes: list[Any], owner: Owner, computed: int, tokens: int, until: float, found: Found
+        self,
+        hashes: list[Any],
+        owner: Owner,
+        computed: int,
+        tokens: int,
+        until: float,
+        found: Found,
+        abroad: _Abroad | None,
     ) -> int | None:
         """Reads what would be loaded of the first ``tokens``, and pins it. The token before which the first block begins
         that is not there or not right; ``None`` when all are."""
@@ -373,18 +477,28 @@ class Scheduler:
                 for at in range(first, end, BATCH):
                     names = group.names(hashes, at, min(at + BATCH, end))
                     left = until - time.monotonic()
-                    good = self._check(binding, names, left, found) if left > 0 else 0
+                    good = self._check(binding, names, left, found, abroad) if left > 0 else 0
                     if good < len(names):
                         return (at + good) * group.block_tokens
         return None
 
-    def _check(self, binding: kvd.Binding, names: list[bytes], seconds: float, found: Found) -> int:
+    def _check(
+        self, binding: kvd.Binding, names: list[bytes], seconds: float, found: Found, abroad: _Abroad | None
+    ) -> int:
         """How many blocks from the first on are there within ``seconds``, and right; they are pinned."""
+        keys = abroad.keys.intersection(binding.key(name) for name in names) if abroad is not None else set()
+        if abroad is not None and keys:
+            # What has come by then is taken all the same.
+            seconds = min(seconds, max(abroad.until - time.monotonic(), 0.001))
 
         def check(session: kvd.Session) -> int:
-            session.pin(binding, names, PIN_SECONDS)
+            pinned = session.pin(binding, names, PIN_SECONDS)
             found.pinned.append((binding, names))
-            for at, block in enumerate(session.acquire(binding, names, wait=seconds)):
+            blocks = session.acquire(binding, names, wait=seconds)
+            if pinned.absent:
+                # They have come only now, and are open until they are pinned.
+                session.pin(binding, [name for name, block in zip(names, blocks, strict=True) if block], PIN_SECONDS)
+            for at, block in enumerate(blocks):
                 if not block:
                     return at
                 with block:
@@ -394,6 +508,8 @@ class Scheduler:
                         session.unpin(binding, [names[at]])
                         session.evict(binding, [names[at]])
                         return at
+                    if abroad is not None and block.key in keys:
+                        abroad.came.add(block.key)
             return len(names)
 
         return self.link.ask(check) or 0
@@ -455,7 +571,8 @@ class Scheduler:
     def _track(self, request: "Request") -> _Track:
         if (track := self._tracks.get(request.request_id)) is None:
             owner = Owner(self._weights, self._adapter(request), request.cache_salt or "")
-            track = self._tracks[request.request_id] = _Track(request, owner, min(_wait_of(request), self.request_wait_max))
+            wait, node = _said_by(request)
+            track = self._tracks[request.request_id] = _Track(request, owner, min(wait, self.request_wait_max), node)
         return track
 
     def _adapter(self, request: "Request") -> str:
@@ -472,15 +589,18 @@ class Scheduler:
         return self._adapters[key]
 
 
-def _wait_of(request: "Request") -> float:
-    """What the request says of itself: ``{"kvd": {"wait": SECONDS}}``."""
+def _said_by(request: "Request") -> tuple[float, str]:
+    """What the request says of itself: ``{"kvd": {"wait": SECONDS, "from": NODE}}``."""
     said = (request.kv_transfer_params or {}).get("kvd", {})
-    wait = said.get("wait", 0) if isinstance(said, dict) and said.keys() <= {"wait"} else None
-    if isinstance(wait, bool) or not isinstance(wait, int | float) or not 0 <= wait <= 600:
+    known = isinstance(said, dict) and said.keys() <= {"wait", "from"}
+    wait, node = (said.get("wait", 0), said.get("from", "")) if known else (None, None)
+    if isinstance(wait, bool) or not isinstance(wait, int | float) or not 0 <= wait <= 600 or not isinstance(node, str):
         shown = repr(said)[:SHOWN]
-        logger.warning('kvd: kv_transfer_params["kvd"] is %s; expected {"wait": SECONDS}, up to 600', shown)
-        return 0.0
-    return float(wait)
+        logger.warning(
+            'kvd: kv_transfer_params["kvd"] is %s; expected {"wait": SECONDS, "from": NODE}, seconds up to 600', shown
+        )
+        return 0.0, ""
+    return float(wait), node
 
 
 @dataclass(frozen=True)

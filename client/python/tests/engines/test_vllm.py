@@ -31,6 +31,7 @@ from vllm.v1.kv_cache_interface import (
     MambaSpec,
     SlidingWindowSpec,
 )
+from vllm.v1.metrics.cache_hit_source import CacheHitSource
 
 import kvd
 from kvd._engine import Link, settings, weights_of
@@ -42,6 +43,7 @@ from kvd.vllm._scheduler import Events, Scheduler
 from kvd.vllm._worker import Owner, Piece, Step, Work, Worker
 from kvd.vllm_tier import Settings as TierSettings
 
+Nodes = tuple[Daemon, Daemon]
 BLOCKS, TOKENS = 64, 16
 FULL = FullAttentionSpec(block_size=TOKENS, num_kv_heads=2, head_size=32, dtype=torch.bfloat16)
 WINDOW = SlidingWindowSpec(block_size=TOKENS, num_kv_heads=2, head_size=32, dtype=torch.bfloat16, sliding_window=40)
@@ -121,7 +123,8 @@ def worker(daemon: Daemon, layout: Any, caches: dict[str, torch.Tensor], rank: i
 
 
 def scheduler(daemon: Daemon, layout: Any, **more: Any) -> Scheduler:
-    chosen = {"wait": 0.0, "match_seconds": 10, "request_wait_max": 60, "loads": True, "stores": True, "events": None, **more}
+    chosen = {"wait": 0.0, "match_seconds": 10, "peer_seconds": 10, "request_wait_max": 60, **more}
+    chosen = {"loads": True, "stores": True, "events": None, **chosen}
     return Scheduler(link(daemon), layout, "default", "w", **chosen)
 
 
@@ -375,6 +378,138 @@ def test_requests_that_wait_are_in_nobodys_way(daemon: Daemon, layout_of: Any):
     assert matched(one, request(names(4))) == 4 * TOKENS
     assert all(one.matched(asked, 0) is None for asked in patient)
     assert {one._tracks[asked.request_id].wait for asked in patient} == {60.0}, "no longer than the operator allows"
+
+
+# Two nodes: "a" has what "b" is asked for.
+
+
+@pytest.mark.parametrize("specs", [(FULL,), (FULL, WINDOW)], ids=["one group", "two groups"])
+def test_blocks_of_another_node_are_here_and_checked_before_they_are_promised(nodes: Nodes, layout_of: Any, specs: Any):
+    a, b = nodes
+    layout = layout_of(cache(*specs), tensor_parallel_size=2)
+    sources = [tensors(layout, rank) for rank in range(2)]
+    for rank, caches in enumerate(sources):
+        pieces = [Piece(group.index, names(10), list(range(1, 11))) for group in layout.groups]
+        store(worker(a, layout, caches, rank), pieces)
+    one, asked = scheduler(b, layout), request(names(12))
+    assert matched(one, asked) == 10 * TOKENS
+    # Of a window of 40 tokens, three blocks are needed.
+    wanted = 2 * sum(10 if group.window is None else 3 for group in layout.groups)
+    assert one.stats.take().data["peer_blocks"] == wanted
+    assert one.sources(asked, 10 * TOKENS) == {CacheHitSource.P2P: 10 * TOKENS}
+    a.kill()
+    for rank, caches in enumerate(sources):
+        target = tensors(layout, 99)
+        reader = worker(b, layout, target, rank)
+        pieces = [
+            Piece(group.index, names(10)[at:], list(range(20 + at, 30)))
+            for group in layout.groups
+            for at in [group.first_needed(10 * TOKENS)]
+        ]
+        step(reader, Step(loads=[work(pieces)]))
+        assert not reader.take_bad_blocks()
+        for group in layout.groups:
+            at = group.first_needed(10 * TOKENS)
+            for layer in group.layers:
+                assert torch.equal(target[layer][20 + at : 30], caches[layer][1 + at : 11]), layer
+        reader.close()
+
+
+def test_what_a_node_has_itself_is_not_fetched(nodes: Nodes, layout_of: Any):
+    a, b = nodes
+    layout = layout_of(cache(FULL))
+    caches = tensors(layout, 1)
+    store(worker(a, layout, caches), [Piece(0, names(8), list(range(1, 9)))])
+    store(worker(b, layout, caches), [Piece(0, names(3), [1, 2, 3])])
+    one = scheduler(b, layout)
+    # vLLM has four itself: one more of them is with the other node, and need not come.
+    assert matched(one, request(names(8)), computed=4 * TOKENS) == 4 * TOKENS
+    assert one.stats.take().data["peer_blocks"] == 4
+    assert matched(one, request(names(8), request_id="all")) == 8 * TOKENS
+    assert one.stats.take().data["peer_blocks"] == 1
+    assert matched(one, request(names(8), request_id="again")) == 8 * TOKENS
+    assert "peer_blocks" not in one.stats.take().data, "nobody was asked"
+
+
+def test_blocks_that_another_node_expects_are_waited_for(nodes: Nodes, layout_of: Any):
+    a, b = nodes
+    layout = layout_of(cache(FULL))
+    one = worker(a, layout, tensors(layout, 1))
+    one.begin(Step(stores=[work([Piece(0, names(4), [1, 2, 3, 4])])]))
+    asks, asked = scheduler(b, layout, wait=20.0), request(names(4))
+    assert asks.matched(asked, 0) is None
+    soon(lambda: asks._tracks["r"].looking.done())
+    assert asks.matched(asked, 0) is None, "they are on their way"
+    one.end()
+    assert matched(asks, asked) == 4 * TOKENS
+
+
+def test_a_request_may_wait_for_blocks_that_another_node_has_not_announced(nodes: Nodes, layout_of: Any):
+    a, b = nodes
+    layout = layout_of(cache(FULL))
+    asks, asked = scheduler(b, layout), request(names(4), kv_transfer_params={"kvd": {"wait": 20, "from": "a"}})
+    assert asks.matched(asked, 0) is None
+    soon(lambda: asks._tracks["r"].looking.done())
+    store(worker(a, layout, tensors(layout, 1)), [Piece(0, names(4), [1, 2, 3, 4])])
+    assert matched(asks, asked) == 4 * TOKENS
+
+
+@pytest.mark.parametrize("nodes", [("peers.probe_peers_max=0",)], indirect=True)
+def test_a_request_may_name_the_node_that_has_its_blocks(
+    nodes: Nodes, layout_of: Any, monkeypatch: pytest.MonkeyPatch
+):
+    a, b = nodes
+    layout = layout_of(cache(FULL))
+    said: list[str] = []
+    monkeypatch.setattr(_scheduler.logger, "warning", lambda form, *values: said.append(form % values))
+    store(worker(a, layout, tensors(layout, 1)), [Piece(0, names(4), [1, 2, 3, 4])])
+    asks = scheduler(b, layout)
+    for node in (None, "b"):
+        asked = request(names(4), request_id=f"{node}", kv_transfer_params={"kvd": {"from": node} if node else {}})
+        assert matched(asks, asked) == 0, "nobody is asked that nobody names"
+    assert not said
+    stray = request(names(4), request_id="stray", kv_transfer_params={"kvd": {"from": "elsewhere"}})
+    assert matched(asks, stray) == 0
+    assert len(said) == 1 and "'elsewhere'" in said[0] and "peers.members" in said[0], said
+    assert matched(asks, request(names(4), request_id="a", kv_transfer_params={"kvd": {"from": "a"}})) == 4 * TOKENS
+    assert len(said) == 1
+    for wrong in ({"from": 7}, {"from": None}, {"from": ["a"]}):
+        asks._track(request(names(4), request_id=str(wrong), kv_transfer_params={"kvd": wrong}))
+    assert len(said) == 4
+
+
+def test_a_node_that_stands_still_or_is_gone_costs_its_blocks_and_no_more(nodes: Nodes, layout_of: Any):
+    a, b = nodes
+    layout = layout_of(cache(FULL))
+    caches = tensors(layout, 1)
+    store(worker(a, layout, caches), [Piece(0, names(8), list(range(1, 9)))])
+    store(worker(b, layout, caches), [Piece(0, names(3), [1, 2, 3])])
+    one = scheduler(b, layout, peer_seconds=1.0)
+    # They speak with each other.
+    assert matched(one, request(names(4), request_id="first")) == 4 * TOKENS
+    with a.standing_still():
+        assert matched(one, request(names(8), request_id="still")) == 4 * TOKENS
+        assert one.link.is_up, "the daemon of this node is well"
+    a.kill()
+    assert matched(one, request(names(8), request_id="gone")) == 4 * TOKENS
+    assert one.link.is_up
+    a.start()
+
+    def found(counter: list[int] = [0]) -> bool:  # noqa: B006
+        counter[0] += 1
+        return matched(one, request(names(8), request_id=f"back {counter[0]}")) == 8 * TOKENS
+
+    soon(found)
+
+
+def test_nobody_is_asked_where_that_is_not_wanted_or_there_is_nobody(daemon: Daemon, nodes: Nodes, layout_of: Any):
+    a, b = nodes
+    layout = layout_of(cache(FULL))
+    store(worker(a, layout, tensors(layout, 1)), [Piece(0, names(4), [1, 2, 3, 4])])
+    for one in (scheduler(b, layout, peer_seconds=0.0), scheduler(daemon, layout)):
+        assert matched(one, request(names(4))) == 0
+        assert one._abroad(one._tracks["r"]) is None
+    assert matched(scheduler(b, layout), request(names(4))) == 4 * TOKENS
 
 
 ONLINE = {"quantization": "online", "dtype": "bfloat16"}
