@@ -97,6 +97,8 @@ class World:
     def __init__(self, door: Door, folder: Path, models: Path):
         self.door, self.folder, self.models = door, folder, models
         self.kvd = Kvd(folder / "kvd", *door.settings)
+        self.kvds: dict[str, Kvd] = {}
+        """Of other nodes."""
         self.engines: dict[str, Vllm] = {}
         self._prompts = 100
 
@@ -190,7 +192,8 @@ class World:
     def close(self) -> None:
         for engine in self.engines.values():
             engine.end(signal.SIGKILL)
-        self.kvd.close()
+        for kvd in (self.kvd, *self.kvds.values()):
+            kvd.close()
 
 
 def same(answer: Answer, cold: Answer) -> None:
@@ -470,6 +473,71 @@ def prefill_engine_and_decode_engine(world: World) -> None:
         assert answer.external >= world.whole(answer)
 
 
+def prefill_on_one_node_and_decode_on_another(world: World) -> None:
+    """Node a has the first engine's kvd, node b one of its own with an engine of its own."""
+    if world.door.name != "connector":
+        world.tell("told at our own door alone; daemon/tests/lmcache.rs has two nodes at this one")
+        return
+    prefill, alone = world.engines["A"], world.kvd.settings
+    ports = {"a": free_port(), "b": free_port()}
+    members = "peers.members=" + ",".join(f"{name}=127.0.0.1:{port}" for name, port in ports.items())
+    settings = {name: (f"node.name={name}", f"peers.listen=127.0.0.1:{port}", members) for name, port in ports.items()}
+    world.stop_kvd(signal.SIGTERM)
+    world.kvd.settings = settings["a"]
+    world.kvd.start()
+    other = world.kvds["b"] = Kvd(world.folder / "kvd-b", *settings["b"])
+    other.start()
+    decode = world.engine("far", connector=world.door.config(other))
+    decode.wait_until_ready()
+    comes_back(world, prefill)
+
+    def came() -> int:
+        """Blocks that node b has from node a."""
+        (peer,) = other.ask("get", "peers")["peers"]
+        assert peer["node"] == "a", peer
+        return int(peer["blocks_in"])
+
+    prompt, lost, unseen = world.prompt(), world.prompt(), world.prompt()
+    cold = world.cold(prefill, prompt, tokens=32)
+    answer = decode.ask(prompt, tokens=32)
+    world.told("what the other node has", answer)
+    same(answer, cold)
+    assert answer.external >= world.whole(answer), f"{answer.external} loaded of {world.whole(answer)}"
+    assert came() == world.whole(answer) // world.door.step
+
+    # Asked first: it waits for what nobody has begun to compute.
+    before, long = came(), world.prompt(1000)
+    asked = threading.Timer(0.3, prefill.send, args=(long,), kwargs={"tokens": 32})
+    asked.start()
+    answer = decode.ask(long, tokens=32, kv_transfer_params={"kvd": {"wait": 60, "from": "a"}})
+    asked.join()
+    world.told("what the other node is about to compute", answer)
+    assert answer.external >= world.whole(answer)
+    assert came() == before + world.whole(answer) // world.door.step
+    prefill.reset()
+    same(prefill.ask(long, tokens=32, cache_salt="alone"), answer)
+
+    cold_lost = world.cold(prefill, lost)
+    world.stop_kvd(signal.SIGKILL)
+    begun = time.monotonic()
+    without = decode.ask(lost, timeout=60)
+    world.told(f"the other node is gone ({time.monotonic() - begun:.1f} s)", without)
+    same(without, cold_lost)
+    assert without.external == 0
+    same(decode.ask(unseen), prefill.ask(unseen))
+    decode.reset()
+    again = decode.ask(prompt, tokens=32)
+    world.told("what had come before", again)
+    same(again, cold)
+    assert again.external >= world.whole(again)
+
+    world.stop("far")
+    world.kvds.pop("b").close()
+    world.kvd.settings = alone
+    world.kvd.start()
+    comes_back(world, prefill)
+
+
 def several_groups_of_kv_cache(world: World) -> None:
     """Layers that see everything, and layers that see a window of 128 tokens."""
     if world.door.name != "connector":
@@ -537,6 +605,7 @@ STORIES: list[Callable[[World], None]] = [
     an_engine_killed_in_mid_store_and_a_new_process,
     damage_that_keeps_checksums_right_changes_the_text,
     prefill_engine_and_decode_engine,
+    prefill_on_one_node_and_decode_on_another,
     an_engine_killed_in_mid_load,
     two_models_with_equal_token_ids,
 ]
