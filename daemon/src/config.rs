@@ -300,6 +300,8 @@ section! {
         uint8_as: OrOff<Label> = OrOff::Off,
         /// How long a lookup waits for chunks that another engine has announced and not stored yet.
         pending_wait: Span = Span::seconds(1),
+        /// How long a lookup waits for chunks that peers of this node have. 0s: they are not asked.
+        peer_wait: Span = Span::seconds(2),
         /// How long chunks that a lookup found are held for the engine to load them.
         hold_ttl: Span = Span::seconds(300),
     }

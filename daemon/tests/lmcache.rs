@@ -17,6 +17,7 @@ use kv_lmcache::wire::lm_cache_driven_service_client::LmCacheDrivenServiceClient
 use kv_lmcache::wire::lookup_service_client::LookupServiceClient;
 use kv_lmcache::wire::observability_service_client::ObservabilityServiceClient;
 use prost::Message as _;
+use support::among::{nodes, peer};
 use support::{Door, Home};
 use tonic::transport::Channel;
 use tonic::{Code, Status};
@@ -732,6 +733,70 @@ fn an_engine_finds_what_another_is_still_storing() {
     assert_eq!(decode.query("e"), None);
     drop(prefill);
     assert_eq!(decode.wait("e"), Some(0));
+}
+
+/// Two nodes with doors, which fetch from each other.
+fn two_doors(names: [&'static str; 2]) -> [Story; 2] {
+    let mut names = names.into_iter();
+    nodes(names.as_slice()[0], "64MiB", None).map(|home| with_door(home, names.next().unwrap()))
+}
+
+#[test]
+fn an_engine_finds_what_one_of_another_node_has_stored() {
+    let [a, b] = two_doors(["far-a", "far-b"]);
+    let (_a, _b) = (a.start(), b.start());
+    let (prefill, decode) = (Engine::of(&a), Engine::of(&b));
+    let pool = prefill.register(registration(1)).unwrap();
+    let decode_pool = decode.register(registration(1)).unwrap();
+    assert_eq!(prefill.store(&pool, 1, &key("p", 0, 8), 3).len(), 8);
+    // The first ones are here, the next ones there, and the last ones nowhere.
+    assert_eq!(decode.store(&decode_pool, 1, &key("first", 0, 2), 3), [0, 1]);
+    assert_eq!(decode.lookup(&key("d", 0, 11)), 8);
+    assert_eq!(decode.load(&decode_pool, 1, &key("d", 0, 8), 3), Some(8));
+    decode.end("d");
+    let at_b = Door::of(&b);
+    assert_eq!(peer(&at_b, "a").blocks_in, 6);
+    assert_eq!(at_b.status().fetched_blocks, 6);
+    // They are here now.
+    assert_eq!(decode.lookup(&key("again", 0, 8)), 8);
+    assert_eq!(at_b.status().fetched_blocks, 6);
+}
+
+#[test]
+fn an_engine_finds_what_one_of_another_node_is_still_storing() {
+    let [a, b] = two_doors(["coming-a", "coming-b"]);
+    let (_a, _b) = (a.start(), b.start());
+    let (prefill, decode) = (Engine::of(&a), Engine::of(&b));
+    let pool = prefill.register(registration(1)).unwrap();
+    let decode_pool = decode.register(registration(1)).unwrap();
+    let slots = prefill.prepare_store(&pool, 1, &key("p", 0, 5));
+    decode.look(&key("d", 0, 5));
+    assert_eq!(decode.query("d"), None, "not known while they are on their way");
+    slots.fill(9);
+    assert!(prefill.commit_store(1, &key("p", 0, 5)));
+    assert_eq!(decode.wait("d"), Some(5));
+    assert_eq!(decode.load(&decode_pool, 1, &key("d", 0, 5), 9), Some(5));
+}
+
+#[test]
+fn a_node_that_is_gone_or_stands_still_is_a_miss_and_holds_no_engine_up() {
+    let [a, b] = two_doors(["gone-a", "gone-b"]);
+    let (first, _b) = (a.start(), b.start());
+    let (prefill, decode) = (Engine::of(&a), Engine::of(&b));
+    let pool = prefill.register(registration(1)).unwrap();
+    let decode_pool = decode.register(registration(1)).unwrap();
+    assert_eq!(prefill.store(&pool, 1, &key("p", 0, 8), 3).len(), 8);
+    assert_eq!(decode.store(&decode_pool, 1, &key("first", 0, 2), 3), [0, 1]);
+    // They speak with each other.
+    assert_eq!(decode.lookup(&key("d", 0, 3)), 3);
+    let pid = rustix::process::Pid::from_raw(first.pid() as i32).unwrap();
+    rustix::process::kill_process(pid, rustix::process::Signal::STOP).unwrap();
+    // What is here is promised all the same. The door waits for 30 seconds at most, and then for no answer.
+    assert_eq!(decode.lookup(&key("still", 0, 8)), 3);
+    rustix::process::kill_process(pid, rustix::process::Signal::CONT).unwrap();
+    first.kill();
+    assert_eq!(decode.lookup(&key("gone", 0, 8)), 3);
+    assert_eq!(decode.load(&decode_pool, 1, &key("gone", 0, 3), 3), Some(3));
 }
 
 #[test]

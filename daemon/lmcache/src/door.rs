@@ -17,7 +17,7 @@ use tonic::Status;
 use crate::POOL_PREFIX;
 use crate::instance::{Instance, Transfer, TransferKey, session_name};
 use crate::layout::Layout;
-use crate::lookup::{Extent, Held, Lookup, Place, extent};
+use crate::lookup::{Extent, Held, Lookup, Place, extent, further};
 use crate::names::{BadKey, Chains, Wanted};
 use crate::pack::{self, SlotWords};
 use crate::pool::{Pool, SHM_DIR, Slot, remove_left_over};
@@ -78,6 +78,8 @@ pub struct Options {
     pub uint8_as: Option<String>,
     /// How long a lookup waits for blocks that are announced.
     pub pending_wait: Duration,
+    /// How long a lookup waits for blocks that other nodes have; zero: they are not asked.
+    pub peer_wait: Duration,
     /// How long a lookup's blocks are held at most.
     pub hold_ttl: Duration,
     /// Bytes of the longest block that the daemon takes.
@@ -473,13 +475,16 @@ impl Door {
         let chain = self.chains.of(&wanted.request, &wanted.tokens);
         let pending_counts = !self.options.pending_wait.is_zero();
         let ranks = wanted.rank.map_or(0..wanted.world, |rank| rank..rank + 1);
-        let (mut places, mut all) = (Vec::new(), Extent { blocks: chain.names().len(), pending: false });
+        let (mut places, mut all) = (Vec::new(), Extent { blocks: chain.names().len(), ..Extent::default() });
         for rank in ranks {
             let mut best: Option<(Extent, Place)> = None;
             for form in &forms {
                 let binding = self.binding(form, &wanted.salt, rank)?;
                 let place = Place::new(rank, form, &binding, &chain.names()[..all.blocks]);
-                let extent = extent(&form.worker, &place.keys, pending_counts)?;
+                let mut extent = extent(&form.worker, &place.keys, pending_counts)?;
+                if extent.blocks < place.keys.len() && !self.options.peer_wait.is_zero() {
+                    extent = further(&form.worker, &place.keys, pending_counts, extent);
+                }
                 if best.as_ref().is_none_or(|(best, _)| best.blocks < extent.blocks) {
                     best = Some((extent, place));
                 }
@@ -489,13 +494,15 @@ impl Door {
             let fits = place.instance.pool.slots(place.instance.layout.bytes.into()) as usize;
             all.blocks = all.blocks.min(extent.blocks).min(fits);
             all.pending |= extent.pending;
+            all.abroad |= extent.abroad;
             places.push(place);
             if all.blocks == 0 {
                 return Ok(None);
             }
         }
-        let pending = all.pending.then_some(self.options.pending_wait);
-        Ok(Some(lookup.run(&places, all.blocks, wanted.readers, pending)))
+        let Options { pending_wait, peer_wait, .. } = self.options;
+        let limit = all.pending.then_some(pending_wait).max(all.abroad.then_some(peer_wait));
+        Ok(Some(lookup.run(&places, all.blocks, wanted.readers, limit)))
     }
 
     fn binding(

@@ -5,7 +5,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use kv_client::{Binding, BlockGuard, BlockKey, Error, Got, MissReason, Worker};
+use kv_client::{Binding, BlockGuard, BlockKey, Error, Got, MissReason, Sighting, Worker};
 use tokio::sync::{OwnedSemaphorePermit, watch};
 
 use crate::instance::Instance;
@@ -54,10 +54,12 @@ pub(crate) struct Place {
 /// How far a prefix goes.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
 pub(crate) struct Extent {
-    /// Blocks from the first on that are here, on disk or announced.
+    /// Blocks from the first on that are here, on disk, with a peer or announced.
     pub(crate) blocks: usize,
     /// Some of them are announced.
     pub(crate) pending: bool,
+    /// Some of them are on another node.
+    pub(crate) abroad: bool,
 }
 
 /// How far these blocks go, with those that are announced where `pending` counts.
@@ -74,6 +76,27 @@ pub(crate) fn extent(worker: &Worker, keys: &[BlockKey], pending: bool) -> Resul
         }
         extent.blocks += 1;
     }
+}
+
+/// How much further the peers take it. Those who do not answer have nothing.
+pub(crate) fn further(worker: &Worker, keys: &[BlockKey], pending: bool, mut extent: Extent) -> Extent {
+    let sightings = worker.locate_keys(&keys[extent.blocks..], "").wait().unwrap_or_else(|error| {
+        tracing::debug!(%error, "the peers were not asked for chunks");
+        Vec::new()
+    });
+    for sighting in sightings {
+        match sighting {
+            Sighting::Here(_) => {}
+            Sighting::At { .. } => extent.abroad = true,
+            Sighting::Expected { .. } if pending => (extent.pending, extent.abroad) = (true, true),
+            Sighting::Absent(miss) if pending && miss.reason == MissReason::NotComplete => {
+                extent.pending = true;
+            }
+            Sighting::Expected { .. } | Sighting::Absent(_) => break,
+        }
+        extent.blocks += 1;
+    }
+    extent
 }
 
 impl Place {
@@ -120,13 +143,14 @@ impl Lookup {
     }
 
     /// Acquires the first `chunks` of every rank and holds what came of all of them, without a gap. `readers`
-    /// workers of each rank will fetch it. Gives how many chunks that is.
+    /// workers of each rank will fetch it. All of it may take `limit`, where there is one, for what others store or
+    /// have. Gives how many chunks that is.
     pub(crate) fn run(
         &self,
         places: &[Place],
         chunks: usize,
         readers: u32,
-        pending: Option<Duration>,
+        limit: Option<Duration>,
     ) -> usize {
         let began = Instant::now();
         let bytes = places.first().map_or(1, |place| place.instance.layout.bytes as usize);
@@ -138,7 +162,7 @@ impl Lookup {
         let mut promised = 0;
         while promised < chunks && began.elapsed() < LIMIT && !self.gone.load(Ordering::Acquire) {
             let wanted = promised..chunks.min(promised + batch);
-            let wait = pending.map_or(DISK_WAIT, |wait| wait.saturating_sub(began.elapsed()));
+            let wait = limit.map_or(DISK_WAIT, |wait| wait.saturating_sub(began.elapsed()));
             for (place, hold) in places.iter().zip(&mut holds) {
                 // Not longer than what the ranks before have.
                 let wait = wait.max(Duration::from_millis(1));

@@ -40,10 +40,11 @@ pub(super) fn problems(config: &Config) -> Vec<(String, String)> {
     for (key, value, range) in sizes {
         outside(value, range).into_iter().for_each(|message| refuse(key, message));
     }
-    let spans: [(&str, Span, RangeInclusive<Span>); 7] = [
+    let spans: [(&str, Span, RangeInclusive<Span>); 8] = [
         ("disk.slow_limit", disk.slow_limit, Span::millis(1)..=Span::seconds(600)),
         ("limits.pending_ttl", limits.pending_ttl, Span::millis(10)..=Span::seconds(86400)),
         ("lmcache.pending_wait", lmcache.pending_wait, Span::millis(0)..=Span::seconds(60)),
+        ("lmcache.peer_wait", lmcache.peer_wait, Span::millis(0)..=Span::seconds(60)),
         ("lmcache.hold_ttl", lmcache.hold_ttl, Span::seconds(1)..=Span::seconds(86400)),
         ("peers.fetch_limit", peers.fetch_limit, Span::millis(10)..=Span::seconds(600)),
         ("peers.probe_limit", peers.probe_limit, Span::millis(1)..=Span::seconds(60)),
