@@ -116,6 +116,19 @@ class Link:
 
         return self.ask(describe)
 
+    def sightings(
+        self, session: kvd.Session, binding: kvd.Binding, names: Sequence[bytes | str], node: str | None = None
+    ) -> list[kvd.Sighting]:
+        """Where blocks are that are not here; none where the daemon has no peers, or they do not answer in time."""
+        daemon = self.daemon()
+        if daemon is None or not daemon.peers or not names:
+            return []
+        try:
+            return session.locate(binding, names, node=node)
+        except kvd.DeadlineExceeded:
+            # A peer is slow, not the daemon.
+            return []
+
     def _connected(self) -> kvd.Session:
         with self._lock:
             if self._session is None:
@@ -134,8 +147,17 @@ class Link:
         self.log.warning("kvd is away; the engine computes what it would have loaded: %s", error)
 
 
-def held(session: kvd.Session, binding: kvd.Binding, names: Sequence[bytes | str], seconds: float) -> list[bool]:
-    """For each block whether it is here, beyond gaps too. What was not asked within ``seconds`` counts as absent."""
+def held(
+    link: Link,
+    session: kvd.Session,
+    binding: kvd.Binding,
+    names: Sequence[bytes | str],
+    *,
+    seconds: float,
+    peers: bool,
+) -> list[bool]:
+    """For each block whether it is here, beyond gaps too, or with one of the ``peers``. What was not asked within
+    ``seconds`` counts as absent."""
     until = time.monotonic() + seconds
     found: list[bool] = []
     while len(found) < len(names) and time.monotonic() < until:
@@ -144,7 +166,12 @@ def held(session: kvd.Session, binding: kvd.Binding, names: Sequence[bytes | str
         found += [True] * prefix
         if prefix < len(asked):
             found.append(False)
-    return found + [False] * (len(names) - len(found))
+    found += [False] * (len(names) - len(found))
+    if peers:
+        absent = [at for at, here in enumerate(found) if not here]
+        for at, one in zip(absent, link.sightings(session, binding, [names[at] for at in absent]), strict=False):
+            found[at] = one.tier is not None
+    return found
 
 
 def checked(
@@ -152,7 +179,7 @@ def checked(
 ) -> list[kvd.Block | None]:
     """Blocks open for reading, of which every byte has been checked; ``None`` where one is absent or damaged.
 
-    Waits for the disk, and for who has announced a block and is about to store it, as long as a call may take.
+    Waits for the disk, for peers, and for who has announced a block and is about to store it, as long as a call may take.
     """
     try:
         answers = session.acquire(binding, names, wait=session.deadline)

@@ -108,6 +108,8 @@ class Settings:
     """Seconds that one call to the daemon may take."""
     call_seconds: float = number(5.0, least=0.001, most=WAIT_SECONDS)
     """Seconds after which a call of SGLang begins nothing more: the pages left are misses, or not stored."""
+    peers: bool = True
+    """Whether pages count that only peers of the daemon have. A read fetches them, within ``deadline``."""
 
 
 @dataclass(frozen=True)
@@ -235,7 +237,9 @@ class KvdStore(HiCacheStorage):
         for transfer in pool_transfers or []:
             seconds = self._settings.call_seconds
             here = self._ask(
-                self._pools.get(str(transfer.name)), "pieces", lambda s, b: held(s, b, keys[:pages], seconds)
+                self._pools.get(str(transfer.name)),
+                "pieces",
+                lambda s, b: held(self._link, s, b, keys[:pages], seconds=seconds, peers=self._settings.peers),
             )
             good = _restorable(transfer, here or [False] * pages)
             hits[transfer.name] = max(good, default=0)
@@ -347,6 +351,11 @@ class KvdStore(HiCacheStorage):
             found += prefix
             if prefix < len(asked):
                 break
+        if self._settings.peers:
+            for one in self._link.sightings(session, binding, keys[found:]):
+                if one.tier is None:
+                    break
+                found += 1
         return found
 
     def _stats_of_reads(self, pages: int, gigabytes_per_second: float) -> None:

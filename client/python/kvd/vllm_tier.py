@@ -99,6 +99,8 @@ class Settings:
     """Threads that load, and as many that store."""
     staging_bytes: int = number(64 << 20, least=1, most=STAGING_BYTES)
     """What may be on its way into the daemon at once; four rows at least."""
+    peers: bool = True
+    """Whether chunks count that only peers of the daemon have. A load fetches them, within ``deadline``."""
 
 
 @dataclass
@@ -277,15 +279,17 @@ class KvdTier(SecondaryTierManager):
         return self._link.binding(session, scope, self._row_bytes, (1, 1, 0, 1))
 
     def _held(self, keys: list[OffloadKey]) -> list[bool]:
-        """Which chunks the daemon has; on the thread of lookups."""
+        """Which chunks the daemon or a peer of it has; on the thread of lookups."""
         life, found = self._life, dict.fromkeys(keys, False)
         by_group: dict[int, list[OffloadKey]] = {}
         for key in keys:
             by_group.setdefault(get_offload_group_idx(key), []).append(key)
         for group, some in by_group.items():
             names = [get_offload_block_hash(key) for key in some]
-            seconds = self._settings.deadline
-            here = self._link.ask(lambda s: held(s, self._binding(s, group, life), names, seconds))
+            seconds, peers = self._settings.deadline, self._settings.peers
+            here = self._link.ask(
+                lambda s: held(self._link, s, self._binding(s, group, life), names, seconds=seconds, peers=peers)
+            )
             found.update(zip(some, here or [], strict=False))
         return [found[key] for key in keys]
 

@@ -376,24 +376,21 @@ class Scheduler:
     ) -> tuple[list[str], bool]:
         """The tiers of blocks that this node or a peer has, from the first on, and whether the next one is announced
         somewhere. The first begins at token ``first``, each has ``step`` of them."""
-
-        def locate(session: kvd.Session) -> list[kvd.Sighting]:
-            try:
-                return session.locate(binding, names, node=abroad.node)
-            except kvd.DeadlineExceeded:
-                # A peer is slow, not the daemon.
-                return []
-
         tiers: list[str] = []
-        if time.monotonic() >= abroad.until:
-            return tiers, False
-        for at, one in enumerate(self.link.ask(locate) or []):
-            if one.tier is None:
-                return tiers, one.node is not None or (one.miss is not None and one.miss.reason == "not_complete")
-            tiers.append(one.tier if one.node is None else "peer")
-            if one.node is not None:
-                abroad.places.append((first + at * step, binding, one.node, names[at]))
-                abroad.keys.add(binding.key(names[at]))
+        # Of most prompts peers have nothing, or all: a few blocks tell which.
+        for part in (names[:BATCH], names[BATCH:]):
+            if time.monotonic() >= abroad.until:
+                break
+            sightings = self.link.ask(lambda s: self.link.sightings(s, binding, part, abroad.node))
+            if not sightings:
+                break
+            for name, one in zip(part, sightings, strict=True):
+                if one.tier is None:
+                    return tiers, one.node is not None or (one.miss is not None and one.miss.reason == "not_complete")
+                if one.node is not None:
+                    abroad.places.append((first + len(tiers) * step, binding, one.node, name))
+                    abroad.keys.add(binding.key(name))
+                tiers.append(one.tier if one.node is None else "peer")
         return tiers, False
 
     def _bring(self, abroad: _Abroad, computed: int, tokens: int) -> None:

@@ -431,6 +431,13 @@ def test_what_a_node_has_itself_is_not_fetched(nodes: Nodes, layout_of: Any):
     assert "peer_blocks" not in one.stats.take().data, "nobody was asked"
 
 
+def test_a_long_prompt_of_another_node_comes_whole(nodes: Nodes, layout_of: Any):
+    a, b = nodes
+    layout = layout_of(cache(FULL))
+    store(worker(a, layout, tensors(layout, 1)), [Piece(0, names(150), [1 + at % 60 for at in range(150)])])
+    assert matched(scheduler(b, layout), request(names(160))) == 150 * TOKENS
+
+
 def test_blocks_that_another_node_expects_are_waited_for(nodes: Nodes, layout_of: Any):
     a, b = nodes
     layout = layout_of(cache(FULL))

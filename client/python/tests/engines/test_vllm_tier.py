@@ -205,6 +205,17 @@ def test_gaps_are_looked_over(daemon, engines):
     assert engines(config(daemon)).load(names(range(40))) == chunks(range(0, 40, 3))
 
 
+def test_chunks_of_another_node_are_found_and_loaded(nodes, engines):
+    a, b = nodes
+    engines(config(a)).store(chunks(range(0, 20)))
+    engines(config(b)).store(chunks(range(18, 22)))
+    engine = engines(config(b))
+    assert engine.load(names([1, 2, 19, 21, 30])) == chunks([1, 2, 19, 21])
+    assert engines(config(b, tier={"peers": False})).load(names([1, 5, 21])) == chunks([1, 21]), "1 has come, 5 has not"
+    a.kill()
+    assert engine.load(names([7, 20])) == chunks([20])
+
+
 def test_many_prompts_over_a_small_memory_never_give_a_wrong_byte(daemon, engines):
     dice, stored = random.Random(1), set()
     pair = [engines(config(daemon, chunks=12)) for _ in range(2)]
