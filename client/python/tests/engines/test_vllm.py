@@ -1,6 +1,8 @@
 """The vLLM connector's halves on vLLM's own classes, with a real daemon and no engine; ``engines/run`` has whole engines."""
 
+import contextlib
 import dataclasses
+import itertools
 import json
 import os
 import shutil
@@ -501,12 +503,26 @@ def test_a_node_that_stands_still_or_is_gone_costs_its_blocks_and_no_more(nodes:
     assert matched(one, request(names(8), request_id="gone")) == 4 * TOKENS
     assert one.link.is_up
     a.start()
+    tries = itertools.count()
+    soon(lambda: matched(one, request(names(8), request_id=f"back {next(tries)}")) == 8 * TOKENS)
 
-    def found(counter: list[int] = [0]) -> bool:  # noqa: B006
-        counter[0] += 1
-        return matched(one, request(names(8), request_id=f"back {counter[0]}")) == 8 * TOKENS
 
-    soon(found)
+def test_what_a_node_has_and_does_not_send_in_time_is_not_promised(
+    nodes: Nodes, layout_of: Any, monkeypatch: pytest.MonkeyPatch
+):
+    a, b = nodes
+    layout = layout_of(cache(FULL))
+    caches = tensors(layout, 1)
+    store(worker(a, layout, caches), [Piece(0, names(8), list(range(1, 9)))])
+    store(worker(b, layout, caches), [Piece(0, names(3), [1, 2, 3])])
+    one = scheduler(b, layout, peer_seconds=1.0)
+    bring = one._bring
+    with contextlib.ExitStack() as stack:
+        # It says that it has them, and then stands still.
+        monkeypatch.setattr(one, "_bring", lambda *all: (stack.enter_context(a.standing_still()), bring(*all)))
+        assert matched(one, request(names(8))) == 3 * TOKENS
+        assert one._tracks["r"].abroad, "it did not say so"
+        assert one.link.is_up
 
 
 def test_nobody_is_asked_where_that_is_not_wanted_or_there_is_nobody(daemon: Daemon, nodes: Nodes, layout_of: Any):
