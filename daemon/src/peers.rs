@@ -9,7 +9,8 @@
 //!   rdma.rs      the devices of this node, as paths (facts.rs: what peers are told of them)
 //!   offer.rs     blocks that a leaving node would rather not take along, on both sides
 //! ```
-//! All of it runs on a runtime of its own, so that moving bytes never holds up who asks for the node's health.
+//! All of it runs on runtimes of its own, so that moving bytes never holds up who asks for the node's health: one for
+//! words and small blocks, one for long blocks.
 //! What is decided is decided in [`kv_node::Exchange`], [`kv_transport::reader::Reader`] and
 //! [`kv_transport::owner::Owner`]; here it is joined to sockets, devices and the clock.
 
@@ -22,7 +23,7 @@ use anyhow::Context as _;
 use kv_block::code::Code;
 use kv_block::{BlockKey, Fault, ShardId};
 use kv_node::{FetchOp, PeerId, TransferReport};
-use kv_tcp::{Dialer, Limits, Listener, Security, Tls};
+use kv_tcp::{Dialer, Limits, Listener, Runtimes, Security, Tls};
 use kv_transport::owner::{LeaseReport, OwnerReport, OwnerState};
 use kv_transport::plan::PathPlan;
 use kv_transport::reader::PeerReport;
@@ -124,6 +125,7 @@ pub struct Running {
     /// What the services ask.
     pub peers: Peers,
     runtime: tokio::runtime::Runtime,
+    bulk: tokio::runtime::Runtime,
     _listener: Option<Listener>,
 }
 
@@ -191,11 +193,13 @@ pub fn start(
         .enable_all()
         .build()
         .context("starting the runtime for peers")?;
+    let bulk = kv_tcp::bulk_runtime(plan.bulk_threads).context("starting the runtime for long blocks")?;
+    let runtimes = Runtimes::new(runtime.handle().clone(), bulk.handle().clone());
     let security = security(config)?;
     let limits = limits(config);
     let served = Served::default();
     let (orders, taken) = mpsc::unbounded_channel();
-    let dialer = Dialer::new(runtime.handle().clone(), security.clone(), limits.clone());
+    let dialer = Dialer::new(runtimes.clone(), security.clone(), limits.clone());
     let clock = Clock::start();
     let rails = rdma::Rails::open(node, config, &security)?;
     let fetching = fetch::Fetching::new(node, config, &members, dialer, rails.clone(), clock);
@@ -203,7 +207,7 @@ pub fn start(
     let mut listener = None;
     if let Some(address) = config.peers.listen.get() {
         let (accepted, arrivals) = mpsc::channel(ACCEPTED_MAX);
-        let bound = Listener::bind(runtime.handle(), address.0, security, limits, accepted)
+        let bound = Listener::bind(&runtimes, address.0, security, limits, accepted)
             .with_context(|| format!("listening on {} for peers; set peers.listen to another", address.0))?;
         tracing::info!(address = %bound.local(), "peers are served");
         let serving = serve::Serving {
@@ -219,13 +223,15 @@ pub fn start(
         listener = Some(bound);
     }
     let listening = listener.as_ref().map(Listener::local);
-    Ok(Some(Running { peers: Peers { members, orders, served, listening }, runtime, _listener: listener }))
+    let peers = Peers { members, orders, served, listening };
+    Ok(Some(Running { peers, runtime, bulk, _listener: listener }))
 }
 
 impl Running {
     /// Ends all connections; blocks under way come back to their shards, which must still run.
     pub fn stop(self) {
         self.runtime.shutdown_timeout(LAST_WORDS);
+        self.bulk.shutdown_timeout(LAST_WORDS);
     }
 }
 

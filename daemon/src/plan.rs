@@ -62,8 +62,10 @@ pub struct Plan {
     pub region_bytes: u64,
     /// Threads of the control runtime.
     pub control_threads: usize,
-    /// Threads that blocks from and to peers move on.
+    /// Threads for words of peers, searches and small blocks.
     pub peer_threads: usize,
+    /// Threads that long blocks from and to peers move on.
+    pub bulk_threads: usize,
     /// Bounds of queues and pools.
     pub bounds: Bounds,
     /// What may be taken at most, one line per owner.
@@ -266,12 +268,14 @@ pub fn plan(topology: &Topology, loaded: &Loaded, resources: &Resources) -> Resu
     let bounds = bounds(config);
     let budget = budget(config, &plans, count, &bounds);
     let shards = plans.len() as u64;
+    let cpus: usize = topology.nodes.iter().map(|node| node.cpus.len()).sum();
     let mut plan = Plan {
         shards: plans,
         principals,
         region_bytes,
-        control_threads: control_threads(topology),
-        peer_threads: peer_threads(topology),
+        control_threads: (cpus / 8).clamp(1, 8),
+        peer_threads: (cpus / 16).clamp(1, 4),
+        bulk_threads: (cpus / 4).clamp(2, 8),
         bounds,
         budget,
         notes,
@@ -402,17 +406,6 @@ fn shared_out(whole: u64, shares: &[Share]) -> Vec<u64> {
     let parts = shares.iter().map(|share| share.of(whole));
     let rest = whole - parts.clone().sum::<u64>().min(whole);
     std::iter::once(rest).chain(parts).collect()
-}
-
-fn control_threads(topology: &Topology) -> usize {
-    let cpus: usize = topology.nodes.iter().map(|node| node.cpus.len()).sum();
-    (cpus / 8).clamp(1, 8)
-}
-
-/// With two at least, a small block does not wait for a large one.
-fn peer_threads(topology: &Topology) -> usize {
-    let cpus: usize = topology.nodes.iter().map(|node| node.cpus.len()).sum();
-    (cpus / 4).clamp(2, 8)
 }
 
 /// Parts of `whole` in proportion to `weights`, summing to `whole`, each at least 1 while there is enough.

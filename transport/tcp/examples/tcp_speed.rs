@@ -1,5 +1,5 @@
 //! How fast blocks come over TCP, beside what iperf3 moves in the same minute:
-//! `cargo run --release -p kv-tcp --example tcp_speed [cubic]`.
+//! `cargo run --release -p kv-tcp --example tcp_speed [cubic]`, or with `small` for single small reads alone.
 //!
 //! The owner is a process of its own, so that each side's CPU time can be told. Every figure of ours includes the
 //! checksum of every byte; iperf3 looks at none, and sends one buffer that stays in the caches. So there is a third: a
@@ -19,7 +19,7 @@ use std::time::{Duration, Instant};
 use anyhow::Context;
 use kv_arena::{Geometry, ShardMemory, Slot};
 use kv_block::{BindingTag, BlockKey, Checksum, Priority, Record, payload};
-use kv_tcp::{Dialer, Limits, Listener, ReaderLink, Security, Tls};
+use kv_tcp::{Dialer, Limits, Listener, ReaderLink, Runtimes, Security, Tls};
 use kv_transport::link::{Link, LinkDone, LinkOp};
 use kv_wire::message::{ReadId, WantId};
 use tokio::runtime::Runtime;
@@ -36,8 +36,21 @@ const CALL_READS: u64 = 10_000;
 const SMALL_READS: usize = 3000;
 const GIB: f64 = (1u64 << 30) as f64;
 
-fn runtime() -> anyhow::Result<Runtime> {
-    Ok(tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build()?)
+/// As a daemon on a machine of two cores has them.
+struct Threads {
+    light: Runtime,
+    bulk: Runtime,
+}
+
+impl Threads {
+    fn start() -> anyhow::Result<Self> {
+        let light = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build()?;
+        Ok(Self { light, bulk: kv_tcp::bulk_runtime(2)? })
+    }
+
+    fn runtimes(&self) -> Runtimes {
+        Runtimes::new(self.light.handle().clone(), self.bulk.handle().clone())
+    }
 }
 
 fn memory() -> anyhow::Result<ShardMemory> {
@@ -94,11 +107,11 @@ fn certificates(folder: &Path) -> anyhow::Result<()> {
 
 /// The owner's process: says where it listens, serves until its input ends.
 fn serve(folder: &Path, congestion: &str) -> anyhow::Result<()> {
-    let (runtime, memory) = (runtime()?, memory()?);
+    let (threads, memory) = (Threads::start()?, memory()?);
     let (accepts, _accepted) = tokio::sync::mpsc::channel(1);
     let limits = Limits { rejoin: Duration::from_secs(3600), ..limits(congestion, 4) };
     let security = security(folder, "owner")?;
-    let listener = Listener::bind(runtime.handle(), "127.0.0.1:0".parse()?, security, limits, accepts)?;
+    let listener = Listener::bind(&threads.runtimes(), "127.0.0.1:0".parse()?, security, limits, accepts)?;
     let mut link = listener.sessions().link(SESSION, "reader", Arc::new(|| {}));
     for bytes in sizes() {
         for at in 0..count(bytes) {
@@ -169,14 +182,14 @@ struct Reader {
 }
 
 impl Reader {
-    fn start(runtime: &Runtime, owner: &Owner, folder: &Path, limits: Limits) -> anyhow::Result<Self> {
+    fn start(threads: &Threads, owner: &Owner, folder: &Path, limits: Limits) -> anyhow::Result<Self> {
         let bell = Arc::new(Bell::default());
         let ring = Arc::clone(&bell);
         let wake = Arc::new(move || {
             *ring.rung.lock().expect("no panic") = true;
             ring.changed.notify_one();
         });
-        let dialer = Dialer::new(runtime.handle().clone(), security(folder, "reader")?, limits);
+        let dialer = Dialer::new(threads.runtimes(), security(folder, "reader")?, limits);
         let link = dialer.link(owner.address, "owner", SESSION, wake)?;
         let mut scratch = vec![0; SIZES[SIZES.len() - 1] as usize];
         let mut of_size = |bytes| {
@@ -304,6 +317,16 @@ impl Reader {
         each.sort_by(f64::total_cmp);
         Ok(each)
     }
+
+    /// Small reads alone, then beside long ones.
+    fn small_reads(&mut self) -> anyhow::Result<()> {
+        for (name, beside) in [("alone", 0), ("beside a stream of 2 MiB blocks", 16)] {
+            let small = self.small(beside)?;
+            let (p50, p99) = (at(&small, 0.5), at(&small, 0.99));
+            println!("one 4 KiB read at a time, {name}: p50 {p50:.0} us, p99 {p99:.0} us");
+        }
+        Ok(())
+    }
 }
 
 /// What iperf3 moves with so many connections: bytes per second, and CPU seconds per GiB of both sides.
@@ -418,8 +441,8 @@ fn measure(folder: &Path, congestion: &str) -> anyhow::Result<()> {
     let owner = Owner::start(folder, congestion)?;
     let sizes: &[u32] = if secured { &[2 << 20] } else { &SIZES };
     for connections in [1, 4] {
-        let runtime = runtime()?;
-        let mut reader = Reader::start(&runtime, &owner, folder, limits(congestion, connections))?;
+        let threads = Threads::start()?;
+        let mut reader = Reader::start(&threads, &owner, folder, limits(congestion, connections))?;
         streams(&mut reader, &owner, connections, sizes, congestion)?;
         if connections == 1 {
             continue;
@@ -427,11 +450,7 @@ fn measure(folder: &Path, congestion: &str) -> anyhow::Result<()> {
         let calls = reader.calls()?;
         let (median, best) = (at(&calls, 0.5), calls[0]);
         println!("{CALL_READS} x 4 KiB in one call: {median:.2} us per read (median), {best:.2} (best)");
-        for (name, beside) in [("alone", 0), ("beside a stream of 2 MiB blocks", 16)] {
-            let small = reader.small(beside)?;
-            let (p50, p99) = (at(&small, 0.5), at(&small, 0.99));
-            println!("one 4 KiB read at a time, {name}: p50 {p50:.0} us, p99 {p99:.0} us");
-        }
+        reader.small_reads()?;
     }
     Ok(())
 }
@@ -441,6 +460,12 @@ fn main() -> anyhow::Result<()> {
     let args: Vec<&str> = args.iter().map(String::as_str).collect();
     match args[..] {
         ["serve", folder, congestion] => serve(Path::new(folder), congestion),
+        ["small"] => {
+            let owner = Owner::start(Path::new("plain"), "cubic")?;
+            let threads = Threads::start()?;
+            let mut reader = Reader::start(&threads, &owner, Path::new("plain"), limits("cubic", 4))?;
+            (0..3).try_for_each(|_| reader.small_reads())
+        }
         [] | [_] => {
             let congestion = args.first().copied().unwrap_or("cubic");
             measure(Path::new("plain"), congestion)?;
@@ -448,6 +473,6 @@ fn main() -> anyhow::Result<()> {
             certificates(folder.path())?;
             measure(folder.path(), congestion)
         }
-        _ => anyhow::bail!("usage: tcp_speed [congestion control]"),
+        _ => anyhow::bail!("usage: tcp_speed [small | congestion control]"),
     }
 }

@@ -8,7 +8,6 @@ use kv_wire::frame::Message;
 use kv_wire::message::{Answer, Ask, DataAnswer, DataAsk};
 use rustls::pki_types::ServerName;
 use tokio::net::TcpStream;
-use tokio::runtime::Handle;
 use tokio_rustls::{TlsConnector, TlsStream};
 
 use crate::control::{Control, INBOX_BYTES};
@@ -16,13 +15,14 @@ use crate::error::Error;
 use crate::inbox::Inbox;
 use crate::limits::{FIRST_FRAME_BYTES_MAX, Limits};
 use crate::reader::ReaderLink;
+use crate::runtimes::Runtimes;
 use crate::stream::{Stream, ahead, tune, write_all};
 use crate::tls::{PROTOCOL, PeerIdentity, Security};
 
 /// Opens connections to other nodes. Cheap to clone.
 #[derive(Clone, Debug)]
 pub struct Dialer {
-    pub(crate) runtime: Handle,
+    pub(crate) runtimes: Runtimes,
     security: Security,
     pub(crate) limits: Arc<Limits>,
 }
@@ -36,13 +36,13 @@ pub(crate) struct Target {
 }
 
 impl Dialer {
-    /// A dialer; its links run on `runtime`.
-    pub fn new(runtime: Handle, security: Security, limits: Limits) -> Self {
-        Self { runtime, security, limits: Arc::new(limits) }
+    /// A dialer; its links run on `runtimes`.
+    pub fn new(runtimes: Runtimes, security: Security, limits: Limits) -> Self {
+        Self { runtimes, security, limits: Arc::new(limits) }
     }
 
     /// A control connection to `node` at `address` (`host:port`). Its first words must be a Hello, soon. Runs in a
-    /// task of the runtime; may be dropped at any time.
+    /// task of the light runtime; may be dropped at any time.
     pub async fn control(&self, address: &str, node: &str) -> Result<Control<Ask, Answer>, Error> {
         let name = self.name(node)?;
         self.in_time(address, async {

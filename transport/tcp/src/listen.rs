@@ -20,6 +20,7 @@ use crate::error::Error;
 use crate::inbox::Inbox;
 use crate::limits::{FIRST_FRAME_BYTES_MAX, Limits};
 use crate::owner::{OwnerLink, Table};
+use crate::runtimes::Runtimes;
 use crate::stream::{Stream, ahead, tune, write_all};
 use crate::tls::{PROTOCOL, PeerIdentity, Security};
 
@@ -51,7 +52,7 @@ impl Listener {
     /// Opens a port; what comes there goes to `accepted` (control connections) or to the links of
     /// [`Self::sessions`] (data connections).
     pub fn bind(
-        runtime: &Handle,
+        runtimes: &Runtimes,
         address: SocketAddr,
         security: Security,
         limits: Limits,
@@ -59,7 +60,7 @@ impl Listener {
     ) -> Result<Self, Error> {
         let limits = Arc::new(limits);
         let (listener, local) = {
-            let _inside = runtime.enter();
+            let _inside = runtimes.light.enter();
             let listening = listen(address).and_then(|listener| Ok((listener.local_addr()?, listener)));
             let failed = |source| Error::Io { what: "listen at", address: address.to_string(), source };
             let (local, listener) = listening.map_err(failed)?;
@@ -67,10 +68,10 @@ impl Listener {
         };
         let door = Door::new(Arc::clone(&limits));
         let table = Arc::new(Mutex::default());
-        let sessions = Sessions { runtime: runtime.clone(), limits: Arc::clone(&limits), table };
+        let sessions = Sessions { runtimes: runtimes.clone(), limits: Arc::clone(&limits), table };
         let greeter = Greeter { security, limits, accepted, sessions: sessions.clone() };
-        let accepting = accept(listener, runtime.clone(), Arc::clone(&door), Arc::new(greeter));
-        let accepting = runtime.spawn(accepting).abort_handle();
+        let accepting = accept(listener, runtimes.light.clone(), Arc::clone(&door), Arc::new(greeter));
+        let accepting = runtimes.light.spawn(accepting).abort_handle();
         Ok(Self { local, sessions, door, accepting })
     }
 
@@ -95,7 +96,7 @@ impl Drop for Listener {
 /// The sessions whose links data connections may join. Cheap to clone.
 #[derive(Clone, Debug)]
 pub struct Sessions {
-    runtime: Handle,
+    runtimes: Runtimes,
     limits: Arc<Limits>,
     table: Arc<Mutex<HashMap<u128, Arc<Table>>>>,
 }
@@ -104,7 +105,7 @@ impl Sessions {
     /// The owner's end of a link. It must be there before the Welcome that names `session` is said. With certificates,
     /// only connections whose certificate carries `node`, the reader's name, may join it.
     pub fn link(&self, session: u128, node: &str, wake: Wake) -> OwnerLink {
-        let table = Table::new(node, wake, Arc::clone(&self.limits), self.runtime.clone());
+        let table = Table::new(node, wake, Arc::clone(&self.limits), self.runtimes.clone());
         self.entries().insert(session, Arc::clone(&table));
         OwnerLink::new(table, self.clone(), session)
     }

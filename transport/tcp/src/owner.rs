@@ -14,7 +14,6 @@ use std::time::Duration;
 use kv_arena::Held;
 use kv_transport::link::{Link, LinkDone, LinkError, LinkOp, LinkUsage, Wake};
 use kv_wire::message::{ReadId, WantId};
-use tokio::runtime::Handle;
 use tokio::task::AbortHandle;
 use tokio::time::Instant;
 
@@ -22,7 +21,8 @@ use crate::door::Seat;
 use crate::inbox::Inbox;
 use crate::limits::Limits;
 use crate::listen::Sessions;
-use crate::serving::{Batch, serve};
+use crate::runtimes::Runtimes;
+use crate::serving::{Batch, Serving};
 use crate::stream::Stream;
 
 /// A block that the reader may read, or one whose last writes are under way.
@@ -63,7 +63,7 @@ pub(crate) struct Table {
     wake: Wake,
     node: String,
     limits: Arc<Limits>,
-    runtime: Handle,
+    runtimes: Runtimes,
 }
 
 impl std::fmt::Debug for Table {
@@ -73,7 +73,7 @@ impl std::fmt::Debug for Table {
 }
 
 impl Table {
-    pub(crate) fn new(node: &str, wake: Wake, limits: Arc<Limits>, runtime: Handle) -> Arc<Self> {
+    pub(crate) fn new(node: &str, wake: Wake, limits: Arc<Limits>, runtimes: Runtimes) -> Arc<Self> {
         let state = State {
             life: Life::Open,
             exposed: HashMap::new(),
@@ -84,7 +84,8 @@ impl Table {
             connections_ever: 0,
         };
         let patience = limits.handshake + limits.rejoin;
-        let table = Arc::new(Self { state: Mutex::new(state), wake, node: node.to_owned(), limits, runtime });
+        let table =
+            Arc::new(Self { state: Mutex::new(state), wake, node: node.to_owned(), limits, runtimes });
         table.end_alone_after(patience, 0);
         table
     }
@@ -124,9 +125,19 @@ impl Table {
         state.connections_ever += 1;
         let id = state.connections_ever;
         let joined = Joined { id, table: Arc::clone(table), _seat: seat };
-        let task = table.runtime.spawn(async move {
-            serve(stream, inbox, &joined.table).await;
-        });
+        let task = table.runtimes.light.spawn(Serving::new(stream, inbox, joined).run());
+        state.connections.insert(id, task.abort_handle());
+    }
+
+    /// A connection has long blocks to write: it goes on where those do, unless it was hung up on meanwhile.
+    pub(crate) fn move_to_bulk(table: &Arc<Self>, serving: Serving) {
+        let mut state = table.state();
+        if state.life == Life::Over {
+            drop(state);
+            return drop(serving);
+        }
+        let id = serving.joined.id;
+        let task = table.runtimes.bulk.spawn(serving.run_on_bulk());
         state.connections.insert(id, task.abort_handle());
     }
 
@@ -195,7 +206,7 @@ impl Table {
     /// Ends the link after `pause` if nobody is there then and nobody was since there were `ever` connections.
     fn end_alone_after(self: &Arc<Self>, pause: Duration, ever: u64) {
         let table = Arc::downgrade(self);
-        self.runtime.spawn(async move {
+        self.runtimes.light.spawn(async move {
             tokio::time::sleep(pause).await;
             if let Some(table) = table.upgrade() {
                 table.change(|state| state.end_alone(ever));
@@ -237,9 +248,9 @@ impl State {
 }
 
 /// A connection's part in a link. Dropped, it has left; its batch is dropped before.
-struct Joined {
+pub(crate) struct Joined {
     id: u64,
-    table: Arc<Table>,
+    pub(crate) table: Arc<Table>,
     _seat: Seat,
 }
 

@@ -186,7 +186,8 @@ impl ReaderLink {
             let load = Arc::clone(&outstanding);
             let reading =
                 Reading::new(at, Arc::clone(&shared), load, heard, dialer.clone(), target.clone(), session);
-            dialer.runtime.spawn(reading.run());
+            let runtime = if at == 0 { &dialer.runtimes.light } else { &dialer.runtimes.bulk };
+            runtime.spawn(reading.run());
             Connection { outstanding, staged: Vec::new(), commands }
         };
         let connections = (0..count).map(connection).collect();

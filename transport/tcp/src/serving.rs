@@ -22,8 +22,8 @@ use tokio::io::AsyncWrite;
 use tokio::time::Instant;
 
 use crate::inbox::Inbox;
-use crate::limits::{DATA_FRAME_BYTES_MAX, PASS_BYTES};
-use crate::owner::Table;
+use crate::limits::{DATA_FRAME_BYTES_MAX, PASS_BYTES, SMALL_BYTES};
+use crate::owner::{Joined, Table};
 use crate::stream::{Stream, in_time, write_all};
 
 /// Room for what was asked, at rest, in bytes: a window of reads.
@@ -86,6 +86,11 @@ impl Batch {
     pub(crate) fn gone(&mut self, read: ReadId) {
         let frame = self.frame(&DataAnswer::Gone(read));
         self.answers.push(Answer { read, frame, block: None });
+    }
+
+    fn longest(&self) -> usize {
+        let blocks = self.answers.iter().filter_map(|answer| answer.block.as_ref());
+        blocks.map(|(_, block)| block.len()).max().unwrap_or(0)
     }
 
     fn wants(&self) -> impl Iterator<Item = WantId> {
@@ -168,42 +173,91 @@ impl Drop for Batch {
     }
 }
 
-/// Serves a connection to its end.
-pub(crate) async fn serve(mut stream: Stream, inbox: Inbox, table: &Arc<Table>) {
-    let mut serving = Serving { asks: VecDeque::new(), under_way: HashSet::new(), inbox };
-    serving.inbox = serving.inbox.with_room(INBOX_BYTES);
-    serving.inbox.allow(DATA_FRAME_BYTES_MAX);
-    let (node, ended) = (table.node(), serving.run(&mut stream, table).await);
-    match ended {
-        Ok(()) => tracing::debug!(node, "a reader closed a data connection"),
-        Err(why) if matches!(why.kind(), io::ErrorKind::InvalidData | io::ErrorKind::TimedOut) => {
-            tracing::warn!(node, %why, "a data connection was cut");
-        }
-        Err(why) => tracing::debug!(node, %why, "a data connection failed"),
-    }
-}
-
-struct Serving {
+/// A connection that is served. It begins among the words and small blocks; with its first long block it moves to
+/// where those are, for good.
+pub(crate) struct Serving {
+    stream: Stream,
     inbox: Inbox,
     asks: VecDeque<(ReadId, WantId)>,
     /// Reads that were asked for and not answered.
     under_way: HashSet<ReadId>,
+    batch: Batch,
+    // Dropped last: what the batch holds is let go before the connection has left.
+    pub(crate) joined: Joined,
+}
+
+/// Why a connection is not served here any more.
+enum Over {
+    /// The reader closed it.
+    Closed,
+    /// A long block is next.
+    Long,
 }
 
 impl Serving {
-    async fn run(&mut self, stream: &mut Stream, table: &Arc<Table>) -> io::Result<()> {
-        let stall = table.limits().stall;
+    pub(crate) fn new(stream: Stream, inbox: Inbox, joined: Joined) -> Self {
+        let mut inbox = inbox.with_room(INBOX_BYTES);
+        inbox.allow(DATA_FRAME_BYTES_MAX);
+        let batch = Batch::new(&joined.table);
+        Self { stream, inbox, asks: VecDeque::new(), under_way: HashSet::new(), batch, joined }
+    }
+
+    /// Serves it to its end, or to its first long block, with which it goes on elsewhere.
+    pub(crate) async fn run(mut self) {
+        let over = match self.greet().await {
+            Ok(()) => self.answer(SMALL_BYTES as usize).await,
+            Err(error) => Err(error),
+        };
+        match over {
+            Ok(Over::Long) => {
+                let table = Arc::clone(&self.joined.table);
+                Table::move_to_bulk(&table, self);
+            }
+            over => self.say_over(over),
+        }
+    }
+
+    /// The rest of it.
+    pub(crate) async fn run_on_bulk(mut self) {
+        let over = self.answer(usize::MAX).await;
+        self.say_over(over);
+    }
+
+    fn say_over(&self, over: io::Result<Over>) {
+        let node = self.joined.table.node();
+        match over {
+            Ok(_) => tracing::debug!(node, "a reader closed a data connection"),
+            Err(why) if matches!(why.kind(), io::ErrorKind::InvalidData | io::ErrorKind::TimedOut) => {
+                tracing::warn!(node, %why, "a data connection was cut");
+            }
+            Err(why) => tracing::debug!(node, %why, "a data connection failed"),
+        }
+    }
+
+    async fn greet(&mut self) -> io::Result<()> {
         let mut bytes = Vec::new();
         DataAnswer::Joined.encode(&mut bytes);
-        write_all(stream, &bytes, stall).await?;
-        self.hear()?;
-        let mut batch = Batch::new(table);
+        write_all(&mut self.stream, &bytes, self.joined.table.limits().stall).await?;
+        self.hear()
+    }
+
+    /// Answers what is asked, until the next block is longer than `bytes_max`.
+    async fn answer(&mut self, bytes_max: usize) -> io::Result<Over> {
+        let table = Arc::clone(&self.joined.table);
+        let stall = table.limits().stall;
         let mut pass = 0;
         loop {
-            if std::future::poll_fn(|cx| self.poll_asks(stream, cx)).await? {
-                return Ok(());
+            // Not so when it comes from elsewhere, with a batch.
+            if self.batch.is_written() {
+                if std::future::poll_fn(|cx| self.poll_asks(cx)).await? {
+                    return Ok(Over::Closed);
+                }
+                table.fill(&mut self.asks, &mut self.batch);
             }
-            table.fill(&mut self.asks, &mut batch);
+            let (batch, stream) = (&mut self.batch, &mut self.stream);
+            if batch.longest() > bytes_max {
+                return Ok(Over::Long);
+            }
             let limit = stall + Duration::from_secs(batch.block_bytes as u64 / BYTES_PER_SECOND_MIN);
             let begun = Instant::now();
             let written = async {
@@ -225,20 +279,20 @@ impl Serving {
                 Ok(written) => written?,
                 Err(_) => return Err(io::Error::new(io::ErrorKind::TimedOut, "the reader takes too little")),
             }
-            for answer in &batch.answers {
+            for answer in &self.batch.answers {
                 self.under_way.remove(&answer.read);
             }
-            batch.clear();
+            self.batch.clear();
         }
     }
 
     /// Takes what was asked, and waits for it only when there is nothing else to do. True at the end of the stream.
-    fn poll_asks(&mut self, stream: &mut Stream, cx: &mut Context<'_>) -> Poll<io::Result<bool>> {
+    fn poll_asks(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<bool>> {
         loop {
             if self.asks.len() >= ASKS_MAX {
                 return Poll::Ready(Ok(false));
             }
-            match self.inbox.poll_fill(stream, cx) {
+            match self.inbox.poll_fill(&mut self.stream, cx) {
                 Poll::Ready(Ok(0)) => return Poll::Ready(Ok(true)),
                 Poll::Ready(Ok(_)) => self.hear()?,
                 Poll::Ready(Err(error)) => return Poll::Ready(Err(error)),

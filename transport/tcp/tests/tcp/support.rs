@@ -9,7 +9,8 @@ use std::time::Duration;
 use kv_arena::{Geometry, Held, ShardMemory, Slab, Slot};
 use kv_block::{BindingTag, BlockKey, Checksum, Epoch, Priority, Record, payload};
 use kv_tcp::{
-    Accepted, ControlReader, ControlWriter, Dialer, Limits, Listener, OwnerLink, ReaderLink, Security, Tls,
+    Accepted, ControlReader, ControlWriter, Dialer, Limits, Listener, OwnerLink, ReaderLink, Runtimes,
+    Security, Tls,
 };
 use kv_transport::link::{Link, LinkDone, LinkError, LinkOp, Wake};
 use kv_wire::frame::{HEADER_BYTES, Header, Message};
@@ -241,16 +242,19 @@ pub(crate) struct Nodes {
     pub(crate) owner: ShardMemory,
     pub(crate) reader: ShardMemory,
     pub(crate) runtime: Runtime,
+    _bulk: Runtime,
 }
 
 impl Nodes {
     pub(crate) fn new(owner: Security, reader: Security, limits: Limits) -> Self {
         let runtime = runtime();
+        let bulk = kv_tcp::bulk_runtime(2).unwrap();
         let (accepts, accepted) = mpsc::channel(16);
         let address = "127.0.0.1:0".parse().unwrap();
-        let listener = Listener::bind(runtime.handle(), address, owner, limits.clone(), accepts).unwrap();
-        let dialer = Dialer::new(runtime.handle().clone(), reader, limits);
-        Self { dialer, accepted, listener, owner: memory(48), reader: memory(48), runtime }
+        let runtimes = Runtimes::new(runtime.handle().clone(), bulk.handle().clone());
+        let listener = Listener::bind(&runtimes, address, owner, limits.clone(), accepts).unwrap();
+        let dialer = Dialer::new(runtimes, reader, limits);
+        Self { dialer, accepted, listener, owner: memory(48), reader: memory(48), runtime, _bulk: bulk }
     }
 
     pub(crate) fn plain(limits: Limits) -> Self {
