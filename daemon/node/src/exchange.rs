@@ -21,7 +21,7 @@ use kv_transport::reader::{PeerReport, ReaderCommand, ReaderConfig, ReaderEvent}
 use kv_wire::frame::ITEMS_MAX;
 use kv_wire::message::{Found, Offer, Sight, Taken, WantId};
 
-use crate::io::{FetchDone, FetchOp, FetchToken, PeerId};
+use crate::io::{FetchDone, FetchOp, FetchToken, OfferToken, PeerId};
 
 /// What an exchange must know before it starts.
 #[derive(Clone, Debug)]
@@ -237,8 +237,10 @@ impl Exchange {
                 FetchOp::Find { fetch, key, hint, .. } => {
                     self.find(now, (shard, fetch), key, hint, deadline, out);
                 }
-                FetchOp::Into { fetch, into } => self.take_in(now, (shard, fetch), into, out),
-                FetchOp::Decline { fetch, reason } => self.decline(now, (shard, fetch), reason, out),
+                FetchOp::Into { fetch, offer, into } => self.take_in(now, (shard, fetch), offer, into, out),
+                FetchOp::Decline { fetch, offer, reason } => {
+                    self.decline(now, (shard, fetch), offer, reason, out);
+                }
                 FetchOp::Leave { fetch } => self.leave(now, (shard, fetch), out),
             },
             ExchangeEvent::Peer { peer, event } => self.tell(now, peer, event, out),
@@ -354,21 +356,42 @@ impl Exchange {
         self.tell(now, peer, ReaderEvent::Want { want, principal, key, deadline, wait: true }, out);
     }
 
-    fn take_in(&mut self, now: Micros, id: SearchId, into: Slot, out: &mut Vec<ExchangeCommand>) {
-        let Some(search) = self.searches.get_mut(&id) else { return };
-        // The want may have ended while the shard looked for room; then another offer or a miss is on its way.
-        let Stage::Granted(peer, want) = search.stage else { return };
-        search.stage = Stage::Reading(peer, want);
+    fn take_in(
+        &mut self,
+        now: Micros,
+        id: SearchId,
+        offer: OfferToken,
+        into: Slot,
+        out: &mut Vec<ExchangeCommand>,
+    ) {
+        let Some((peer, want)) = self.offered_by(id, offer) else { return };
+        if let Some(search) = self.searches.get_mut(&id) {
+            search.stage = Stage::Reading(peer, want);
+        }
         self.tell(now, peer, ReaderEvent::Take { want, into }, out);
     }
 
     /// What a peer let us read is of no use: as if it did not have it.
-    fn decline(&mut self, now: Micros, id: SearchId, reason: MissReason, out: &mut Vec<ExchangeCommand>) {
-        // The want may have ended meanwhile; then another offer or a miss is on its way.
-        let Some(Search { stage: Stage::Granted(peer, want), .. }) = self.searches.get(&id) else { return };
-        let (peer, want) = (*peer, *want);
+    fn decline(
+        &mut self,
+        now: Micros,
+        id: SearchId,
+        offer: OfferToken,
+        reason: MissReason,
+        out: &mut Vec<ExchangeCommand>,
+    ) {
+        let Some((peer, want)) = self.offered_by(id, offer) else { return };
         self.tell(now, peer, ReaderEvent::Leave { want }, out);
         self.missed(now, want, reason, out);
+    }
+
+    /// Whose offer it is, if it still stands: the want may have ended while the shard looked for room. Then another
+    /// offer or a miss is on its way.
+    fn offered_by(&self, id: SearchId, offer: OfferToken) -> Option<(PeerId, WantId)> {
+        match self.searches.get(&id)?.stage {
+            Stage::Granted(peer, want) if want.0 == offer.0 => Some((peer, want)),
+            _ => None,
+        }
     }
 
     fn leave(&mut self, now: Micros, id: SearchId, out: &mut Vec<ExchangeCommand>) {
@@ -401,7 +424,8 @@ impl Exchange {
                     let Some(search) = self.searches.get_mut(&id) else { continue };
                     search.stage = Stage::Granted(peer, want);
                     search.bytes = record.bytes;
-                    let done = FetchDone::Offered { fetch: id.1, record, ttl_s };
+                    let offer = OfferToken(want.0);
+                    let done = FetchDone::Offered { fetch: id.1, offer, record, ttl_s };
                     out.push(ExchangeCommand::Shard { shard: id.0, done });
                 }
                 ReaderCommand::Missed { want, reason } => self.missed(now, want, reason, out),

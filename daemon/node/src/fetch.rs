@@ -14,7 +14,7 @@ use kv_arena::Slot;
 use kv_block::{BindingId, BlockKey, MissReason, Record, Tier};
 
 use crate::brain::{Brain, Out, Pending, Source, Stalled, Waiter};
-use crate::io::{Command, FetchDone, FetchOp, FetchToken, Now, Reach};
+use crate::io::{Command, FetchDone, FetchOp, FetchToken, Now, OfferToken, Reach};
 use crate::room::NoRoom;
 
 /// A search among the peers.
@@ -29,7 +29,7 @@ enum Stage {
     /// A peer is looked for.
     Searching,
     /// A peer lets us read it, and it waits for room.
-    Offered(Record, BindingId),
+    Offered(OfferToken, Record, BindingId),
     /// Its bytes are on their way.
     Reading(Record, BindingId),
 }
@@ -84,7 +84,10 @@ impl Brain {
 
     pub(crate) fn fetch_done(&mut self, now: Now, done: FetchDone, out: &mut Out) {
         match done {
-            FetchDone::Offered { fetch, record, ttl_s } => self.offered(now, fetch, record, ttl_s, out),
+            FetchDone::Offered { fetch, offer, record, ttl_s } => {
+                let expires_at = if ttl_s == 0 { 0 } else { now.unix.saturating_add(ttl_s) };
+                self.offered(now, fetch, offer, Record { expires_at, ..record }, out);
+            }
             FetchDone::Landed { fetch, into } => self.fetched(now, fetch, into, out),
             FetchDone::Missed { fetch, reason } => {
                 let Some(fetching) = self.fetches.get(&fetch) else { return };
@@ -97,7 +100,7 @@ impl Brain {
         }
     }
 
-    fn offered(&mut self, now: Now, fetch: FetchToken, record: Record, ttl_s: u32, out: &mut Out) {
+    fn offered(&mut self, now: Now, fetch: FetchToken, offer: OfferToken, record: Record, out: &mut Out) {
         let Some(fetching) = self.fetches.get_mut(&fetch) else {
             // Overtaken: whoever stored the block said so already.
             return;
@@ -107,8 +110,7 @@ impl Brain {
             bound.is_some_and(|bound| bound.block_bytes == record.bytes)
         });
         let known = known.filter(|_| record.key == fetching.key);
-        let expires_at = if ttl_s == 0 { 0 } else { now.unix.saturating_add(ttl_s) };
-        let next = known.map(|binding| Stage::Offered(Record { expires_at, ..record }, binding));
+        let next = known.map(|binding| Stage::Offered(offer, record, binding));
         let before = std::mem::replace(&mut fetching.stage, next.unwrap_or(Stage::Searching));
         if let Stage::Reading(_, binding) = before {
             // It did not arrive from one peer, and another one has it. The first slot is free again, or will be.
@@ -116,7 +118,7 @@ impl Brain {
         }
         if known.is_none() {
             let reason = MissReason::ScopeDiffers;
-            return out.push(Command::Fetch(FetchOp::Decline { fetch, reason }));
+            return out.push(Command::Fetch(FetchOp::Decline { fetch, offer, reason }));
         }
         let queue = self.stalled.contains_key(&record.bytes);
         match if queue { Err(None) } else { self.try_take_in(now, fetch, out) } {
@@ -136,18 +138,19 @@ impl Brain {
         fetch: FetchToken,
         out: &mut Out,
     ) -> Result<(), Option<MissReason>> {
-        let Some(Fetching { stage: Stage::Offered(record, binding), .. }) = self.fetches.get(&fetch) else {
+        let Some(Fetching { stage: Stage::Offered(offer, record, binding), .. }) = self.fetches.get(&fetch)
+        else {
             // It ended while it waited.
             return Ok(());
         };
-        let (record, binding) = (*record, *binding);
+        let (offer, record, binding) = (*offer, *record, *binding);
         match self.room(now, record.bytes, self.tenant_of(binding), out) {
             Ok(into) => {
                 self.coming(binding);
                 if let Some(fetching) = self.fetches.get_mut(&fetch) {
                     fetching.stage = Stage::Reading(record, binding);
                 }
-                out.push(Command::Fetch(FetchOp::Into { fetch, into }));
+                out.push(Command::Fetch(FetchOp::Into { fetch, offer, into }));
                 Ok(())
             }
             Err(NoRoom::Soon) => Err(None),
@@ -157,17 +160,25 @@ impl Brain {
     }
 
     fn fetched(&mut self, now: Now, fetch: FetchToken, into: Slot, out: &mut Out) {
-        let reading = match self.fetches.remove(&fetch) {
+        let reading = match self.fetches.get(&fetch) {
             Some(Fetching { key, stage: Stage::Reading(record, binding), .. }) => {
-                Some((key, record, binding))
+                Some((*key, *record, *binding))
             }
-            _ => None,
+            // It ended outside in a way that it cannot have from here: so it does here.
+            Some(_) => {
+                tracing::error!("a block came from a peer that was not told to send it");
+                self.fetch_failed(now, fetch, MissReason::PathFailed, out);
+                None
+            }
+            // Overtaken.
+            None => None,
         };
         let Some((key, record, binding)) = reading else {
-            // Overtaken: the slot is free again.
+            // The slot is free again.
             drop(into);
             return self.retry_stalled(now, out);
         };
+        self.fetches.remove(&fetch);
         self.came(binding);
         let block = into.seal(&record);
         let place = (block.id(), block.generation());

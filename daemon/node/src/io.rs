@@ -344,6 +344,11 @@ pub struct Filter {
 #[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Debug)]
 pub struct FetchToken(pub u64);
 
+/// Names what one peer offered to a search. An answer names it, too: meanwhile that peer may have failed, and another
+/// one have offered.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Debug)]
+pub struct OfferToken(pub u64);
+
 /// What whoever speaks with the peers is to do. Each search ends in one `Missed` or `Landed`, unless it is left.
 #[derive(Debug)]
 pub enum FetchOp {
@@ -358,10 +363,12 @@ pub enum FetchOp {
         /// When the search and the transfer end.
         deadline: Micros,
     },
-    /// Read a block that was offered.
+    /// Read a block that was offered. When that offer is over, the slot is free again.
     Into {
         /// Which search.
         fetch: FetchToken,
+        /// Which offer.
+        offer: OfferToken,
         /// Where to; at least as long as the block. Given back.
         into: Slot,
     },
@@ -369,6 +376,8 @@ pub enum FetchOp {
     Decline {
         /// Which search.
         fetch: FetchToken,
+        /// Which offer.
+        offer: OfferToken,
         /// What whoever waits is told when nobody has.
         reason: MissReason,
     },
@@ -386,6 +395,8 @@ pub enum FetchDone {
     Offered {
         /// Which search.
         fetch: FetchToken,
+        /// Named by the answer. The one before it is over.
+        offer: OfferToken,
         /// What the peer says it is; expiry aside.
         record: Record,
         /// Seconds it has to live; 0: for ever.

@@ -39,6 +39,7 @@ pub use brain::{Brain, BrainConfig};
 pub use exchange::{Exchange, ExchangeCommand, ExchangeConfig, ExchangeEvent, TransferReport};
 pub use io::{
     Binding, BlockReport, BlockState, Command, Event, FetchDone, FetchOp, FetchToken, FillToken, Filter,
-    Found, Grant, Keep, LeaseReport, Micros, Now, Op, Origin, PeerId, Progress, Reach, Reply, RequestId,
+    Found, Grant, Keep, LeaseReport, Micros, Now, OfferToken, Op, Origin, PeerId, Progress, Reach, Reply,
+    RequestId,
 };
 pub use report::{Counters, SessionReport, ShardReport, TenantReport};

@@ -38,6 +38,8 @@ struct Weather {
     block: u64,
     fault: u64,
     restart: u64,
+    /// How often what a shard says to its exchange lies for a while.
+    unheard: u64,
 }
 
 enum Word {
@@ -132,7 +134,13 @@ impl World {
         let mut random = Random::new(seed);
         let calm = random.per_mille(250);
         let mut rate = |most: u64| if calm || random.per_mille(400) { 0 } else { random.below(most) + 1 };
-        let weather = Weather { cut: rate(10), block: rate(20), fault: rate(150), restart: rate(6) };
+        let weather = Weather {
+            cut: rate(10),
+            block: rate(20),
+            fault: rate(150),
+            restart: rate(6),
+            unheard: rate(300),
+        };
         let count = 2 + random.below(2) as usize;
         let node = |own: usize| Node {
             rig: rig(),
@@ -171,7 +179,7 @@ impl World {
             self.hear(&mut open);
         }
         // The weather clears up; everything comes to its end.
-        self.weather = Weather { cut: 0, block: 0, fault: 0, restart: 0 };
+        self.weather = Weather { cut: 0, block: 0, fault: 0, restart: 0, unheard: 0 };
         self.blocked.clear();
         for _ in 0..3000 {
             self.step(1);
@@ -370,11 +378,13 @@ impl World {
 
     /// Everything that happens on a node without time passing.
     fn turn(&mut self, at: usize) {
+        // What the shard says may lie for a while before the exchange hears it, and cross what that says meanwhile.
+        let unheard = self.random.per_mille(self.weather.unheard);
         for round in 0.. {
             assert!(round < 10_000, "n{at} never comes to rest");
             let now = moment(self.now_ms);
             let node = &mut self.nodes[at];
-            while let Some(op) = node.rig.asked_of_peers.as_mut().and_then(VecDeque::pop_front) {
+            while !unheard && let Some(op) = node.rig.asked_of_peers.as_mut().and_then(VecDeque::pop_front) {
                 let deadline = match &op {
                     // Both clocks run alike, from other zeros.
                     FetchOp::Find { deadline, .. } => {

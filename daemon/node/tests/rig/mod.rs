@@ -20,7 +20,8 @@ use kv_block::{
 };
 use kv_node::{
     Binding, BlockReport, BlockState, Brain, BrainConfig, Command, Event, FetchDone, FetchOp, FetchToken,
-    Filter, Found, Grant, Keep, Micros, Now, Op, Origin, Progress, Reach, Reply, RequestId, ShardReport,
+    Filter, Found, Grant, Keep, Micros, Now, OfferToken, Op, Origin, Progress, Reach, Reply, RequestId,
+    ShardReport,
 };
 use kv_tiers::admit::AdmissionKind;
 use kv_tiers::catalog::Catalog;
@@ -140,6 +141,8 @@ pub struct Rig {
     pub asked_of_peers: Option<VecDeque<FetchOp>>,
     /// Why an offer was declined, if the last one was.
     pub declined: Option<MissReason>,
+    /// How many were offered.
+    pub offers: u64,
     /// The inventory as the event log tells it.
     pub inventory: BTreeSet<(BlockKey, Tier)>,
     heard: u64,
@@ -189,6 +192,7 @@ impl Rig {
             held_fills: Vec::new(),
             searches: BTreeMap::new(),
             declined: None,
+            offers: 0,
             landings: BTreeMap::new(),
             asked_of_peers: None,
             inventory: BTreeSet::new(),
@@ -419,12 +423,14 @@ impl Rig {
                 assert!(deadline > self.now.micros, "a search that is over before it begins");
                 assert!(self.searches.insert(fetch.0, key).is_none(), "a search that runs already");
             }
-            FetchOp::Into { fetch, into } => {
+            FetchOp::Into { fetch, offer, into } => {
                 assert!(self.searches.contains_key(&fetch.0), "a slot for no search");
+                assert!(offer.0 <= self.offers, "a slot for no offer");
                 assert!(self.landings.insert(fetch.0, into).is_none(), "a second slot for one search");
             }
-            FetchOp::Decline { fetch, reason } => {
+            FetchOp::Decline { fetch, offer, reason } => {
                 assert!(self.searches.contains_key(&fetch.0), "an offer for no search is declined");
+                assert_eq!(offer.0, self.offers, "it is declined at once");
                 self.landings.remove(&fetch.0);
                 self.declined = Some(reason);
             }
@@ -439,7 +445,9 @@ impl Rig {
     pub fn offer(&mut self, n: u64, record: Record) {
         let fetch = self.search_of(n);
         self.declined = None;
-        self.tell(Event::Fetch(FetchDone::Offered { fetch, record, ttl_s: 0 }));
+        self.offers += 1;
+        let offer = OfferToken(self.offers);
+        self.tell(Event::Fetch(FetchDone::Offered { fetch, offer, record, ttl_s: 0 }));
     }
 
     /// Block `n` as a peer has it.
