@@ -112,8 +112,7 @@ fn tell(door: &Door, at: usize, row: &Row, fake: &FakeOwner, hinted: bool) {
             if state.state == "down" && state.retry_ms > 250 {
                 assert!(state.strikes >= 3, "{state:?}");
                 let (got, took) = next(3_000);
-                let reason = if hinted { PeerDown } else { NeverStored };
-                assert!(got == Err(reason) && took < Duration::from_secs(2), "{got:?} after {took:?}");
+                assert!(got == Err(PeerDown) && took < Duration::from_secs(2), "{got:?} after {took:?}");
                 break;
             }
         } else if tried == 8 {

@@ -221,6 +221,11 @@ impl Health {
         self.trying = false;
     }
 
+    /// Whether it is open and may be tried again.
+    pub fn is_due(&self, now: Micros) -> bool {
+        matches!(self.circuit, Circuit::Open { until } if until <= now)
+    }
+
     /// Whether a try is under way.
     pub fn is_trying(&self) -> bool {
         self.trying

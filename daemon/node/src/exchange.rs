@@ -12,6 +12,7 @@
 //! no socket and no clock: [`ExchangeCommand`] says what is to be done.
 
 use std::collections::{BTreeMap, HashMap};
+use std::time::Duration;
 
 use kv_arena::Slot;
 use kv_block::{BlockKey, MissReason, ShardId};
@@ -462,7 +463,11 @@ impl Exchange {
 
     fn go_on(&mut self, now: Micros, id: SearchId, out: &mut Vec<ExchangeCommand>) {
         let Some(search) = self.searches.get_mut(&id) else { return };
-        if let Some(at) = search.candidates.iter().position(|(_, sight)| matches!(sight, Sight::In(_))) {
+        // Who leaves is asked last: it has enough to do, and may be gone before all has come.
+        let leaves = |peer: PeerId| self.readers.get(usize::from(peer.0)).is_some_and(Reader::is_leaving);
+        let have =
+            search.candidates.iter().enumerate().filter(|(_, (_, sight))| matches!(sight, Sight::In(_)));
+        if let Some((at, _)) = have.min_by_key(|(_, (peer, _))| leaves(*peer)) {
             let (peer, _) = search.candidates.remove(at);
             return self.want(now, id, peer, out);
         }
@@ -493,19 +498,24 @@ impl Exchange {
         if self.unasked.is_empty() {
             return;
         }
-        let peers = self.whom_to_ask();
+        let (peers, all) = self.whom_to_ask(now);
         let mut by_principal: BTreeMap<u8, Vec<(SearchId, BlockKey)>> = BTreeMap::new();
-        let mut deadline = Micros(now.0.saturating_add(self.config.probe_limit));
+        // As long as the one that has most time: another may end a little late for it.
+        let mut deadline = now;
         for id in std::mem::take(&mut self.unasked) {
             let Some(search) = self.searches.get_mut(&id) else { continue };
             (search.probed, search.answers_left) = (true, peers.len());
-            deadline = deadline.min(search.deadline);
+            deadline = deadline.max(search.deadline);
+            if !all {
+                search.why = more_telling(search.why, MissReason::PeerDown);
+            }
             by_principal.entry(search.principal).or_default().push((id, search.key));
             if peers.is_empty() {
                 let why = search.why;
                 self.give_up(id, why, out);
             }
         }
+        let deadline = deadline.min(Micros(now.0.saturating_add(self.config.probe_limit)));
         for (principal, wanted) in by_principal {
             for chunk in wanted.chunks(ITEMS_MAX) {
                 for peer in &peers {
@@ -519,14 +529,19 @@ impl Exchange {
         }
     }
 
-    /// As many peers as may be asked, others the next time.
-    fn whom_to_ask(&mut self) -> Vec<PeerId> {
+    /// As many peers as may be asked, others the next time; false when one of them is left out. One that owes an answer
+    /// for longer than a question may take is not asked another: it would cost everybody that time again.
+    fn whom_to_ask(&mut self, now: Micros) -> (Vec<PeerId>, bool) {
         let (all, most) = (self.readers.len(), self.config.probe_peers_max);
-        let peers = (0..all.min(most)).map(|at| PeerId(((self.first + at) % all) as u16)).collect();
+        let turn: Vec<_> = (0..all.min(most)).map(|at| PeerId(((self.first + at) % all) as u16)).collect();
         if all > most {
             self.first = (self.first + most) % all;
         }
-        peers
+        let limit = Duration::from_micros(self.config.probe_limit);
+        let talks = |peer: &PeerId| self.readers[usize::from(peer.0)].silent_for(now) < limit;
+        let peers: Vec<_> = turn.iter().copied().filter(talks).collect();
+        let whole = peers.len() == turn.len();
+        (peers, whole)
     }
 
     fn probed(&mut self, now: Micros, probe: u64, found: Option<Found>, out: &mut Vec<ExchangeCommand>) {
@@ -565,6 +580,10 @@ impl Exchange {
     ) {
         let Some(search) = self.searches.get_mut(&id) else { return };
         search.answers_left = search.answers_left.saturating_sub(1);
+        if sight.is_none() {
+            // It may have it, and did not say.
+            search.why = more_telling(search.why, MissReason::PeerDown);
+        }
         if let Some(sight) = sight.filter(|sight| *sight != Sight::Absent && !search.tried.contains(&peer)) {
             search.candidates.push((peer, sight));
         }
@@ -582,7 +601,7 @@ impl Exchange {
         deadline: Micros,
         out: &mut Vec<ExchangeCommand>,
     ) {
-        let mut peers = self.whom_to_ask();
+        let (mut peers, _) = self.whom_to_ask(now);
         let hint = hint.filter(|hint| usize::from(hint.0) < self.readers.len());
         peers.extend(hint.filter(|hint| !peers.contains(hint)));
         let answers_left = keys.chunks(ITEMS_MAX).len() * peers.len();

@@ -206,15 +206,18 @@ impl World {
                 assert_eq!(left, 0, "n{at} still serves: {report:?}");
             }
         }
-        for connection in 0..self.connections.len() {
+        let cut = self.connections.len();
+        for connection in 0..cut {
             self.cut(connection);
         }
         for _ in 0..400 {
             self.step(1);
         }
         for (at, node) in self.nodes.iter_mut().enumerate() {
-            assert!(node.owners.is_empty(), "n{at} serves nobody any more");
-            assert!(node.closing.is_empty() && node.links.is_empty(), "n{at} has links");
+            // Whoever had given a peer up may have tried it again meanwhile, by itself.
+            assert!(node.owners.keys().all(|which| *which >= cut), "n{at} serves nobody any more");
+            let links = node.links.keys().all(|which| *which >= cut);
+            assert!(node.closing.is_empty() && links, "n{at} has links");
             node.rig.finish();
             node.rig.check_books();
             let report = node.rig.report();

@@ -96,8 +96,9 @@ impl Owner {
                 }
             }
             OwnerEvent::Leaving { leaving } => {
-                if leaving && !self.leaving && matches!(self.stage, Stage::Serving { .. }) {
-                    out.push(OwnerCommand::Say(Answer::Leaving));
+                if leaving != self.leaving && matches!(self.stage, Stage::Serving { .. }) {
+                    let answer = if leaving { Answer::Leaving } else { Answer::Staying };
+                    out.push(OwnerCommand::Say(answer));
                 }
                 self.leaving = leaving;
             }

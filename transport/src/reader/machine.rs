@@ -100,6 +100,8 @@ pub(super) enum Timer {
 pub(super) enum Trial {
     Want(WantId),
     Question(u64),
+    /// A connection and a ping, when a circuit has been open for long enough and nobody has asked for anything.
+    Ping,
 }
 
 impl Reader {
@@ -159,7 +161,8 @@ impl Reader {
                 self.probe(now, probe, principal, keys, deadline, out);
             }
             ReaderEvent::Offer { offer, deadline } => self.offer(now, offer, deadline, out),
-            ReaderEvent::Leave { .. } | ReaderEvent::Tick => {}
+            ReaderEvent::Tick => self.try_again(now, out),
+            ReaderEvent::Leave { .. } => {}
         }
         self.attend(now);
     }
@@ -190,7 +193,11 @@ impl Reader {
                 }
             }),
         };
-        stage.into_iter().chain(self.timers.first().map(|(at, _)| *at)).min()
+        let trial = match (self.health.circuit(), &self.stage) {
+            (Circuit::Open { until }, Stage::Down) => Some(until),
+            _ => None,
+        };
+        stage.into_iter().chain(trial).chain(self.timers.first().map(|(at, _)| *at)).min()
     }
 
     /// What it knows.
@@ -228,6 +235,22 @@ impl Reader {
             circuit: self.health.circuit(),
             last_error: self.health.last().map(|(strike, why)| (strike.name(), why.clone())),
             rtt: self.rtt,
+        }
+    }
+
+    /// Whether the owner said that it leaves.
+    pub fn is_leaving(&self) -> bool {
+        matches!(&self.stage, Stage::Up(session) if session.leaving)
+    }
+
+    /// For how long the peer has owed a word and said none: a connection, a welcome, an answer.
+    pub fn silent_for(&self, now: Micros) -> Duration {
+        match &self.stage {
+            Stage::Down => Duration::ZERO,
+            Stage::Connecting { until } | Stage::Greeting { until } => {
+                self.config.connect_max.saturating_sub(until.since(now))
+            }
+            Stage::Up(session) => session.silent_since.map_or(Duration::ZERO, |since| now.since(since)),
         }
     }
 
@@ -359,6 +382,10 @@ impl Reader {
                 self.session(|session| session.leaving = true);
                 Ok(())
             }
+            Answer::Staying => {
+                self.session(|session| session.leaving = false);
+                Ok(())
+            }
             Answer::Path(end) if self.config.paths.contains(&PathId(end.path)) => {
                 out.push(ReaderCommand::Join(end));
                 Ok(())
@@ -441,6 +468,14 @@ impl Reader {
         }
     }
 
+    /// A circuit that has been open for long enough is tried, whether anything is wanted or not.
+    fn try_again(&mut self, now: Micros, out: &mut Out) {
+        let due = matches!(self.stage, Stage::Down) && self.health.is_due(now);
+        if due && self.admit(now, Trial::Ping) {
+            self.connect(now, out);
+        }
+    }
+
     /// How long a pong may take while other words come: these may have been under way for as long as one may be silent.
     fn pong_max(&self) -> Duration {
         2 * self.config.silence_max
@@ -448,7 +483,8 @@ impl Reader {
 
     /// Whether the owner owes us an answer, or we it a word.
     fn owed(&self) -> bool {
-        !self.wants.is_empty() || !self.questions.is_empty() || !self.books.is_empty()
+        let pinged = self.trial == Some(Trial::Ping);
+        pinged || !self.wants.is_empty() || !self.questions.is_empty() || !self.books.is_empty()
     }
 
     /// Silence counts from the moment at which there is something to say.
@@ -478,6 +514,7 @@ impl Reader {
         self.rtt = Some(now.since(at));
         self.books.answered_before(number);
         self.health.proved(now, Proof::Answered);
+        self.end_trial(Trial::Ping);
         Ok(())
     }
 

@@ -656,6 +656,29 @@ fn an_open_circuit_misses_at_once_and_lets_one_through_later() {
 }
 
 #[test]
+fn an_open_circuit_is_tried_though_nothing_is_wanted() {
+    let mut rig = Rig::new(config());
+    for id in 0..3 {
+        assert_eq!(rig.want(id), ["connect"]);
+        rig.tell(ReaderEvent::Disconnected { why: "no route".into() });
+    }
+    let Circuit::Open { until } = rig.reader.report().circuit else { panic!("it is closed") };
+    assert_eq!(rig.reader.next_tick(), Some(until));
+    rig.now = until;
+    assert_eq!(rig.tell(ReaderEvent::Tick), ["connect"]);
+    rig.tell(ReaderEvent::Disconnected { why: "no route".into() });
+    let Circuit::Open { until: later } = rig.reader.report().circuit else { panic!("it is closed") };
+    assert!(later > until && rig.reader.next_tick() == Some(later));
+    rig.now = later;
+    assert_eq!(rig.tell(ReaderEvent::Tick), ["connect"]);
+    rig.tell(ReaderEvent::Connected);
+    rig.heard(Answer::Welcome(welcome()));
+    assert_eq!(rig.reader.report().circuit, Circuit::Closed);
+    rig.pong();
+    assert!(rig.reader.is_idle());
+}
+
+#[test]
 fn a_circuit_that_damage_opened_is_closed_by_good_bytes_alone() {
     let mut rig = Rig::up();
     for id in 1..=3 {
@@ -730,8 +753,10 @@ fn questions_are_bounded() {
 fn an_owner_that_leaves_is_noted_and_still_asked() {
     let mut rig = Rig::up();
     rig.heard(Answer::Leaving);
-    assert!(rig.reader.report().leaving);
+    assert!(rig.reader.report().leaving && rig.reader.is_leaving());
     assert_eq!(rig.want(1), ["want 1"]);
+    rig.heard(Answer::Staying);
+    assert!(!rig.reader.is_leaving());
 }
 
 #[test]

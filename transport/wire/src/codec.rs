@@ -25,6 +25,7 @@
 //! 0x17  Pong     u64
 //! 0x18  Credits  wants_max u32 | bytes_max u64
 //! 0x19  Leaving
+//! 0x1a  Staying
 //!       reader, data connection
 //! 0x20  Join     session 16
 //! 0x21  Read     [ read u64 | want u64 ]                                                          16 B each
@@ -138,6 +139,7 @@ impl Message for Answer {
             Self::Pong(number) => put_frame(out, kind::PONG, |out| out.extend(number.to_le_bytes())),
             Self::Credits(credits) => put_frame(out, kind::CREDITS, |out| put_credits(out, credits)),
             Self::Leaving => put_frame(out, kind::LEAVING, |_| ()),
+            Self::Staying => put_frame(out, kind::STAYING, |_| ()),
         }
     }
 
@@ -163,6 +165,7 @@ impl Message for Answer {
                 body.end(Self::Credits(credits))
             }
             kind::LEAVING => body.end(Self::Leaving),
+            kind::STAYING => body.end(Self::Staying),
             kind => Err(WireError::Kind { kind }),
         }
     }
@@ -768,6 +771,7 @@ mod tests {
             any::<u64>().prop_map(Answer::Pong),
             credits().prop_map(Answer::Credits),
             Just(Answer::Leaving),
+            Just(Answer::Staying),
         ]
     }
 

@@ -234,7 +234,7 @@ mod tests {
         other[..4].copy_from_slice(b"GET ");
         assert_eq!(Header::parse(&other), Err(WireError::Magic { found: *b"GET " }));
         assert_eq!(Header::parse(&header(0, 0)), Err(WireError::Kind { kind: 0 }));
-        assert_eq!(Header::parse(&header(0x1a, 0)), Err(WireError::Kind { kind: 0x1a }));
+        assert_eq!(Header::parse(&header(0x1b, 0)), Err(WireError::Kind { kind: 0x1b }));
         for at in 5..8 {
             let mut reserved = header(kind::PING, 8);
             reserved[at] = 1;
@@ -254,7 +254,7 @@ mod tests {
                 assert_eq!(Header::parse(&header(kind, bytes)), Err(WireError::TooLong { bytes, max }));
             }
         }
-        assert_eq!(kinds, 22);
+        assert_eq!(kinds, 23);
     }
 
     #[test]

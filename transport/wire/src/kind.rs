@@ -48,6 +48,8 @@ pub const PONG: u8 = 0x17;
 pub const CREDITS: u8 = 0x18;
 /// [`crate::message::Answer::Leaving`].
 pub const LEAVING: u8 = 0x19;
+/// [`crate::message::Answer::Staying`].
+pub const STAYING: u8 = 0x1a;
 
 /// [`crate::message::DataAsk::Join`].
 pub const JOIN: u8 = 0x20;
@@ -77,7 +79,7 @@ pub fn body_bytes_max(kind: u8) -> Option<usize> {
         FOUND => 8 + ITEMS_MAX * Sight::BYTES,
         TAKEN | JOIN | DATA | GONE => 16,
         CREDITS => 12,
-        LEAVING | JOINED => 0,
+        LEAVING | STAYING | JOINED => 0,
         READ => ITEMS_MAX * <(ReadId, WantId)>::BYTES,
         _ => return None,
     })

@@ -185,6 +185,8 @@ pub enum Answer {
     Credits(Credits),
     /// It leaves soon: ask elsewhere first.
     Leaving,
+    /// It stays after all.
+    Staying,
 }
 
 /// A block that may be read until it is done.

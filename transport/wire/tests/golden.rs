@@ -149,6 +149,7 @@ fn samples() -> Vec<(&'static str, Said)> {
         ("pong", Said::Answer(Answer::Pong(0x0102_0304_0506_0708))),
         ("credits", Said::Answer(Answer::Credits(credits))),
         ("leaving", Said::Answer(Answer::Leaving)),
+        ("staying", Said::Answer(Answer::Staying)),
         ("join", Said::DataAsk(DataAsk::Join(0x0102_0304_0506_0708_090a_0b0c_0d0e_0f10))),
         (
             "read",
