@@ -208,6 +208,44 @@ fn a_peer_that_is_killed_costs_a_miss_and_is_found_again() {
     assert_eq!(peer(&at_b, "a").state, "up");
 }
 
+#[test]
+fn a_peer_that_comes_back_is_well_again_though_nothing_is_wanted() {
+    let [a, b] = nodes("healed", "64MiB", None);
+    let (first, _b) = (a.start(), b.start());
+    let at_b = Door::of(&b);
+    let binding = at_b.register(&scope("t"), BLOCK);
+    let _ = get(&at_b, binding, 0, 5_000, "a");
+    first.kill();
+    until("its circuit opens", || {
+        let _ = get(&at_b, binding, 1, 500, "a");
+        (peer(&at_b, "a").state == "down").then_some(())
+    });
+    let _again = a.start();
+    until("it is up", || (peer(&at_b, "a").state == "up").then_some(()));
+    assert!(at_b.status().warnings.iter().all(|warning| warning.code != "KVD-3006"));
+}
+
+#[test]
+fn a_peer_that_leaves_is_asked_last_until_it_stays_after_all() {
+    let [a, b, c] = nodes("leaving", "64MiB", None);
+    let (_a, _b, _c) = (a.start(), b.start(), c.start());
+    let (at_a, at_b, at_c) = (Door::of(&a), Door::of(&b), Door::of(&c));
+    store(&at_a, 0..40);
+    store(&at_b, 0..40);
+    let binding = at_c.register(&scope("t"), BLOCK);
+    let drain = |stop| {
+        let drain = v1::DrainRequest { stop };
+        at_a.runtime.block_on(async { at_a.admin().drain(drain).await }).expect("drain");
+    };
+    assert_eq!(get(&at_c, binding, 0, 5_000, "a").0, Ok(()));
+    drain(false);
+    until("node a says so", || (peer(&at_c, "a").state == "leaving").then_some(()));
+    (1..30).for_each(|number| assert_eq!(get(&at_c, binding, number, 5_000, "").0, Ok(())));
+    assert_eq!((peer(&at_c, "a").blocks_in, peer(&at_c, "b").blocks_in), (1, 29));
+    drain(true);
+    until("it stays", || (peer(&at_c, "a").state == "up").then_some(()));
+}
+
 fn signal(daemon: &Daemon<'_>, signal: rustix::process::Signal) {
     let pid = rustix::process::Pid::from_raw(daemon.pid() as i32).unwrap();
     rustix::process::kill_process(pid, signal).unwrap();

@@ -463,12 +463,13 @@ impl Exchange {
 
     fn go_on(&mut self, now: Micros, id: SearchId, out: &mut Vec<ExchangeCommand>) {
         let Some(search) = self.searches.get_mut(&id) else { return };
-        // Who leaves is asked last: it has enough to do, and may be gone before all has come.
+        // Who leaves is asked last, when all have answered: it has enough to do, and may be gone before all has come.
         let leaves = |peer: PeerId| self.readers.get(usize::from(peer.0)).is_some_and(Reader::is_leaving);
         let have =
             search.candidates.iter().enumerate().filter(|(_, (_, sight))| matches!(sight, Sight::In(_)));
-        if let Some((at, _)) = have.min_by_key(|(_, (peer, _))| leaves(*peer)) {
-            let (peer, _) = search.candidates.remove(at);
+        let best = have.min_by_key(|(_, (peer, _))| leaves(*peer)).map(|(at, (peer, _))| (at, *peer));
+        if let Some((at, peer)) = best.filter(|(_, peer)| search.answers_left == 0 || !leaves(*peer)) {
+            search.candidates.remove(at);
             return self.want(now, id, peer, out);
         }
         if !search.probed {
