@@ -80,6 +80,7 @@ const ARROWS: &[(&str, &[&str])] = &[
     ("kv-arena", &["kv-block"]),
     ("kv-tiers", &["kv-arena", "kv-block"]),
     ("kv-ssd", &["kv-arena", "kv-block", "kv-tiers"]),
+    ("kv-object", &["kv-block"]),
     ("kv-wire", &["kv-block"]),
     ("kv-transport", &["kv-arena", "kv-block", "kv-wire"]),
     ("kv-tcp", &["kv-arena", "kv-block", "kv-transport", "kv-wire"]),
