@@ -1,5 +1,10 @@
 //! The object tier: packs of blocks on S3, Azure Blob or in a directory.
 
+pub mod contract;
+pub mod landing;
+pub mod memory;
 pub mod pack;
+pub mod random;
+pub mod store;
 
 mod cursor;
