@@ -1,6 +1,7 @@
 //! The object tier: packs of blocks on S3, Azure Blob or in a directory.
 
 pub mod circuit;
+pub mod collect;
 pub mod contract;
 pub mod dir;
 pub mod index;
