@@ -13,8 +13,11 @@ pub mod pack;
 pub mod packer;
 pub mod random;
 pub mod reach;
+pub mod requests;
 pub mod retry;
 pub mod store;
+pub mod tier;
 pub mod unreliable;
 
 mod cursor;
+mod join;

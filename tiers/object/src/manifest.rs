@@ -21,6 +21,7 @@ use std::fmt::Write as _;
 
 use kv_block::Epoch;
 
+use crate::index::Known;
 use crate::pack::{PackId, is_node};
 
 /// Where manifests lie.
@@ -40,6 +41,14 @@ pub struct PackRef {
     pub blocks: u32,
     /// Unix time in seconds after which no block of it counts; 0 when some never expire.
     pub expires_at: u32,
+}
+
+impl PackRef {
+    /// What a manifest says of a pack that is known.
+    pub fn of(known: &Known) -> Self {
+        let (id, pack_bytes, footer_bytes) = (known.id, known.pack_bytes, known.footer_bytes);
+        Self { id, pack_bytes, footer_bytes, blocks: known.blocks() as u32, expires_at: known.expires_at }
+    }
 }
 
 /// Which manifest.

@@ -1,0 +1,299 @@
+//! What this node uses is said, what nobody uses goes: manifests, rounds, deletion, and a look at whole packs.
+
+use std::collections::BTreeMap;
+
+use bytes::Bytes;
+use kv_block::BlockKey;
+
+use crate::collect::{Round, deletable, may_keep, next_round};
+use crate::manifest::{self, Manifest, ManifestName, PackRef};
+use crate::pack::{self, PackError, PackId, Tail};
+use crate::requests::{Kind, RequestError, attempts};
+use crate::store::StoreError;
+
+use super::{Tier, TierError, pack_name};
+
+/// Rounds that stay, so that a list that is late still leads to one.
+const ROUNDS_KEPT: u64 = 4;
+
+/// What a collection came to.
+#[derive(Clone, PartialEq, Eq, Debug, Default)]
+pub struct Collected {
+    /// The round that was written, or would be; 0 when it is too early for one, or another node was first.
+    pub round: u64,
+    /// Packs that are there.
+    pub packs: usize,
+    /// Packs that nobody uses; they go in a later round if that stays so.
+    pub condemned: usize,
+    /// Packs that were deleted, or would be.
+    pub deleted: Vec<PackId>,
+    /// Length of those in bytes.
+    pub deleted_bytes: u64,
+    /// Nodes that were silent too long and do not count any more.
+    pub dead: Vec<String>,
+}
+
+/// What a look at a whole pack came to.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub enum Verified {
+    /// Every byte is what was sealed.
+    Sound {
+        /// Blocks in it.
+        blocks: usize,
+    },
+    /// It is damaged.
+    Damaged {
+        /// How.
+        error: PackError,
+        /// Blocks of it that are not what was sealed; all of them when the pack cannot be read at all.
+        blocks: Vec<BlockKey>,
+    },
+    /// It is of another version, or encrypted.
+    Incompatible,
+    /// It is not there.
+    Absent,
+}
+
+/// Whether something was written under a name.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+enum Wrote {
+    Ours,
+    Another,
+}
+
+impl Tier {
+    /// Writes an object whose name somebody else may take at the same time.
+    async fn write_first(&self, name: &str, text: String) -> Result<Wrote, RequestError> {
+        let body = Bytes::from(text);
+        let deadline = self.upkeep_deadline();
+        match attempts!(self.requests, Kind::Put, deadline, self.store.put(name, body.clone())) {
+            Ok(()) => {
+                self.requests.moved(Kind::Put, body.len() as u64);
+                Ok(Wrote::Ours)
+            }
+            // Another's, or ours by an attempt whose answer was lost. Read again where it may be damaged on its way.
+            Err(RequestError::Store(StoreError::Exists)) => {
+                for _ in 0..4 {
+                    match self.read_object(name, 0, body.len() as u64).await {
+                        Ok(found) if found == body => return Ok(Wrote::Ours),
+                        Ok(_) | Err(RequestError::Store(StoreError::Short { .. })) => {}
+                        Err(error) => return Err(error),
+                    }
+                }
+                Ok(Wrote::Another)
+            }
+            Err(error) => Err(error),
+        }
+    }
+
+    /// Says what this node uses. The manifests before the last one go.
+    pub async fn publish(&self) -> Result<(), TierError> {
+        let _one_at_a_time = self.publishing.lock().await;
+        let (node, epoch) = (self.config.node.clone(), self.config.epoch);
+        // A number is never used twice: what became of a manifest that failed is unknown.
+        let manifest = self.with(|state| {
+            if let Some(found) = state.fenced {
+                return Err(TierError::Fenced { epoch, found });
+            }
+            state.generation += 1;
+            state.changed = false;
+            let name = ManifestName { node: node.clone(), epoch, generation: state.generation };
+            let packs = state.mine.values().copied().collect();
+            Ok(Manifest { name, round: state.honoured, packs })
+        })?;
+        match self.write_first(&manifest.name.object(), manifest.encode()).await {
+            Ok(Wrote::Ours) => {}
+            // Somebody else lives this life.
+            Ok(Wrote::Another) => {
+                self.with(|state| state.fenced = Some(epoch));
+                return Err(TierError::Fenced { epoch, found: epoch });
+            }
+            Err(error) => {
+                self.with(|state| state.changed = true);
+                return Err(error.into());
+            }
+        }
+        let generation = manifest.name.generation;
+        for object in self.list_all(&format!("{}{node}/", manifest::PREFIX)).await? {
+            let old = ManifestName::parse(&object.name).is_some_and(|name| {
+                name.epoch < epoch || (name.epoch == epoch && name.generation + 1 < generation)
+            });
+            if old {
+                self.delete(&object.name).await?;
+            }
+        }
+        Ok(())
+    }
+
+    pub(super) async fn publish_if_changed(&self) -> Result<(), TierError> {
+        if self.with(|state| state.changed) { self.publish().await } else { Ok(()) }
+    }
+
+    async fn delete(&self, name: &str) -> Result<(), RequestError> {
+        attempts!(self.requests, Kind::Delete, self.upkeep_deadline(), self.store.delete(name))
+    }
+
+    /// Decides about every pack that the newest round condemned, and drops what has expired at `now`.
+    pub(super) async fn honour(&self, now: u32) -> Result<(), TierError> {
+        let round = self.newest_round().await?;
+        let clock = self.requests.now();
+        self.with(|state| {
+            let gone = state.index.packs().filter(|pack| pack.expires_at != 0 && pack.expires_at <= now);
+            for id in gone.map(|pack| pack.id).collect::<Vec<_>>() {
+                state.forget(&id);
+            }
+            let Some(round) = round.filter(|round| round.number > state.honoured) else { return Ok(()) };
+            if round.is_dead(&self.config.node, self.config.epoch) {
+                let found = round.dead[&self.config.node];
+                state.fenced = Some(found);
+                return Err(TierError::Fenced { epoch: self.config.epoch, found });
+            }
+            for id in round.condemned.keys() {
+                // What is read here is worth keeping, whoever wrote it.
+                let used = state.mine.contains_key(id) || state.touched.contains(id);
+                match state.index.pack(id).map(PackRef::of).or_else(|| state.mine.get(id).copied()) {
+                    Some(pack) if used && may_keep(&round, state.honoured, id) => {
+                        state.mine.insert(*id, pack);
+                    }
+                    _ => {
+                        state.forget(id);
+                    }
+                }
+            }
+            state.touched.clear();
+            state.honoured = round.number;
+            state.round_since = clock;
+            state.round = Some(round);
+            state.changed = true;
+            Ok(())
+        })
+    }
+
+    /// Does not use a pack any more. When no other node does either, collection deletes it.
+    pub fn release(&self, id: &PackId) -> Result<(), TierError> {
+        self.with(|state| {
+            if state.index.pack(id).is_none() && !state.mine.contains_key(id) {
+                return Err(TierError::Unknown { id: *id });
+            }
+            state.forget(id);
+            Ok(())
+        })
+    }
+
+    /// Writes the next round of collection and deletes what it allows. Any node may, all may; too early it does
+    /// nothing. `dry_run` writes and deletes nothing, and does not wait. See [`crate::collect`].
+    pub async fn collect(&self, dry_run: bool) -> Result<Collected, TierError> {
+        // A round that this node has just heard of begins now, by its own clock.
+        let last = self.newest_round().await?;
+        let now = self.requests.now();
+        let early = self.with(|state| {
+            let heard = state.round.as_ref().map_or(0, |round| round.number);
+            let newer = last.as_ref().is_some_and(|round| round.number > heard);
+            newer || now.saturating_sub(state.round_since) < self.config.round_min
+        });
+        if early && !dry_run {
+            return Ok(Collected::default());
+        }
+        let listed = self.list_packs().await?;
+        let packs = listed.keys().copied().collect();
+        // After the packs: a pack that is listed and in no manifest is not one that was only just written and said.
+        let manifests = self.newest_manifests(&BTreeMap::new()).await?;
+        let round = next_round(last.as_ref(), self.config.grace, &packs, &manifests);
+        let deleted = deletable(&round, &manifests);
+        let was_dead = |node: &String| last.as_ref().is_some_and(|last| last.dead.contains_key(node));
+        let collected = Collected {
+            round: round.number,
+            packs: packs.len(),
+            condemned: round.condemned.len(),
+            deleted_bytes: deleted.iter().filter_map(|id| listed.get(id)).sum(),
+            deleted,
+            dead: round.dead.keys().filter(|node| !was_dead(node)).cloned().collect(),
+        };
+        if dry_run {
+            return Ok(collected);
+        }
+        if self.write_first(&Round::object(round.number), round.encode()).await? == Wrote::Another {
+            return Ok(Collected::default());
+        }
+        for id in &collected.deleted {
+            self.delete(&pack_name(id)).await?;
+        }
+        self.sweep(&round).await?;
+        Ok(collected)
+    }
+
+    /// Deletes manifests of the dead and rounds that are over.
+    async fn sweep(&self, round: &Round) -> Result<(), TierError> {
+        for node in round.dead.keys() {
+            for object in self.list_all(&format!("{}{node}/", manifest::PREFIX)).await? {
+                let dead = |name: ManifestName| round.is_dead(node, name.epoch);
+                if ManifestName::parse(&object.name).is_some_and(dead) {
+                    self.delete(&object.name).await?;
+                }
+            }
+        }
+        for object in self.list_all(crate::collect::PREFIX).await? {
+            if Round::number_of(&object.name).is_some_and(|number| number + ROUNDS_KEPT <= round.number) {
+                self.delete(&object.name).await?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Reads a whole pack and compares every checksum in it. What is damaged is not found any more here.
+    pub async fn verify(&self, id: &PackId) -> Result<Verified, TierError> {
+        let known = self.with(|state| state.index.pack(id).cloned());
+        let bytes = match known.as_ref().map(|known| known.pack_bytes) {
+            Some(bytes) => bytes,
+            None => {
+                let name = pack_name(id);
+                match attempts!(self.requests, Kind::Head, self.upkeep_deadline(), self.store.head(&name)) {
+                    Ok(bytes) => bytes,
+                    Err(RequestError::Store(StoreError::Absent)) => return Ok(Verified::Absent),
+                    Err(error) => return Err(error.into()),
+                }
+            }
+        };
+        let mut verified = Verified::Absent;
+        // Twice: damage on the way is not damage of the pack.
+        for _ in 0..2 {
+            let body = match self.read_object(&pack_name(id), 0, bytes).await {
+                Ok(body) => body,
+                Err(RequestError::Store(StoreError::Absent)) => return Ok(Verified::Absent),
+                Err(RequestError::Store(StoreError::Short { bytes: found, wanted })) => {
+                    let blocks = known.iter().flat_map(|known| known.records().map(|record| record.key));
+                    let error = PackError::Length { found, wanted };
+                    return Ok(Verified::Damaged { error, blocks: blocks.collect() });
+                }
+                Err(error) => return Err(error.into()),
+            };
+            verified = match pack::parse(id, &body) {
+                Ok(Tail::Whole(footer)) => return Ok(Verified::Sound { blocks: footer.entries.len() }),
+                // The whole of it was there.
+                Ok(Tail::Incompatible { .. } | Tail::More { .. }) => return Ok(Verified::Incompatible),
+                Err(error) => Verified::Damaged { error, blocks: self.damaged_blocks(id, &body) },
+            };
+        }
+        Ok(verified)
+    }
+
+    /// The blocks of a pack that `body` does not have as they were sealed, as far as the index knows them.
+    fn damaged_blocks(&self, id: &PackId, body: &[u8]) -> Vec<BlockKey> {
+        self.with(|state| {
+            let Some(known) = state.index.pack(id) else { return Vec::new() };
+            let mut offset = pack::HEADER_BYTES;
+            let mut damaged = Vec::new();
+            for (place, record) in known.records().enumerate() {
+                let content = body.get(offset..offset + record.bytes as usize);
+                if !content.is_some_and(|content| record.checksum.matches(&record.key, content)) {
+                    damaged.push((place as u32, record.key));
+                }
+                offset += record.bytes as usize;
+            }
+            for (place, _) in &damaged {
+                state.index.spoil(id, *place);
+            }
+            damaged.into_iter().map(|(_, key)| key).collect()
+        })
+    }
+}
