@@ -17,6 +17,11 @@ use crate::store::{Object, Store, StoreError};
 pub trait Subject {
     /// The store, empty at first; the same one each time.
     fn store(&self) -> Arc<dyn Store>;
+    /// Whether of writes at the same moment only one is taken, as every store promises. Some servers that stand in for
+    /// one in tests look first and write then.
+    fn decides_races(&self) -> bool {
+        true
+    }
 }
 
 /// Makes a test of every case for the subject that `$subject` evaluates to (it may await), a new one for each. Where it
@@ -172,8 +177,12 @@ pub async fn of_many_writers_one_wins(subject: &impl Subject) {
                 Err(error) => panic!("a race is no reason for: {error}"),
             }
         }
-        let [winner] = winners[..] else { panic!("{winners:?} won") };
-        assert!(read(&*store, &name, 0, 50_000).await.expect("the winner's") == body(winner, 50_000));
+        assert!(!winners.is_empty(), "nobody won");
+        if subject.decides_races() {
+            assert_eq!(winners.len(), 1, "{winners:?} won");
+            let found = read(&*store, &name, 0, 50_000).await.expect("the winner's");
+            assert!(found == body(winners[0], 50_000), "it is not the winner's");
+        }
     }
 }
 

@@ -163,6 +163,23 @@ pub(crate) fn check_prefix(prefix: &str) -> Result<(), StoreError> {
     if is_prefix(prefix) { Ok(()) } else { Err(StoreError::invalid(format_args!("`{prefix}` is no prefix"))) }
 }
 
+/// Whether the answer is the range that was asked for, by its `Content-Range`.
+#[cfg(any(feature = "s3", feature = "azure", test))]
+pub(crate) fn check_range(told: Option<&str>, from: u64, end: u64) -> Result<(), StoreError> {
+    let range = told.and_then(|told| {
+        let (range, total) = told.strip_prefix("bytes ")?.split_once('/')?;
+        let (first, last) = range.split_once('-')?;
+        Some((first.parse::<u64>().ok()?, last.parse::<u64>().ok()?, total.parse::<u64>().ok()))
+    });
+    match range {
+        Some((first, last, _)) if first == from && last + 1 == end => Ok(()),
+        Some((first, last, Some(bytes))) if first == from && last + 1 == bytes && bytes < end => {
+            Err(StoreError::Short { bytes, wanted: end })
+        }
+        _ => Err(StoreError::broken("other bytes than those that were asked for")),
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -195,5 +212,20 @@ mod tests {
             StoreError::Invalid { why: "name".into() },
         ];
         assert!(!lasting.iter().any(StoreError::is_passing));
+    }
+
+    #[test]
+    fn only_the_range_that_was_asked_for_is_taken() {
+        for (told, from, end, wanted) in [
+            ("bytes 5-9/100", 5, 10, Ok(())),
+            ("bytes 5-9/*", 5, 10, Ok(())),
+            ("bytes 5-7/8", 5, 10, Err(StoreError::Short { bytes: 8, wanted: 10 })),
+        ] {
+            assert_eq!(check_range(Some(told), from, end), wanted, "{told}");
+        }
+        for told in ["bytes 4-9/100", "bytes 5-8/100", "bytes 0-99/100", "5-9/100", "bytes 5-x/9", ""] {
+            assert!(matches!(check_range(Some(told), 5, 10), Err(StoreError::Broken { .. })), "{told}");
+        }
+        assert!(check_range(None, 5, 10).is_err());
     }
 }
