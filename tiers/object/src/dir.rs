@@ -74,7 +74,6 @@ async fn blocking<T: Send + 'static>(
     }
 }
 
-#[expect(clippy::needless_pass_by_value, reason = "a function to map an error with")]
 fn failed(error: io::Error) -> StoreError {
     match error.kind() {
         io::ErrorKind::NotFound | io::ErrorKind::IsADirectory => StoreError::Absent,

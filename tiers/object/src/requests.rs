@@ -424,7 +424,7 @@ mod tests {
             (asked, before.circuit_refused + 100)
         );
         tokio::time::sleep(Duration::from_secs(2)).await;
-        assert_eq!(run(&requests, LONG, |number| Ok(number)).await, Ok(1));
+        assert_eq!(run(&requests, LONG, Ok).await, Ok(1));
         assert_eq!(requests.report().circuit, Standing::Closed);
     }
 

@@ -260,6 +260,7 @@ fn without_user(endpoint: &str) -> String {
 }
 
 /// What an answer says without its words: those may repeat the request, with the signature in it.
+#[expect(clippy::needless_pass_by_value, reason = "a function to map an error with")]
 fn failed<E: ProvideErrorMetadata>(error: SdkError<E>) -> StoreError {
     let said = match &error {
         SdkError::TimeoutError(_) => return StoreError::Timeout,

@@ -455,8 +455,14 @@ impl Tier {
         let (name, body) = (pack_name(&pack.id), Bytes::from(pack.bytes));
         let deadline = self.upkeep_deadline();
         let result = attempts!(self.requests, Kind::Put, deadline, self.store.put(&name, body.clone()));
-        // There already: an earlier attempt whose answer was lost. The name says that the content is the same.
-        let landed = matches!(result, Ok(()) | Err(RequestError::Store(StoreError::Exists)));
+        let landed = match result {
+            Ok(()) => true,
+            // An earlier attempt whose answer was lost. Whether all of it arrived is not taken on trust.
+            Err(RequestError::Store(StoreError::Exists)) => {
+                self.is_whole(&pack.id, pack_ref.pack_bytes).await
+            }
+            Err(_) => false,
+        };
         if landed {
             self.requests.moved(Kind::Put, body.len() as u64);
         }

@@ -1,5 +1,5 @@
-//! Azure Blob on an Azurite that the environment names: `KVD_AZURITE=http://host:port/devstoreaccount1`. `servers`
-//! beside this crate starts one.
+//! Azure Blob on an Azurite that the environment names: `KVD_AZURITE=http://host:port/devstoreaccount1`, started
+//! with `--loose`. `servers` beside this crate starts one.
 #![cfg(feature = "azure")]
 
 mod common;
@@ -138,4 +138,15 @@ async fn a_tier_on_azure_is_found_by_another_node() {
     let (two, opened) = Tier::open(store, config("b", 1), NOW).await.unwrap();
     assert_eq!(opened.blocks, 30);
     assert_eq!(hits(&two, &(0..30).collect::<Vec<_>>()).await, 30);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_bad_network_costs_time_and_blocks_and_never_a_wrong_byte() {
+    let Some(place) = place() else { return skipped("a_bad_network_costs_time_and_blocks") };
+    here(1 << 30).await.unwrap();
+    let endpoint = place.endpoint.clone().unwrap();
+    let server = endpoint.strip_prefix("http://").and_then(|rest| rest.split('/').next()).unwrap();
+    let proxy = common::proxy::Proxy::start(server.parse().unwrap(), 7, false).await;
+    let endpoint = Some(endpoint.replace(server, &proxy.at.to_string()));
+    common::storm::weather(Arc::new(Azure::open(AzureConfig { endpoint, ..place }).unwrap()), &proxy).await;
 }

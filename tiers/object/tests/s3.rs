@@ -1,7 +1,7 @@
 //! S3 on `s3s-fs` in this process, which checks signatures, and on any other server that the environment names.
 //!
 //! `KVD_S3=http://host:port,BUCKET,KEY,SECRET` adds a server; `servers` beside this crate starts one.
-#![cfg(feature = "s3")]
+#![cfg(all(feature = "s3", feature = "azure"))]
 
 mod common;
 
@@ -187,4 +187,67 @@ async fn a_tier_on_s3_is_found_by_another_node() {
     let (two, opened) = Tier::open(store, config("b", 1), NOW).await.unwrap();
     assert_eq!(opened.blocks, 30);
     assert_eq!(hits(&two, &(0..30).collect::<Vec<_>>()).await, 30);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_bad_network_costs_time_and_blocks_and_never_a_wrong_byte() {
+    let server = Server::start().await;
+    let proxy = common::proxy::Proxy::start(server.at, 7, true).await;
+    let endpoint = Some(format!("http://{}", proxy.at));
+    let store = S3::open(S3Config { endpoint, ..server.config() }).await.unwrap();
+    common::storm::weather(Arc::new(store), &proxy).await;
+}
+
+#[tokio::test]
+async fn what_goes_up_carries_its_checksum_and_a_damaged_body_is_refused() {
+    use aws_sdk_s3::config::{BehaviorVersion, Credentials, Region};
+    let server = Server::start().await;
+    let body: Vec<u8> = (0..6_000_000u32).map(|n| (n * 7) as u8).collect();
+    let parts = S3Config { parts_above_bytes: 1 << 20, part_bytes: 5 << 20, ..server.config() };
+    server.store().await.put("whole", body.clone().into()).await.unwrap();
+    S3::open(parts).await.unwrap().put("parts", body.clone().into()).await.unwrap();
+    let client = aws_sdk_s3::Client::from_conf(
+        aws_sdk_s3::Config::builder()
+            .behavior_version(BehaviorVersion::latest())
+            .region(Region::new("us-east-1"))
+            .endpoint_url(format!("http://{}", server.at))
+            .force_path_style(true)
+            .credentials_provider(Credentials::new("KEY", "SECRET", None, None, "test"))
+            .http_client(aws_smithy_http_client::Builder::new().build_http())
+            .build(),
+    );
+    let key = kv_block::BlockKey::default();
+    let sum = kv_block::Checksum::of(&key, &body).content(&key).to_be_bytes();
+    let digits = sum.iter().map(|byte| format!("{byte:02x}")).collect::<String>();
+    for name in ["whole", "parts"] {
+        let head = client
+            .head_object()
+            .bucket(BUCKET)
+            .key(format!("some/where/{name}"))
+            .checksum_mode(aws_sdk_s3::types::ChecksumMode::Enabled)
+            .send()
+            .await
+            .unwrap();
+        let told = head.checksum_crc64_nvme().map(|told| {
+            let bytes = azure_core::base64::decode(told).unwrap();
+            bytes.iter().map(|byte| format!("{byte:02x}")).collect::<String>()
+        });
+        // Of an object in parts, s3s-fs keeps none.
+        assert!(
+            told.as_ref().is_none_or(|told| *told == digits) && (told.is_some() || name == "parts"),
+            "{told:?}"
+        );
+    }
+    // The server compares: a body that is not what its checksum says is an error. (s3s-fs keeps it all the same, and
+    // that is why a tier looks at what was there already before it takes it for its own.)
+    let refused = client
+        .put_object()
+        .bucket(BUCKET)
+        .key("some/where/damaged")
+        .checksum_algorithm(aws_sdk_s3::types::ChecksumAlgorithm::Crc64Nvme)
+        .checksum_crc64_nvme("AAAAAAAAAAA=")
+        .body(body.into())
+        .send()
+        .await;
+    assert!(refused.is_err());
 }

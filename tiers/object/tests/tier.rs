@@ -5,13 +5,15 @@ mod common;
 use std::sync::Arc;
 use std::time::Duration;
 
+use bytes::Bytes;
 use common::{LONG, NOW, binding, config, hits, key, offer, read};
 use kv_block::{BlockKey, Epoch, MissReason};
 use kv_object::circuit::Standing;
+use kv_object::landing::Landing;
 use kv_object::memory::Memory;
 use kv_object::pack::PackError;
 use kv_object::requests::{Kind, RequestError};
-use kv_object::store::Store;
+use kv_object::store::{Page, Reply, Store, StoreError};
 use kv_object::tier::{Got, PACKS, SetAside, Stored, Tier, TierConfig, TierError, Verified};
 use kv_object::unreliable::Unreliable;
 
@@ -362,6 +364,56 @@ async fn a_sick_store_misses_at_once_and_is_found_well_again() {
     assert_eq!(hits(&tier, &[1]).await, 1);
     assert_eq!(tier.put(NOW, vec![offer(20, 100, None, 0)]).await.unwrap(), Stored::default());
     assert_eq!(tier.flush(true).await.unwrap().landed, [key(20)]);
+}
+
+/// Keeps the first pack with a bit flipped, and says that it failed.
+struct Damaging(Memory, std::sync::atomic::AtomicBool);
+
+impl Store for Damaging {
+    fn describe(&self) -> String {
+        "damaging".to_owned()
+    }
+
+    fn put<'a>(&'a self, name: &'a str, body: Bytes) -> Reply<'a, ()> {
+        Box::pin(async move {
+            if !name.starts_with(PACKS) || self.1.swap(true, std::sync::atomic::Ordering::SeqCst) {
+                return self.0.put(name, body).await;
+            }
+            let mut damaged = body.to_vec();
+            damaged[20] ^= 1;
+            self.0.put(name, damaged.into()).await?;
+            Err(StoreError::Broken { why: "the checksum differs".to_owned() })
+        })
+    }
+
+    fn get<'a>(&'a self, name: &'a str, from: u64, landing: &'a mut Landing<'_>) -> Reply<'a, ()> {
+        self.0.get(name, from, landing)
+    }
+
+    fn head<'a>(&'a self, name: &'a str) -> Reply<'a, u64> {
+        self.0.head(name)
+    }
+
+    fn list<'a>(&'a self, prefix: &'a str, after: Option<&'a str>, limit: usize) -> Reply<'a, Page> {
+        self.0.list(prefix, after, limit)
+    }
+
+    fn delete<'a>(&'a self, name: &'a str) -> Reply<'a, ()> {
+        self.0.delete(name)
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn what_an_earlier_attempt_left_is_looked_at_before_it_counts() {
+    let store = Arc::new(Damaging(Memory::new(), false.into()));
+    let tier = Tier::open(store.clone() as Arc<dyn Store>, config("a", 1), NOW).await.unwrap().0;
+    let offers = || vec![offer(1, 100, None, 0)];
+    tier.put(NOW, offers()).await.unwrap();
+    assert_eq!(tier.flush(true).await.unwrap().lost, [key(1)]);
+    assert_eq!(pack_names(&store.0).len(), 0, "it goes");
+    tier.put(NOW, offers()).await.unwrap();
+    assert_eq!(tier.flush(true).await.unwrap().landed, [key(1)]);
+    assert_eq!(hits(&tier, &[1]).await, 1);
 }
 
 #[test]

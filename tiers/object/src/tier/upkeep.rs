@@ -240,6 +240,24 @@ impl Tier {
         Ok(())
     }
 
+    /// Whether a pack that this node wrote is there as it was written. One that is not goes: nobody knows of it yet.
+    pub(super) async fn is_whole(&self, id: &PackId, bytes: u64) -> bool {
+        let mut damaged = false;
+        // Twice: damage on the way is not damage of the pack.
+        for _ in 0..2 {
+            damaged = match self.read_object(&pack_name(id), 0, bytes).await {
+                Ok(body) if pack::parse(id, &body).is_ok() => return true,
+                Ok(_) | Err(RequestError::Store(StoreError::Short { .. })) => true,
+                Err(_) => return false,
+            };
+        }
+        if damaged {
+            // If that fails too, a round will find that nobody lists it.
+            let _ = self.delete(&pack_name(id)).await;
+        }
+        false
+    }
+
     /// Reads a whole pack and compares every checksum in it. What is damaged is not found any more here.
     pub async fn verify(&self, id: &PackId) -> Result<Verified, TierError> {
         let known = self.with(|state| state.index.pack(id).cloned());

@@ -2,6 +2,9 @@
 
 #![allow(dead_code, unreachable_pub, reason = "each test file takes what it needs")]
 
+pub mod proxy;
+pub mod storm;
+
 use std::sync::Arc;
 use std::time::Duration;
 
