@@ -2,12 +2,13 @@
 
 use std::collections::BTreeSet;
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use kv_object::requests::RequestLimits;
 use kv_object::retry::RetryLimits;
 use kv_object::store::Store;
 use kv_object::tier::{Got, Tier, TierConfig};
+use tokio::time::Instant;
 
 use super::proxy::Proxy;
 use super::{NOW, config, hits, offer, read};
