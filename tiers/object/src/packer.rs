@@ -20,7 +20,7 @@ pub struct PackerLimits {
     pub age_max: Duration,
     /// Blocks that expire within this time of each other share a pack.
     pub expiry_span: Duration,
-    /// Bytes that wait to be written, of all packs together.
+    /// Bytes that wait to be written or are being written, of all packs together.
     pub waiting_bytes_max: u64,
 }
 
@@ -120,9 +120,10 @@ impl Packer {
         self.bytes
     }
 
-    /// Whether a block of this length may be added.
-    pub fn has_room(&self, bytes: u32) -> bool {
-        self.bytes + u64::from(bytes) <= self.limits.waiting_bytes_max.max(self.limits.pack_bytes)
+    /// Whether a block of this length may be added while so many bytes are being written.
+    pub fn has_room(&self, writing_bytes: u64, bytes: u32) -> bool {
+        let most = self.limits.waiting_bytes_max.max(self.limits.pack_bytes);
+        self.bytes + writing_bytes + u64::from(bytes) <= most
     }
 
     /// Adds a block that was stored under `binding`, and gives the batch that is full with it, if one is.
@@ -229,11 +230,11 @@ mod tests {
     fn waiting_blocks_have_a_bound() {
         let mut packer = Packer::new(LIMITS);
         for number in 0..30 {
-            assert!(packer.has_room(100));
+            assert!(packer.has_room(0, 100) && !packer.has_room(3000, 100));
             let expires_at = u32::from(number) * 100;
             assert!(packer.add(at(0), &binding(1), block(number, None, 100, expires_at)).is_none());
         }
-        assert!(!packer.has_room(1));
+        assert!(!packer.has_room(0, 1));
     }
 
     #[test]

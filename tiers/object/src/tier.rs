@@ -105,6 +105,12 @@ pub enum TierError {
         /// What was given.
         node: String,
     },
+    /// The newest round of collection is damaged or of another version; until it is removed, nothing is collected.
+    #[error("round {number} of collection cannot be read")]
+    Round {
+        /// Which.
+        number: u64,
+    },
     /// There is no such pack.
     #[error("pack {id} is not known")]
     Unknown {
@@ -202,8 +208,12 @@ pub struct TierReport {
     pub set_aside: BTreeMap<PackId, SetAside>,
     /// Bytes of blocks that wait to be packed.
     pub waiting_bytes: u64,
+    /// Bytes of blocks that are being written.
+    pub writing_bytes: u64,
     /// The newest round of collection that this node honours.
     pub round: u64,
+    /// A round that cannot be read: nothing is collected until it is removed.
+    pub round_unreadable: Option<u64>,
     /// How the store is asked, and answers.
     pub requests: RequestReport,
     /// What was done so far.
@@ -249,6 +259,7 @@ struct State {
     packer: Option<Packer>,
     /// Blocks that wait to be packed or are being written.
     waiting: HashSet<BlockKey>,
+    writing_bytes: u64,
     /// What the next manifest lists.
     mine: BTreeMap<PackId, PackRef>,
     /// What it lists differs from the last one.
@@ -260,6 +271,7 @@ struct State {
     /// The newest round that is known, and since when.
     round: Option<Round>,
     round_since: Duration,
+    round_unreadable: Option<u64>,
     /// Packs that were read from since the last round.
     touched: BTreeSet<PackId>,
     /// The newest manifest read of each node.
@@ -285,6 +297,7 @@ impl State {
     /// Whether it was known.
     fn forget(&mut self, id: &PackId) -> bool {
         self.unread.remove(id);
+        self.set_aside.remove(id);
         self.touched.remove(id);
         self.changed |= self.mine.remove(id).is_some();
         self.index.remove(id).is_some()
@@ -336,7 +349,9 @@ impl Tier {
             packs_unread: state.unread.len(),
             set_aside: state.set_aside.clone(),
             waiting_bytes: state.packer().bytes(),
+            writing_bytes: state.writing_bytes,
             round: state.honoured,
+            round_unreadable: state.round_unreadable,
             requests,
             totals: state.totals,
         })
@@ -385,7 +400,8 @@ impl Tier {
                     && bytes.len() == record.bytes as usize
                     && record.tag == binding.tag()
                     && record.checksum.matches(&key, &bytes);
-                if !sound || !state.packer().has_room(record.bytes) {
+                let writing = state.writing_bytes;
+                if !sound || !state.packer().has_room(writing, record.bytes) {
                     stored.refused.push(key);
                     continue;
                 }
@@ -395,7 +411,9 @@ impl Tier {
                     record.expires_at = own.map_or(latest, |own| own.min(latest));
                 }
                 state.waiting.insert(key);
-                batches.extend(state.packer().add(clock, &binding, Waiting { record, parent, bytes }));
+                let full = state.packer().add(clock, &binding, Waiting { record, parent, bytes });
+                state.writing_bytes += full.as_ref().map_or(0, Batch::bytes);
+                batches.extend(full);
             }
             Ok(())
         })?;
@@ -410,7 +428,9 @@ impl Tier {
             if let Some(found) = state.fenced {
                 return Err(TierError::Fenced { epoch: self.config.epoch, found });
             }
-            Ok(std::iter::from_fn(|| state.packer().due(now, all)).collect())
+            let due: Vec<Batch> = std::iter::from_fn(|| state.packer().due(now, all)).collect();
+            state.writing_bytes += due.iter().map(Batch::bytes).sum::<u64>();
+            Ok(due)
         })?;
         let mut stored = Stored::default();
         self.write(batches, &mut stored).await;
@@ -434,7 +454,8 @@ impl Tier {
 
     /// Whether the batch is in the store now.
     async fn write_one(&self, batch: &Batch) -> bool {
-        // Whatever happens, also that this is dropped, they do not wait any more.
+        // Whatever happens, also that this is dropped, they do not wait any more. It is polled as soon as the batch is
+        // closed: nothing is awaited in between.
         let _waiting = NoLonger { tier: self, batch };
         let sequence = self.with(|state| {
             state.sequence += 1;
@@ -657,6 +678,7 @@ struct NoLonger<'a> {
 impl Drop for NoLonger<'_> {
     fn drop(&mut self) {
         self.tier.with(|state| {
+            state.writing_bytes -= self.batch.bytes();
             for block in self.batch.blocks() {
                 state.waiting.remove(&block.record.key);
             }

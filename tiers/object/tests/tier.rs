@@ -12,10 +12,11 @@ use kv_object::circuit::Standing;
 use kv_object::landing::Landing;
 use kv_object::memory::Memory;
 use kv_object::pack::PackError;
+use kv_object::packer::PackerLimits;
 use kv_object::requests::{Kind, RequestError};
 use kv_object::store::{Page, Reply, Store, StoreError};
 use kv_object::tier::{Got, PACKS, SetAside, Stored, Tier, TierConfig, TierError, Verified};
-use kv_object::unreliable::Unreliable;
+use kv_object::unreliable::{Rates, Unreliable};
 
 async fn open(store: &Arc<Memory>, config: TierConfig) -> Tier {
     Tier::open(store.clone(), config, NOW).await.unwrap().0
@@ -140,15 +141,14 @@ async fn neighbours_come_in_one_request_and_the_rest_of_a_prefix_is_known() {
     assert_eq!(hits(&tier, &[8, 2, 3, 5]).await, 4);
     let totals = tier.report().totals;
     assert!(totals.bytes_read * 10 <= totals.bytes_used * 13, "{totals:?}");
-    let ahead: Vec<_> = tier.ahead(NOW, &key(2)).into_iter().map(|(key, bytes)| (key, bytes)).collect();
-    assert_eq!(ahead, (3..9).map(|n| (key(n), 4000)).collect::<Vec<_>>());
+    assert_eq!(tier.ahead(NOW, &key(2)), (3..9).map(|n| (key(n), 4000)).collect::<Vec<_>>());
     assert_eq!(tier.ahead(NOW, &key(8)), []);
 }
 
 #[tokio::test]
 async fn a_thousand_blocks_cost_few_requests() {
     let store = Arc::new(Memory::new());
-    let limits = kv_object::packer::PackerLimits { pack_bytes: 1 << 20, ..config("a", 1).packer };
+    let limits = PackerLimits { pack_bytes: 1 << 20, ..config("a", 1).packer };
     let tier = open(&store, TierConfig { packer: limits, ..config("a", 1) }).await;
     fill(&tier, 0..1000).await;
     for from in (0..1000).step_by(100) {
@@ -325,6 +325,59 @@ async fn a_node_that_sleeps_through_the_grace_is_fenced_and_comes_back_with_a_hi
     assert_eq!(hits(&two, &[0]).await, 0, "gone, and nothing wrong is served");
     assert_eq!(Tier::open(store.clone(), config("b", 1), NOW).await.err(), over);
     fill(&open(&store, config("b", 2)).await, 0..9).await;
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_round_that_cannot_be_read_stops_collection_and_nothing_else() {
+    let store = Arc::new(Memory::new());
+    let one = open(&store, config("a", 1)).await;
+    fill(&one, 0..9).await;
+    assert_eq!(round(&one).await.round, 1);
+    let name = "rounds/0000000000000001";
+    let text = store.with(|objects| objects.insert(name.to_owned(), "kvd round\nformat 2\n".into()).unwrap());
+    let two = open(&store, config("b", 1)).await;
+    assert_eq!(hits(&two, &(0..9).collect::<Vec<_>>()).await, 9);
+    fill(&two, 20..29).await;
+    two.refresh(NOW).await.unwrap();
+    assert_eq!(two.report().round_unreadable, Some(1));
+    tokio::time::sleep(Duration::from_secs(61)).await;
+    assert_eq!(two.collect(false).await, Err(TierError::Round { number: 1 }));
+    // When it can be read, all goes on.
+    store.with(|objects| objects.insert(name.to_owned(), text));
+    two.refresh(NOW).await.unwrap();
+    assert_eq!((two.report().round_unreadable, two.report().round), (None, 1));
+    assert_eq!(round(&two).await.round, 2);
+}
+
+#[tokio::test(start_paused = true)]
+async fn what_waits_and_what_is_written_has_a_bound() {
+    let store = Arc::new(Unreliable::new(Arc::new(Memory::new()), 1));
+    let packer = PackerLimits { waiting_bytes_max: 100_000, ..config("a", 1).packer };
+    let (tier, _) = Tier::open(store.clone() as Arc<dyn Store>, TierConfig { packer, ..config("a", 1) }, NOW)
+        .await
+        .unwrap();
+    let tier = Arc::new(tier);
+    // Every write takes long.
+    store.set_rates(Rates { slow: 1000, slow_max: Duration::from_secs(30), ..Rates::default() });
+    let writes: Vec<_> = (0..10)
+        .map(|group| {
+            let tier = tier.clone();
+            let offers = (group * 9..group * 9 + 9).map(|n| offer(n, 4000, None, 0)).collect();
+            tokio::spawn(async move { tier.put(NOW, offers).await.unwrap() })
+        })
+        .collect();
+    tokio::time::sleep(Duration::from_millis(1)).await;
+    let report = tier.report();
+    assert!(
+        report.waiting_bytes + report.writing_bytes <= 100_000 && report.writing_bytes > 60_000,
+        "{report:?}"
+    );
+    let mut refused = 0;
+    for write in writes {
+        refused += write.await.unwrap().refused.len();
+    }
+    let report = tier.report();
+    assert!(refused > 50 && report.writing_bytes == 0, "{refused} refused, {report:?}");
 }
 
 #[tokio::test(start_paused = true)]

@@ -37,6 +37,16 @@ pub struct Opened {
     pub unread: usize,
 }
 
+/// The newest round of collection.
+pub(super) enum Newest {
+    /// There was none yet.
+    None,
+    /// This one.
+    Known(Round),
+    /// It is damaged, or of another version: nobody knows what is condemned, so nobody may delete anything.
+    Unreadable(u64),
+}
+
 /// What reading a footer came to.
 enum Loaded {
     Known(Footer, u32),
@@ -55,7 +65,11 @@ impl Tier {
     ) -> Result<(Self, Opened), TierError> {
         let tier = Self::new(store, config)?;
         // The round first: what is condemned already is not taken up.
-        let round = tier.newest_round().await?;
+        // Without knowing it, a node says that it honours none, and the collector waits for it.
+        let round = match tier.newest_round().await? {
+            Newest::Known(round) => Some(round),
+            Newest::None | Newest::Unreadable(_) => None,
+        };
         let manifests = tier.newest_manifests(&BTreeMap::new()).await?;
         let (node, epoch) = (&tier.config.node, tier.config.epoch);
         let own = manifests.get(node);
@@ -282,19 +296,22 @@ impl Tier {
         Ok(None)
     }
 
-    /// The newest round, if there is one that can be read.
-    pub(super) async fn newest_round(&self) -> Result<Option<Round>, TierError> {
+    /// The newest round.
+    pub(super) async fn newest_round(&self) -> Result<Newest, TierError> {
         let objects = self.list_all(collect::PREFIX).await?;
         let newest =
             objects.iter().filter_map(|object| Some((Round::number_of(&object.name)?, object))).max();
-        let Some((number, object)) = newest else { return Ok(None) };
-        if self.with(|state| state.round.as_ref().is_some_and(|round| round.number >= number)) {
-            return Ok(self.with(|state| state.round.clone()));
-        }
-        let round = self.read_text(object, Round::parse).await?.filter(|round| round.number == number);
-        // Without it nobody knows what is condemned.
-        let why = || StoreError::broken(format_args!("round {number} cannot be read"));
-        Ok(Some(round.ok_or_else(why)?))
+        let Some((number, object)) = newest else { return Ok(Newest::None) };
+        let known = self.with(|state| state.round.clone()).filter(|round| round.number >= number);
+        let round = match known {
+            Some(round) => Some(round),
+            None => {
+                let read = self.read_text(object, Round::parse).await?;
+                read.filter(|round| round.number == number)
+            }
+        };
+        self.with(|state| state.round_unreadable = round.is_none().then_some(number));
+        Ok(round.map_or(Newest::Unreadable(number), Newest::Known))
     }
 
     /// The newest manifest of each node. Those that `heard` has are not read again and have no content here.

@@ -11,6 +11,7 @@ use crate::pack::{self, PackError, PackId, Tail};
 use crate::requests::{Kind, RequestError, attempts};
 use crate::store::StoreError;
 
+use super::discover::Newest;
 use super::{Tier, TierError, pack_name};
 
 /// Rounds that stay, so that a list that is late still leads to one.
@@ -135,14 +136,19 @@ impl Tier {
 
     /// Decides about every pack that the newest round condemned, and drops what has expired at `now`.
     pub(super) async fn honour(&self, now: u32) -> Result<(), TierError> {
-        let round = self.newest_round().await?;
+        let newest = self.newest_round().await?;
         let clock = self.requests.now();
         self.with(|state| {
-            let gone = state.index.packs().filter(|pack| pack.expires_at != 0 && pack.expires_at <= now);
-            for id in gone.map(|pack| pack.id).collect::<Vec<_>>() {
+            let known = state.index.packs().map(|pack| (pack.id, pack.expires_at));
+            let packs = known.chain(state.mine.values().map(|pack| (pack.id, pack.expires_at)));
+            let gone = packs.filter(|(_, expires_at)| *expires_at != 0 && *expires_at <= now);
+            for (id, _) in gone.collect::<Vec<_>>() {
                 state.forget(&id);
             }
-            let Some(round) = round.filter(|round| round.number > state.honoured) else { return Ok(()) };
+            let round = match newest {
+                Newest::Known(round) if round.number > state.honoured => round,
+                _ => return Ok(()),
+            };
             if round.is_dead(&self.config.node, self.config.epoch) {
                 let found = round.dead[&self.config.node];
                 state.fenced = Some(found);
@@ -184,7 +190,11 @@ impl Tier {
     /// nothing. `dry_run` writes and deletes nothing, and does not wait. See [`crate::collect`].
     pub async fn collect(&self, dry_run: bool) -> Result<Collected, TierError> {
         // A round that this node has just heard of begins now, by its own clock.
-        let last = self.newest_round().await?;
+        let last = match self.newest_round().await? {
+            Newest::Known(round) => Some(round),
+            Newest::None => None,
+            Newest::Unreadable(number) => return Err(TierError::Round { number }),
+        };
         let now = self.requests.now();
         let early = self.with(|state| {
             let heard = state.round.as_ref().map_or(0, |round| round.number);
