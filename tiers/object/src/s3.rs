@@ -259,18 +259,24 @@ fn without_user(endpoint: &str) -> String {
     }
 }
 
+/// Whether nothing was sent because nobody could say who asks. The SDK tells that from other failures by words alone.
+fn is_about_credentials(error: &(dyn std::error::Error + 'static)) -> bool {
+    let mut chain = std::iter::successors(Some(error), |error| error.source());
+    chain.any(|error| error.to_string().to_lowercase().contains("credential"))
+}
+
 /// What an answer says without its words: those may repeat the request, with the signature in it.
 #[expect(clippy::needless_pass_by_value, reason = "a function to map an error with")]
 fn failed<E: ProvideErrorMetadata>(error: SdkError<E>) -> StoreError {
     let said = match &error {
         SdkError::TimeoutError(_) => return StoreError::Timeout,
         SdkError::ConstructionFailure(_) => return StoreError::invalid("the request could not be made"),
+        SdkError::DispatchFailure(failure) if failure.is_timeout() => return StoreError::Timeout,
         SdkError::DispatchFailure(failure) => {
-            return match failure.as_connector_error() {
-                Some(error) if error.is_timeout() => StoreError::Timeout,
-                Some(error) if error.is_io() => StoreError::broken("the connection failed"),
-                // Before anything was sent: nobody gave credentials, as a rule.
-                _ => StoreError::Refused { why: "no credentials, or no connection".to_owned() },
+            let error = failure.as_connector_error();
+            return match error.is_some_and(|error| is_about_credentials(error)) {
+                true => StoreError::Refused { why: "no credentials".to_owned() },
+                false => StoreError::broken("the connection failed"),
             };
         }
         SdkError::ResponseError(_) => return StoreError::broken("an answer that makes no sense"),

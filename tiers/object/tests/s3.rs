@@ -139,6 +139,34 @@ async fn wrong_keys_are_refused_and_a_wrong_bucket_is_invalid() {
 }
 
 #[tokio::test]
+async fn without_keys_nothing_is_asked_for() {
+    let server = Server::start().await;
+    // Whatever the environment has is no key of this server.
+    let error =
+        S3::open(S3Config { keys: None, ..server.config() }).await.unwrap().head("a").await.unwrap_err();
+    assert!(matches!(error, StoreError::Refused { .. }), "{error:?}");
+}
+
+#[tokio::test]
+async fn a_connection_that_ends_may_be_tried_again() {
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let endpoint = Some(format!("http://{}", listener.local_addr().unwrap()));
+    tokio::spawn(async move {
+        while let Ok((mut socket, _)) = listener.accept().await {
+            let _ = tokio::io::AsyncReadExt::read(&mut socket, &mut [0; 8192]).await;
+        }
+    });
+    let server = Server::start().await;
+    let store = S3::open(S3Config { endpoint, ..server.config() }).await.unwrap();
+    for _ in 0..5 {
+        let error = store.put("a", vec![7; 100_000].into()).await.unwrap_err();
+        assert!(error.is_passing(), "{error:?}");
+        let error = store.get("a", 0, &mut Landing::of(&mut [0; 10])).await.unwrap_err();
+        assert!(error.is_passing(), "{error:?}");
+    }
+}
+
+#[tokio::test]
 async fn where_nobody_listens_is_broken() {
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let endpoint = Some(format!("http://{}", listener.local_addr().unwrap()));
