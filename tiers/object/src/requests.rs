@@ -232,6 +232,10 @@ impl<'a> Operation<'a> {
                     return Ok(false);
                 }
                 if state.circuit.admit(now) {
+                    // Who is let in passes the word on, if there is room for more.
+                    if state.pace.under_way() < state.pace.window() {
+                        requests.room.notify_one();
+                    }
                     return Ok(true);
                 }
                 state.pace.end(now, now, None);
@@ -346,8 +350,6 @@ impl Drop for Pass<'_> {
                 state.circuit.dropped();
             });
         }
-        // The window may have grown: everybody looks.
-        self.requests.room.notify_waiters();
         self.requests.room.notify_one();
     }
 }

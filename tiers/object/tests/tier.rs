@@ -9,6 +9,7 @@ use bytes::Bytes;
 use common::{LONG, NOW, binding, config, hits, key, offer, read};
 use kv_block::{BlockKey, Epoch, MissReason};
 use kv_object::circuit::Standing;
+use kv_object::dir::Dir;
 use kv_object::landing::Landing;
 use kv_object::memory::Memory;
 use kv_object::pack::PackError;
@@ -108,6 +109,21 @@ async fn another_node_finds_what_this_one_writes() {
     let after = two.report().requests.counts;
     assert_eq!(after[&Kind::Get].requests, before[&Kind::Get].requests, "nothing is read twice");
     assert_eq!(after[&Kind::List].requests, before[&Kind::List].requests + 2);
+}
+
+#[tokio::test]
+async fn a_directory_is_shared_by_two_nodes_and_outlives_both() {
+    let place = tempfile::tempdir().unwrap();
+    let store = || Arc::new(Dir::open(place.path()).unwrap()) as Arc<dyn Store>;
+    let one = Tier::open(store(), config("a", 1), NOW).await.unwrap().0;
+    fill(&one, 0..30).await;
+    one.refresh(NOW).await.unwrap();
+    let two = Tier::open(store(), config("b", 1), NOW).await.unwrap().0;
+    assert_eq!(hits(&two, &(0..30).collect::<Vec<_>>()).await, 30);
+    drop((one, two));
+    let three = Tier::open(store(), config("c", 1), NOW).await.unwrap().0;
+    assert_eq!(hits(&three, &(0..30).collect::<Vec<_>>()).await, 30);
+    assert!(three.report().store.starts_with("directory /"));
 }
 
 #[tokio::test]
