@@ -292,19 +292,51 @@ fn offered_blocks_are_taken_with_what_they_mean() {
     let tenants = at_b.runtime.block_on(async { at_b.admin().list_tenants(v1::ListTenantsRequest {}).await });
     let tenants = tenants.expect("tenants").into_inner().tenants;
     assert!(tenants.iter().any(|row| row.tenant == "t" && row.blocks == 10), "{tenants:?}");
-    let evacuation = at_a.runtime.block_on(async {
-        let mut stream = at_a.admin().evacuate(v1::EvacuateRequest::default()).await?.into_inner();
+    let done = evacuate(&at_a);
+    assert!(done.finished && (done.total, done.taken, done.left) == (30, 30, 0), "{done:?}");
+    let binding = at_b.register(&scope("t"), BLOCK);
+    drop(_a);
+    for number in 0..30 {
+        assert_eq!(get(&at_b, binding, number, 0, "").0, Ok(()), "block {number}");
+    }
+}
+
+/// Offers all blocks to the peers, to the end.
+fn evacuate(door: &Door) -> v1::EvacuateProgress {
+    let evacuation = door.runtime.block_on(async {
+        let mut stream = door.admin().evacuate(v1::EvacuateRequest::default()).await?.into_inner();
         let mut last = v1::EvacuateProgress::default();
         while let Some(progress) = stream.message().await? {
             last = progress;
         }
         Ok::<_, tonic::Status>(last)
     });
-    let done = evacuation.expect("evacuate");
-    assert!(done.finished && (done.total, done.taken, done.left) == (30, 30, 0), "{done:?}");
-    let binding = at_b.register(&scope("t"), BLOCK);
-    drop(_a);
-    for number in 0..30 {
-        assert_eq!(get(&at_b, binding, number, 0, "").0, Ok(()), "block {number}");
+    evacuation.expect("evacuate")
+}
+
+#[test]
+fn one_peer_that_takes_nothing_does_not_keep_blocks_from_the_others() {
+    const COUNT: u64 = 1_500;
+    const SHORT: u32 = 4 << 10;
+    for dead in [true, false] {
+        let [a, b, c] = nodes(if dead { "dead" } else { "draining" }, "64MiB", None);
+        let (_a, _b, other) = (a.start(), b.start(), c.start());
+        let (at_a, at_b, at_c) = (Door::of(&a), Door::of(&b), Door::of(&c));
+        if dead {
+            other.kill();
+        } else {
+            let drain = v1::DrainRequest { stop: false };
+            at_c.runtime.block_on(async { at_c.admin().drain(drain).await }).expect("drain");
+        }
+        let binding = at_a.register(&scope("t"), SHORT);
+        for number in 0..COUNT {
+            at_a.put(&scope("t"), binding, number, SHORT, false).expect("put");
+        }
+        let done = evacuate(&at_a);
+        assert!(
+            done.finished && (done.total, done.taken, done.left) == (COUNT, COUNT, 0),
+            "{dead}: {done:?}"
+        );
+        assert_eq!(at_b.status().blocks, COUNT);
     }
 }
