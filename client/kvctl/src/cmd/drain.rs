@@ -27,7 +27,7 @@ const POLL: Duration = Duration::from_millis(200);
 const MORE: &str = "\
 Once the node takes no new work its blocks are offered to its peers, those most
 worth keeping first; what they take stays here, too. Exits with 4 when there are
-peers and none could be reached.";
+peers and some blocks went to none of them.";
 
 #[derive(Debug, Args)]
 #[command(after_help = MORE)]
@@ -147,14 +147,15 @@ async fn move_blocks(daemon: &Daemon, timeout: Duration, arguments: &Arguments) 
         reachable(&peers::known(daemon).await?.unwrap_or_default(), &nodes)?;
     }
     out::print(&moved(&last))?;
-    if last.left > 0 {
-        let tiers = daemon.within(daemon.admin().list_tiers(daemon.request(v1::ListTiersRequest {}))).await?;
-        let disk = tiers.tiers.iter().any(|tier| {
-            tier_name(tier.tier) == Tier::Disk.name() && !matches!(tier.state.as_str(), "off" | "degraded")
-        });
-        out::note(&no_loss(last.left, disk));
+    if last.left == 0 {
+        return Ok(Exit::Ok);
     }
-    Ok(Exit::Ok)
+    let tiers = daemon.within(daemon.admin().list_tiers(daemon.request(v1::ListTiersRequest {}))).await?;
+    let disk = tiers.tiers.iter().any(|tier| {
+        tier_name(tier.tier) == Tier::Disk.name() && !matches!(tier.state.as_str(), "off" | "degraded")
+    });
+    out::note(&no_loss(&last, disk));
+    Ok(Exit::Degraded)
 }
 
 /// Fails when none of the peers meant (all, if none is named) can be reached.
@@ -178,11 +179,11 @@ fn moved(last: &v1::EvacuateProgress) -> String {
 }
 
 /// What becomes of blocks that no peer took.
-fn no_loss(left: u64, disk: bool) -> String {
+fn no_loss(last: &v1::EvacuateProgress, disk: bool) -> String {
     let stay = if disk { "what is on disk here stays there, and " } else { "" };
-    let left = counted(left, "block");
+    let (left, total) = (last.left, counted(last.total, "block"));
     format!(
-        "{left} went to no peer; nothing is lost: {stay}what is nowhere is computed again when it is needed"
+        "{left} of {total} went to no peer; nothing is lost: {stay}what is nowhere is computed again when it is needed"
     )
 }
 
@@ -203,14 +204,15 @@ mod tests {
 
     #[test]
     fn a_disk_is_promised_only_where_there_is_one() {
+        let progress = |left| v1::EvacuateProgress { left, total: 10, ..Default::default() };
         assert_eq!(
-            no_loss(2, true),
-            "2 blocks went to no peer; nothing is lost: what is on disk here stays there, and what is nowhere is \
+            no_loss(&progress(2), true),
+            "2 of 10 blocks went to no peer; nothing is lost: what is on disk here stays there, and what is nowhere is \
              computed again when it is needed"
         );
         assert_eq!(
-            no_loss(1, false),
-            "1 block went to no peer; nothing is lost: what is nowhere is computed again when it is needed"
+            no_loss(&progress(1), false),
+            "1 of 10 blocks went to no peer; nothing is lost: what is nowhere is computed again when it is needed"
         );
     }
 
