@@ -108,6 +108,17 @@ impl Node {
         }
     }
 
+    /// Refuses blocks of a length that no slot here has room for.
+    pub fn fits(&self, block_bytes: u32) -> Result<(), Fault> {
+        let max = self.block_bytes_max.min(u64::from(u32::MAX));
+        if (1..=max).contains(&u64::from(block_bytes)) {
+            return Ok(());
+        }
+        let text =
+            format!("field `block_bytes` is {block_bytes}; 1 to {max} is allowed (`host.region_bytes`)");
+        Err(Fault::new(Code::BadRequest, text))
+    }
+
     /// Who is connected, without the daemon's own session.
     pub fn clients(&self) -> Vec<SessionInfo> {
         let mut all = self.sessions.all();

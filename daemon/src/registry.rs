@@ -9,6 +9,11 @@
 //!  {"format":2}                              one line per binding; a new one is appended and synced before
 //!  {"tag":1,"scope_id":"ab..","scope":{..}}  its worker is answered, by a thread that may wait for the disk
 //! ```
+//! What peers say of bindings is believed as far as it must be. A binding that a peer introduced is written down when a block
+//! of it has come; those that no block came of are few for each peer, and all of peers together leave numbers to the
+//! workers of this node. A scope id does not tell what a peer's record of it is worth, since the salt that went into it
+//! is not in the record: when a worker of this node registers, its own record counts.
+//!
 //! What the log remembers gets a number when a recovered block or a worker names it. When a start has seen
 //! everything that is kept, the rest is forgotten: there is no block that it could speak of.
 
@@ -109,8 +114,20 @@ struct State {
     asleep: HashMap<u64, Kept>,
     /// Named and not in the log yet, in order.
     unsaved: Vec<Arc<Bound>>,
+    /// Introduced by peers and never registered here.
+    introduced: HashMap<BindingId, Introduced>,
+    /// How many of those of each peer no block has come of.
+    promised: HashMap<String, usize>,
     /// Recovered blocks that no number was left for.
     unnumbered: u64,
+}
+
+/// How a binding that no worker of this node registered got here.
+struct Introduced {
+    /// By which peer.
+    by: String,
+    /// Whether a block of it has come.
+    came: bool,
 }
 
 /// The file.
@@ -141,6 +158,10 @@ struct Format1 {
 
 const FORMAT: u32 = 2;
 const BINDINGS_MAX: usize = u16::MAX as usize;
+/// Numbers that bindings introduced by peers may have, all together: the rest is for this node's workers.
+const INTRODUCED_MAX: usize = BINDINGS_MAX / 2;
+/// Bindings of one peer that no block has come of.
+const PROMISED_MAX: usize = 256;
 
 impl Registry {
     /// The registry kept in `path`, or an empty one. A file that is not whole is set aside; the second value
@@ -199,58 +220,85 @@ impl Registry {
         let mut state = self.write_state();
         let known = state.by_tag.get(&tag.0).map(|id| Arc::clone(&state.by_number[usize::from(id.0)]));
         if let Some(known) = known {
-            if known.scope_id() == Some(scope_id) {
+            let kept = kept(scope, scope_id, slice, block_bytes, tag);
+            if known.kept == kept {
+                if state.keep_promise(known.id) {
+                    state.unsaved.push(Arc::clone(&known));
+                }
+                state.introduced.remove(&known.id);
                 let unsaved = state.unsaved.iter().any(|one| one.id == known.id);
                 return Ok((known, unsaved));
             }
-            // Known by its tag alone, from a block that was recovered: now it has a meaning.
-            let named = Arc::new(Bound::new(known.id, kept(scope, scope_id, slice, block_bytes, tag)));
-            state.by_number[usize::from(known.id.0)] = Arc::clone(&named);
-            state.unsaved.push(Arc::clone(&named));
-            return Ok((named, true));
+            if known.scope_id().is_some() && known.kept.scope.tenant != kept.scope.tenant {
+                // A peer had named another tenant. Who pays for the blocks under that number cannot change any more,
+                // but no block comes to stand there from here on.
+                let bound = state.add(kept).ok_or_else(no_number)?;
+                state.unsaved.push(Arc::clone(&bound));
+                return Ok((bound, true));
+            }
+            // Known by its tag alone, from a block that was recovered, or by what a peer says: now it has its meaning.
+            state.keep_promise(known.id);
+            state.introduced.remove(&known.id);
+            return Ok((state.rename(known.id, kept), true));
         }
         let kept = kept(scope, scope_id, slice, block_bytes, tag);
-        let Some(bound) = state.add(kept) else {
-            let text =
-                format!("{BINDINGS_MAX} scopes and slices are registered, as many as there are numbers");
-            return Err(Fault::new(Code::TooManyBindings, text));
-        };
+        let bound = state.add(kept).ok_or_else(no_number)?;
         if state.asleep.remove(&tag.0).as_ref() != Some(&bound.kept) {
             state.unsaved.push(Arc::clone(&bound));
         }
         Ok((bound, true))
     }
 
-    /// Makes known what another node says of a binding. As [`Registry::register`], without the tenant's salt: the scope
-    /// id, which it went into, is what counts.
-    pub fn introduce(&self, mut kept: Kept) -> Result<(Arc<Bound>, bool), Fault> {
+    /// Makes known what a peer says of a binding. As [`Registry::register`], without the tenant's salt: the scope id,
+    /// which it went into, is what counts. It is kept over a restart when a block of it came: [`Registry::came`].
+    pub fn introduce(&self, by: &str, mut kept: Kept) -> Result<(Arc<Bound>, bool), Fault> {
+        let bad = |text: String| Fault::new(Code::BadRequest, text);
         // Ours to forget, should the other node have told it.
         kept.scope.salt.clear();
-        if !kept.is_itself() || !Scope::is_tenant(&kept.scope.tenant) {
+        kept.scope.validate().map_err(|error| bad(error.to_string()))?;
+        kept.slice.validate().map_err(|error| bad(error.to_string()))?;
+        if !kept.is_itself() {
             let text = format!("the tag {:016x} is not that of the scope, slice and length told", kept.tag);
-            return Err(Fault::new(Code::BadRequest, text));
+            return Err(bad(text));
         }
         let mut state = self.write_state();
-        if let Some(id) = state.by_tag.get(&kept.tag).copied() {
-            let known = Arc::clone(&state.by_number[usize::from(id.0)]);
-            if known.scope_id().is_some() {
-                return Ok((known, false));
-            }
-            let named = Arc::new(Bound::new(id, kept));
-            state.by_number[usize::from(id.0)] = Arc::clone(&named);
-            state.unsaved.push(Arc::clone(&named));
-            return Ok((named, true));
+        let known = state.by_tag.get(&kept.tag).map(|id| Arc::clone(&state.by_number[usize::from(id.0)]));
+        if let Some(known) = known.as_ref().filter(|known| known.scope_id().is_some()) {
+            return Ok((Arc::clone(known), false));
         }
-        let asleep = state.asleep.remove(&kept.tag);
-        let Some(bound) = state.add(kept) else {
-            let text =
-                format!("{BINDINGS_MAX} scopes and slices are registered, as many as there are numbers");
+        if let Some(known) = known {
+            // Blocks of it are here already.
+            return Ok((state.rename(known.id, kept), true));
+        }
+        if let Some(ours) = state.asleep.remove(&kept.tag) {
+            let Some(bound) = state.add(ours.clone()) else {
+                state.asleep.insert(kept.tag, ours);
+                return Err(no_number());
+            };
+            return Ok((bound, true));
+        }
+        let promised = state.promised.get(by).copied().unwrap_or(0);
+        if promised >= PROMISED_MAX || state.introduced.len() >= INTRODUCED_MAX {
+            let text = format!(
+                "peers introduced {} scopes and slices, and of {promised} that {by} introduced no block has come",
+                state.introduced.len()
+            );
             return Err(Fault::new(Code::TooManyBindings, text));
-        };
-        if asleep.as_ref() != Some(&bound.kept) {
-            state.unsaved.push(Arc::clone(&bound));
         }
+        let bound = state.add(kept).ok_or_else(no_number)?;
+        state.introduced.insert(bound.id, Introduced { by: by.to_owned(), came: false });
+        *state.promised.entry(by.to_owned()).or_default() += 1;
         Ok((bound, true))
+    }
+
+    /// A block of a binding is here. Says whether there is something to save.
+    pub fn came(&self, id: BindingId) -> bool {
+        let mut state = self.write_state();
+        if state.keep_promise(id) {
+            let bound = Arc::clone(&state.by_number[usize::from(id.0)]);
+            state.unsaved.push(bound);
+        }
+        !state.unsaved.is_empty()
     }
 
     /// The binding of a recovered block; one without a meaning when only its tag is known, and `None`, which
@@ -318,7 +366,13 @@ impl Registry {
     /// All that the log should hold.
     fn to_keep(&self) -> Vec<Kept> {
         let state = self.read_state();
-        let named = state.by_number.iter().filter(|bound| !bound.kept.scope_id.is_empty());
+        let is_kept = |bound: &&Arc<Bound>| {
+            let promised = state.introduced.get(&bound.id).is_some_and(|introduced| !introduced.came);
+            // One that a worker registered anew stands there twice.
+            let current = state.by_tag.get(&bound.kept.tag) == Some(&bound.id);
+            bound.scope_id().is_some() && current && !promised
+        };
+        let named = state.by_number.iter().filter(is_kept);
         named.map(|bound| bound.kept.clone()).chain(state.asleep.values().cloned()).collect()
     }
 }
@@ -332,6 +386,26 @@ impl State {
         let bound = Arc::new(Bound::new(id, kept));
         self.by_number.push(Arc::clone(&bound));
         Some(bound)
+    }
+
+    /// There are blocks of a binding, or will be. Says whether only a peer had promised them so far.
+    fn keep_promise(&mut self, id: BindingId) -> bool {
+        let Some(introduced) = self.introduced.get_mut(&id).filter(|introduced| !introduced.came) else {
+            return false;
+        };
+        introduced.came = true;
+        if let Some(promised) = self.promised.get_mut(&introduced.by) {
+            *promised -= 1;
+        }
+        true
+    }
+
+    /// Gives a number another meaning, to be saved.
+    fn rename(&mut self, id: BindingId, kept: Kept) -> Arc<Bound> {
+        let named = Arc::new(Bound::new(id, kept));
+        self.by_number[usize::from(id.0)] = Arc::clone(&named);
+        self.unsaved.push(Arc::clone(&named));
+        named
     }
 }
 
@@ -388,6 +462,11 @@ fn sync_dir(path: &Path) -> io::Result<()> {
         Some(dir) => File::open(dir)?.sync_all(),
         None => Ok(()),
     }
+}
+
+fn no_number() -> Fault {
+    let text = format!("{BINDINGS_MAX} scopes and slices are registered, as many as there are numbers");
+    Fault::new(Code::TooManyBindings, text)
 }
 
 fn kept(scope: &Scope, scope_id: ScopeId, slice: &Slice, block_bytes: u32, tag: BindingTag) -> Kept {
@@ -650,6 +729,117 @@ mod tests {
         drop(saved(&path, &[]));
         assert!(std::fs::read_to_string(&path).unwrap().starts_with("{\"format\":2}\n"));
         assert_eq!(tenant_after_restart(&path, "a"), "t");
+    }
+
+    /// What a peer says of a scope: its identity, and a record that may be of another.
+    fn told(salt: &str, tenant: &str) -> Kept {
+        let record = Scope { tenant: tenant.into(), ..scope("") };
+        kept(&record, scope(salt).id(), &slice(), 4096, tag(salt))
+    }
+
+    #[test]
+    fn what_a_worker_registers_counts_before_what_a_peer_said_of_it() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("bindings.json");
+        let registry = saved(&path, &[]);
+        let (false_one, new) = registry.introduce("evil", told("s", "somebody-else")).unwrap();
+        assert!(new);
+        registry.came(false_one.id);
+        registry.save();
+        assert_eq!(tenant_after_restart(&path, "s"), "somebody-else");
+        let (own, new) = registry.register(&scope("s"), &slice(), 4096).unwrap();
+        registry.save();
+        assert!(new && own.id != false_one.id, "what stands under a number has its payer for good");
+        assert_eq!((own.kept.scope.tenant.as_str(), own.kept.tag), ("t", false_one.kept.tag));
+        assert_eq!(registry.recovered(&record(tag("s"))).unwrap().id, own.id);
+        assert_eq!(registry.register(&scope("s"), &slice(), 4096).unwrap(), (Arc::clone(&own), false));
+        let (again, new) = registry.introduce("evil", told("s", "somebody-else")).unwrap();
+        assert_eq!((again.kept.scope.tenant.as_str(), new), ("t", false), "nor does it change any more");
+        assert_eq!(tenant_after_restart(&path, "s"), "t");
+        registry.settle(false);
+        drop(registry);
+        assert_eq!(tenant_after_restart(&path, "s"), "t");
+        // What changes nothing for those who pay is put right under the same number.
+        let (registry, _) = Registry::open(None);
+        let mut nonsense = told("s", "t");
+        nonsense.scope.model = "nonsense".into();
+        let (told, _) = registry.introduce("evil", nonsense).unwrap();
+        let (own, new) = registry.register(&scope("s"), &slice(), 4096).unwrap();
+        assert_eq!((own.id, own.kept.scope.model.as_str(), new), (told.id, "m", true));
+    }
+
+    #[test]
+    fn what_was_remembered_counts_before_what_a_peer_says() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("bindings.json");
+        drop(saved(&path, &["s"]));
+        let (registry, _) = Registry::open(Some(path.clone()));
+        let (bound, new) = registry.introduce("evil", told("s", "somebody-else")).unwrap();
+        assert_eq!((bound.kept.scope.tenant.as_str(), new), ("t", true));
+    }
+
+    #[test]
+    fn a_peer_introduces_few_bindings_that_no_block_comes_of() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("bindings.json");
+        let registry = saved(&path, &[]);
+        let introduce =
+            |by: &str, salt: &str| registry.introduce(by, told(salt, "t")).map(|known| known.0.id);
+        let first = introduce("b", "0").unwrap();
+        for number in 1..PROMISED_MAX {
+            introduce("b", &number.to_string()).unwrap();
+        }
+        assert_eq!(introduce("b", "more").unwrap_err().code, Code::TooManyBindings);
+        assert_eq!(introduce("b", "7").unwrap(), BindingId(7), "what is known is no more of them");
+        introduce("c", "of another peer").unwrap();
+        assert!(registry.came(first));
+        registry.save();
+        introduce("b", "more").unwrap();
+        registry.register(&scope("8"), &slice(), 4096).unwrap();
+        introduce("b", "and more").unwrap();
+        assert_eq!(introduce("b", "too many").unwrap_err().code, Code::TooManyBindings);
+        registry.save();
+        // Those that nothing came of are not kept.
+        for settled in [false, true] {
+            if settled {
+                registry.settle(false);
+            }
+            let found = parse(&std::fs::read(&path).unwrap()).bindings;
+            let tags: Vec<_> = found.iter().map(|kept| kept.tag).collect();
+            assert_eq!(tags, [tag("0").0, tag("8").0]);
+        }
+    }
+
+    #[test]
+    fn peers_leave_numbers_to_the_workers_of_this_node() {
+        let (registry, _) = Registry::open(None);
+        for number in 0..INTRODUCED_MAX {
+            let (bound, _) = registry.introduce("b", told(&number.to_string(), "t")).unwrap();
+            registry.came(bound.id);
+        }
+        assert_eq!(registry.introduce("c", told("late", "t")).unwrap_err().code, Code::TooManyBindings);
+        registry.register(&scope("late"), &slice(), 4096).unwrap();
+    }
+
+    #[test]
+    fn a_peer_introduces_nothing_that_a_worker_could_not_register() {
+        let (registry, _) = Registry::open(None);
+        let changes: [fn(&mut Kept); 5] = [
+            |kept| kept.scope.tenant = "Not a label".into(),
+            |kept| kept.scope.model.clear(),
+            |kept| kept.scope.lora = "x".repeat(Scope::FIELD_BYTES_MAX + 1),
+            |kept| kept.slice.layers.start = 9,
+            |kept| kept.slice.heads.end = 99,
+        ];
+        for change in changes {
+            let mut kept = told("s", "t");
+            change(&mut kept);
+            kept.tag = scope("s").id().binding_tag(&kept.slice, kept.block_bytes).0;
+            assert_eq!(registry.introduce("b", kept).unwrap_err().code, Code::BadRequest);
+        }
+        let other_tag = Kept { tag: 1, ..told("s", "t") };
+        assert_eq!(registry.introduce("b", other_tag).unwrap_err().code, Code::BadRequest);
+        assert!(registry.all().is_empty());
     }
 
     #[test]

@@ -462,3 +462,43 @@ fn a_reader_is_counted_once_however_often_it_comes() {
         assert_eq!((seen.blocks_out, seen.reads_here), (19, true), "{seen:?}");
     });
 }
+
+/// What a peer says that a scope is.
+fn record(id: &kv_block::ScopeId, block_bytes: u32, tenant: &str) -> Vec<u8> {
+    let slice = support::slice();
+    let tag = id.binding_tag(&slice, block_bytes).0;
+    let scope = kv_block::Scope { model: "nonsense".into(), tenant: tenant.into(), ..Default::default() };
+    let kept = serde_json::json!({
+        "tag": tag, "scope_id": id.to_string(), "block_bytes": block_bytes, "scope": scope, "slice": slice,
+    });
+    kept.to_string().into_bytes()
+}
+
+#[test]
+fn a_peer_that_offers_made_up_scopes_takes_no_numbers_away_and_chooses_no_tenant() {
+    let home = owner("offers", "16MiB");
+    let _daemon = home.start();
+    let door = Door::of(&home);
+    let address = home.logged_address("peers are served");
+    let mut reader = Reader::greet(&address, "b");
+    let mut offer = |id: u64, binding: Vec<u8>| {
+        reader.control.say(&Ask::Offer(Offer { id, principal: 0, binding, keys: vec![key_of(9)] })).unwrap();
+        let answer = reader.control.hear().unwrap();
+        assert!(matches!(answer, Answer::Taken(taken) if (taken.id, taken.taken) == (id, 0)), "{answer:?}");
+    };
+    offer(1, record(&scope("t").id(), BLOCK, "somebody-else"));
+    offer(2, record(&scope("u").id(), 0, "u"));
+    offer(3, record(&scope("u").id(), 1 << 31, "u"));
+    for id in 4..304 {
+        let made_up = kv_block::Scope { salt: id.to_string(), ..scope("u") };
+        offer(id, record(&made_up.id(), BLOCK, "u"));
+    }
+    assert_eq!(door.register(&scope("new"), BLOCK), 256, "those of before have one number each");
+    let binding = door.register(&scope("t"), BLOCK);
+    door.put(&scope("t"), binding, 1, BLOCK, false).expect("put");
+    let tenants = door.runtime.block_on(async { door.admin().list_tenants(v1::ListTenantsRequest {}).await });
+    let tenants = tenants.expect("tenants").into_inner().tenants;
+    let blocks =
+        |name: &str| tenants.iter().filter(|row| row.tenant == name).map(|row| row.blocks).sum::<u64>();
+    assert_eq!((blocks("t"), blocks("somebody-else")), (1, 0), "{tenants:?}");
+}

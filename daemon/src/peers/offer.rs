@@ -50,10 +50,13 @@ pub(super) async fn take(
     let hint = config.peers().position(|member| member.name == reader).map(|at| PeerId(at as u16));
     let number = node.principals.iter().position(|one| one.name == principal);
     let (Some(number), false) = (number, node.is_draining()) else { return none };
-    if let Err(fault) = introduce(node, &offer.binding).await {
-        tracing::warn!(peer = reader, %fault, "an offer is not understood");
-        return none;
-    }
+    let binding = match introduce(node, reader, &offer.binding) {
+        Ok(binding) => binding,
+        Err(fault) => {
+            tracing::warn!(peer = reader, %fault, "what is offered means nothing here");
+            return none;
+        }
+    };
     let until = Instant::now() + OFFER_LIMIT;
     let (mut tasks, mut taken) = (JoinSet::new(), 0);
     for key in offer.keys {
@@ -76,22 +79,24 @@ pub(super) async fn take(
     while let Some(done) = tasks.join_next().await {
         taken += u32::from(done.unwrap_or(false));
     }
-    Taken { id: offer.id, taken, left: count - taken }
-}
-
-/// Makes the binding of an offer known to the shards.
-async fn introduce(node: &Arc<Node>, record: &[u8]) -> Result<(), Fault> {
-    let bad = |text: String| Fault::new(Code::BadRequest, text);
-    let kept: Kept = serde_json::from_slice(record)
-        .map_err(|error| bad(format!("its binding cannot be read: {error}")))?;
-    let (bound, fresh) = node.registry.introduce(kept)?;
-    if fresh {
-        node.tell_all(|| Event::Bound(bound.binding()));
+    if taken > 0 && node.registry.came(binding) {
         let node = Arc::clone(node);
         // Waits for the disk.
         let _ = tokio::task::spawn_blocking(move || node.registry.save()).await;
     }
-    Ok(())
+    Taken { id: offer.id, taken, left: count - taken }
+}
+
+/// Makes the binding of an offer known to the shards, until a block of it comes for this life alone.
+fn introduce(node: &Node, peer: &str, record: &[u8]) -> Result<BindingId, Fault> {
+    let kept: Kept = serde_json::from_slice(record)
+        .map_err(|error| Fault::new(Code::BadRequest, format!("its binding cannot be read: {error}")))?;
+    node.fits(kept.block_bytes)?;
+    let (bound, fresh) = node.registry.introduce(peer, kept)?;
+    if fresh {
+        node.tell_all(|| Event::Bound(bound.binding()));
+    }
+    Ok(bound.id)
 }
 
 /// What of an evacuation a caller asked for.

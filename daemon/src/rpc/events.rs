@@ -156,7 +156,8 @@ impl Subscription {
             return true;
         }
         let all = self.node.registry.all();
-        let bound = all.iter().find(|bound| bound.kept.tag == tag.0);
+        // The last one is in force where a tag has two numbers.
+        let bound = all.iter().rev().find(|bound| bound.kept.tag == tag.0);
         bound.is_some_and(|bound| self.tenants.contains(&bound.kept.scope.tenant))
     }
 

@@ -103,14 +103,7 @@ impl v1::worker_server::Worker for WorkerService {
         }
         let scope = convert::scope(request.scope).map_err(status)?;
         let slice = convert::slice(request.slice).map_err(status)?;
-        let max = node.block_bytes_max.min(u64::from(u32::MAX));
-        if request.block_bytes == 0 || u64::from(request.block_bytes) > max {
-            let text = format!(
-                "field `block_bytes` is {}; 1 to {max} is allowed (`host.region_bytes`)",
-                request.block_bytes
-            );
-            return Err(status(Fault::new(Code::BadRequest, text)));
-        }
+        node.fits(request.block_bytes).map_err(status)?;
         let (bound, new) = node.registry.register(&scope, &slice, request.block_bytes).map_err(status)?;
         if new {
             node.tell_all(|| Event::Bound(bound.binding()));
