@@ -331,3 +331,39 @@ proptest! {
         prop_assert_eq!(SizeOrShare::parse(&size.to_string()), Some(SizeOrShare::Size(size)));
     }
 }
+
+#[test]
+fn a_list_of_nodes_that_is_likely_a_mistake_is_remarked() {
+    let remarks = |members: &str| {
+        let set = [("node.name", "a"), ("peers.listen", "127.0.0.1:9474"), ("peers.members", members)];
+        Config::load(&sources("", &[], &set)).unwrap().remarks
+    };
+    assert!(remarks("").is_empty());
+    assert!(remarks("a=127.0.0.1:9474,b=127.0.0.1:9475").is_empty());
+    for (members, wanted) in [
+        ("a=127.0.0.1:9474,b=127.0.0.1:9,c=127.0.0.1:9", "c=127.0.0.1:9 is where node b is said to be"),
+        (
+            "a=127.0.0.1:1,b=127.0.0.1:9474",
+            "b=127.0.0.1:9474 is peers.listen of this node, which is called a",
+        ),
+        ("b=127.0.0.1:9475", "this node is not listed as a"),
+    ] {
+        let remarks = remarks(members);
+        assert!(matches!(&remarks[..], [one] if one.contains(wanted)), "{members}: {remarks:?}");
+    }
+}
+
+#[test]
+fn no_more_principals_than_can_be_told_have_peers() {
+    let mut text =
+        String::from("node.name = 'a'\npeers.members = ['a=127.0.0.1:9474', 'b=127.0.0.1:9475']\n");
+    for number in 0..63 {
+        text += &format!("[principals.p{number}]\nshare = '1%'\nuids = [{}]\n", 1000 + number);
+    }
+    assert_eq!(refused(&text, &[], &[]), "");
+    text += "[principals.more]\nshare = '1%'\nuids = [2000]\n";
+    let said = refused(&text, &[], &[]);
+    assert!(said.contains("peers.members: with 65 principals a node has no peers; 64 can"), "{said}");
+    let alone = text.lines().filter(|line| !line.starts_with("peers.members"));
+    assert_eq!(refused(&alone.collect::<Vec<_>>().join("\n"), &[], &[]), "");
+}

@@ -206,7 +206,8 @@ impl Config {
             let key: Vec<&str> = key.split('.').collect();
             layers.take_text(&key, value, Origin::Flag(flag.clone()));
         }
-        let loaded = layers.build(&sources.facts)?;
+        let mut loaded = layers.build(&sources.facts)?;
+        loaded.remarks.extend(validate::doubts(&loaded.config));
         let problems: Vec<_> = validate::problems(&loaded.config)
             .into_iter()
             .map(|(key, message)| Problem {

@@ -340,6 +340,12 @@ impl Member {
         let loopback = |ip: IpAddr| ip.to_canonical().is_loopback();
         self.host.parse().map_or_else(|_| self.host == "localhost", loopback)
     }
+
+    /// Whether it is listed with this address.
+    pub fn is_at(&self, address: std::net::SocketAddr) -> bool {
+        let same = |ip: IpAddr| ip.to_canonical() == address.ip().to_canonical();
+        self.port == address.port() && self.host.parse().is_ok_and(same)
+    }
 }
 
 impl fmt::Display for Member {

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::fmt::Display;
 use std::ops::RangeInclusive;
 
-use super::units::{OrAuto, Share, Size, Span, UidRule};
+use super::units::{Member, OrAuto, Share, Size, Span, UidRule};
 use super::{Config, PRINCIPAL_DEFAULT};
 
 /// Every key whose value cannot stand, with what is expected of it.
@@ -161,9 +161,41 @@ fn members(config: &Config, refuse: &mut dyn FnMut(&str, String)) {
             refuse("peers.members", format!("node {} is listed twice", member.name));
         }
     }
+    // With the default one.
+    let principals = config.principals.len() + 1;
+    let among_peers = !members.is_empty() || config.peers.listen.get().is_some();
+    if among_peers && principals > kv_wire::frame::PRINCIPALS_MAX {
+        let most = kv_wire::frame::PRINCIPALS_MAX;
+        let text = format!("with {principals} principals a node has no peers; {most} can be told to them");
+        refuse("peers.members", text);
+    }
     if members.len() > MEMBERS_MAX {
         refuse("peers.members", format!("{} nodes are listed, {MEMBERS_MAX} may be", members.len()));
     }
+}
+
+/// What can stand in the list of nodes, and is more likely a mistake.
+pub(super) fn doubts(config: &Config) -> Vec<String> {
+    let (members, own) = (&config.peers.members, config.node_name());
+    let mut found = Vec::new();
+    let mut places: BTreeMap<(&str, u16), &str> = BTreeMap::new();
+    for member in members {
+        if let Some(other) = places.insert((&member.host, member.port), &member.name) {
+            found.push(format!("peers.members: {member} is where node {other} is said to be"));
+        }
+    }
+    let listen = config.peers.listen.get().map(|address| address.0);
+    let here = |member: &Member| listen.is_some_and(|listen| member.is_at(listen));
+    for member in config.peers().filter(|member| here(member)) {
+        found.push(format!("peers.members: {member} is peers.listen of this node, which is called {own}"));
+    }
+    if !members.is_empty() && members.iter().all(|member| member.name != own) {
+        found.push(format!(
+            "peers.members: this node is not listed as {own}; nodes that share this list refuse it, unless node.name is set \
+             to its name there"
+        ));
+    }
+    found
 }
 
 /// Nodes of one static list.
