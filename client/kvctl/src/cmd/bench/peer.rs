@@ -30,7 +30,7 @@ const COUNT_MAX: u64 = 4_096;
 const MORE: &str = "\
 Puts blocks here, has the peer fetch them (out), evicts them here, fetches them
 back (in), then one at a time (single), and checks every byte. What the peer
-took expires there within two minutes.";
+took expires there within two minutes. Exits with 4 when blocks were missed.";
 
 #[derive(Debug, Args)]
 #[command(after_help = MORE)]
@@ -98,17 +98,30 @@ pub(crate) async fn run(global: &Global, arguments: Arguments) -> Result<Exit, F
     verdict(&ways, &plan.node)
 }
 
-/// Wrong bytes fail the bench; so does a way on which nothing went. Some misses do not: peers evict what they like.
+/// Wrong bytes fail the bench, and blocks that did not come leave it short of what was to be measured.
 fn verdict(ways: &[Measured], node: &str) -> Result<Exit, Failure> {
     let wrong: u64 = ways.iter().map(|way| way.wrong).sum();
     if wrong > 0 {
         return Err(super::wrong_bytes(wrong));
     }
-    let Some(none) = ways.iter().find(|way| way.blocks == 0) else { return Ok(Exit::Ok) };
-    let why = none.why.map_or(String::new(), |reason| format!(": {reason}"));
-    let text = format!("{node} took the blocks, and none came back{why}");
-    let explain = none.why.map_or("kvctl get peers".into(), |reason| format!("kvctl explain {reason}"));
-    Err(Failure::new(Exit::Degraded, text).help(format!("`{explain}` says more")))
+    let Some(short) = ways.iter().find(|way| way.blocks == 0 || way.misses > 0) else { return Ok(Exit::Ok) };
+    let why = short.why.map_or(String::new(), |reason| format!(": {reason}"));
+    let (missed, all) = (short.misses, counted(short.blocks + short.misses, "block"));
+    let text = match (short.name, short.blocks) {
+        ("out", _) => format!("{node} did not take {missed} of {all}"),
+        (_, 0) => format!("{node} took the blocks, and none came back{why}"),
+        _ => format!("{missed} of {all} did not come back from {node}{why}"),
+    };
+    let help = match short.why {
+        Some(reason) => {
+            format!("`kvctl explain {reason}` says more; with fewer blocks: --bytes-max, --count")
+        }
+        None => {
+            "is there room for them? `kvctl get tiers` on that node; with fewer blocks: --bytes-max, --count"
+                .into()
+        }
+    };
+    Err(Failure::new(Exit::Degraded, text).help(help))
 }
 
 const WAYS: Kind<Measured> = Kind {
@@ -198,8 +211,16 @@ single       64   128MiB         32   64.0MiB   320us   640us        1       0
     }
 
     #[test]
-    fn wrong_bytes_fail_and_so_does_a_way_on_which_nothing_came() {
-        assert_eq!(verdict(&[way("out", 5), Measured { misses: 1, ..way("in", 4) }], "b"), Ok(Exit::Ok));
+    fn wrong_bytes_fail_and_so_does_a_way_on_which_blocks_were_missed() {
+        assert_eq!(verdict(&[way("out", 5), way("in", 5)], "b"), Ok(Exit::Ok));
+        let said = |misses, why, way| {
+            let failure = verdict(&[Measured { misses, why, ..way }], "b").unwrap_err();
+            assert_eq!(failure.exit, Exit::Degraded);
+            failure.message
+        };
+        assert_eq!(said(3, None, way("out", 2)), "b did not take 3 of 5 blocks");
+        let evicted = Some(MissReason::PeerEvicted);
+        assert_eq!(said(4, evicted, way("in", 1)), "4 of 5 blocks did not come back from b: peer_evicted");
         let wrong = Measured { wrong: 1, ..way("in", 5) };
         assert_eq!(verdict(&[wrong], "b").unwrap_err().exit, Exit::Failure);
         let none = Measured { why: Some(MissReason::PeerEvicted), ..way("in", 0) };
