@@ -231,7 +231,8 @@ impl Authority {
 
 /// Short where a test waits for a limit, long where it does not.
 pub(crate) fn patient() -> Limits {
-    Limits { handshake: PATIENCE, stall: PATIENCE, rejoin: Duration::from_millis(1), ..Limits::default() }
+    let rejoin = Duration::from_millis(1);
+    Limits { handshake: PATIENCE, stall: PATIENCE, silence: PATIENCE, rejoin, ..Limits::default() }
 }
 
 /// A node that has blocks, and one that reads them.
