@@ -64,6 +64,9 @@ pub struct RecoveryReport {
     pub notes: Vec<String>,
 }
 
+/// So many of the newest lives are synced before the log goes on: more than writes under way ever span.
+const SYNCED_MAX: usize = 16;
+
 /// What the log starts from.
 pub(crate) struct Recovery {
     pub(crate) segments: Vec<Segment>,
@@ -116,8 +119,8 @@ pub(crate) fn recover(
         }
         recovery.segments.push(segment);
     });
-    // What was read may not have reached the medium yet: the newest two lives may have been written to.
-    let newest = lives.iter().take(2).enumerate();
+    // What was read may not have reached the medium yet: the newest lives may have been written to at the same time.
+    let newest = lives.iter().take(SYNCED_MAX).enumerate();
     let syncs = newest
         .map(|(place, life)| (place, IoOp { token: 0, segment: life.header.segment, kind: IoKind::Sync }));
     let mut synced = true;

@@ -356,3 +356,18 @@ fn a_move_that_loses_power_leaves_the_block_where_it_was_or_brings_it_over() {
         }
     }
 }
+
+/// Writes under way spanned three segments when the process was killed; what was found then has to outlive a power cut.
+#[test]
+fn what_is_found_after_a_kill_is_there_after_a_power_cut() {
+    use Step::{Kill, Poll, PowerCut, Restart};
+    let write = |(n, bytes)| Step::Write { n, bytes };
+    let mut steps = vec![write((0, 106_497)), write((1, 118_785)), Poll { times: 5 }];
+    steps.extend([(2, 40_961), (3, 135_169)].map(write));
+    steps.extend([Restart, PowerCut, PowerCut, PowerCut, PowerCut]);
+    steps.extend([(0, 151_553), (8, 200_705), (12, 65_537), (13, 192_513), (1, 151_553)].map(write));
+    steps.push(Poll { times: 1 });
+    steps.extend([(2, 102_401), (3, 139_265), (4, 184_321), (5, 204_801), (6, 40_961)].map(write));
+    steps.extend([Poll { times: 11 }, Kill, write((1, 1))]);
+    run(15_580_928_788_452_465_487, true, &tight(), true, steps);
+}
