@@ -116,7 +116,8 @@ def _weights(config: "VllmConfig") -> str:
         raise _unknown(f"model {model.model}: weights that are not in its directory")
     # A branch moves, a commit does not. That of a configuration from elsewhere says nothing of the weights.
     commit = None if model.hf_config_path else getattr(model.hf_config, "_commit_hash", None)
-    if not (found := commit or model.revision):
+    found: str | None = commit or model.revision
+    if not found:
         raise _unknown(f"model {model.model} of unknown revision")
     return found
 
