@@ -22,3 +22,4 @@ pub mod lifecycle;
 pub mod memory;
 pub mod reclaim;
 pub mod store;
+pub mod upload;

@@ -2,13 +2,14 @@
 //!
 //! ```text
 //!  tier      the tier as a whole, over any store
-//!    policy    what goes up, what comes down      packer    blocks -> packs
-//!    pack      the bytes of a pack                index     which block lies where
-//!    reach     which ranges to ask for            manifest  what a node says it uses
-//!    collect   what may be deleted, by rounds     requests  the gate: retry, pace, circuit
+//!    packer    blocks -> packs                    pack      the bytes of a pack
+//!    index     which block lies where             reach     which ranges to ask for
+//!    manifest  what a node says it uses           collect   what may be deleted, by rounds
+//!    requests  the gate: retry, pace, circuit
 //!  store     what an object store does            landing   where a read's bytes go
 //!    dir  s3  azure   the back ends               memory  unreliable   the model, and faults by seed
-//!    place     where a store is, in one word      contract  the suite that all of them run
+//!    place     where a store is, in one word      open      the store that is there
+//!    contract  the suite that all of them run
 //! ```
 //! A put: packer (until there are enough) -> pack -> `Put packs/<digest>` -> index. A read: index -> reach -> one
 //! `Get` for neighbours -> landing (straight into the slots) -> every checksum. Nothing is overwritten, nobody holds a
@@ -27,11 +28,11 @@ pub mod index;
 pub mod landing;
 pub mod manifest;
 pub mod memory;
+pub mod open;
 pub mod pace;
 pub mod pack;
 pub mod packer;
 pub mod place;
-pub mod policy;
 pub mod random;
 pub mod reach;
 pub mod requests;
@@ -47,4 +48,4 @@ mod cursor;
 mod join;
 
 pub use store::{Store, StoreError};
-pub use tier::{Got, Offer, Tier, TierConfig, TierError, Want};
+pub use tier::{Full, Got, Offer, Tier, TierConfig, TierError, Want};
