@@ -9,6 +9,7 @@
 //! ```
 //! It holds no secret: who asks comes from elsewhere. A key or a password in it is refused.
 
+use std::fmt;
 use std::path::PathBuf;
 use std::str::FromStr;
 
@@ -93,6 +94,53 @@ impl FromStr for Place {
     }
 }
 
+impl fmt::Display for Place {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let slash = |prefix: &str| if prefix.is_empty() { String::new() } else { format!("/{prefix}") };
+        let mut options = Vec::new();
+        match self {
+            Self::Dir(path) => return path.display().fmt(f),
+            Self::S3 { bucket, prefix, region, endpoint, path_style } => {
+                write!(f, "s3://{bucket}{}", slash(prefix))?;
+                options.extend(region.as_ref().map(|region| format!("region={region}")));
+                options.extend(endpoint.as_ref().map(|endpoint| format!("endpoint={endpoint}")));
+                options.extend(path_style.then(|| "path_style=true".to_owned()));
+            }
+            Self::Azure { account, container, prefix, endpoint } => {
+                write!(f, "az://{account}/{container}{}", slash(prefix))?;
+                options.extend(endpoint.as_ref().map(|endpoint| format!("endpoint={endpoint}")));
+            }
+        }
+        let mark = if options.is_empty() { "" } else { "?" };
+        write!(f, "{mark}{}", options.join("&"))
+    }
+}
+
+impl Place {
+    /// A part of this place: what is there has names of its own.
+    #[must_use]
+    pub fn within(&self, part: &str) -> Self {
+        let mut place = self.clone();
+        match &mut place {
+            Self::Dir(path) => path.push(part),
+            Self::S3 { prefix, .. } | Self::Azure { prefix, .. } if prefix.is_empty() => {
+                part.clone_into(prefix);
+            }
+            Self::S3 { prefix, .. } | Self::Azure { prefix, .. } => *prefix += &format!("/{part}"),
+        }
+        place
+    }
+
+    /// What kind of store it is: `dir`, `s3` or `azure`.
+    pub fn kind(&self) -> &'static str {
+        match self {
+            Self::Dir(_) => "dir",
+            Self::S3 { .. } => "s3",
+            Self::Azure { .. } => "azure",
+        }
+    }
+}
+
 #[derive(Default)]
 struct Options {
     region: Option<String>,
@@ -139,6 +187,22 @@ fn prefix_of(text: &str) -> Result<String, PlaceError> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_place_is_written_as_it_is_read_and_has_parts() {
+        for text in [
+            "/var/lib/objects",
+            "s3://bucket",
+            "s3://bucket/some/where?region=eu-central-1&endpoint=http://127.0.0.1:9000&path_style=true",
+            "az://account/blocks/x?endpoint=http://127.0.0.1:10000/account",
+        ] {
+            let place: Place = text.parse().unwrap();
+            assert_eq!(place.to_string(), text);
+            let part = place.within("principals/a");
+            assert_eq!(part.to_string().parse(), Ok(part.clone()));
+            assert!(part.to_string().contains("/principals/a"), "{part}");
+        }
+    }
 
     #[test]
     fn every_kind_of_place_is_read() {

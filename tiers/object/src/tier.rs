@@ -62,12 +62,15 @@ pub struct TierConfig {
     pub round_min: Duration,
     /// What is read of a pack's tail when the length of its footer is not known, in bytes.
     pub tail_bytes: u64,
+    /// Blocks that are known at one moment, of all packs; what others wrote beyond that is not read.
+    pub blocks_max: usize,
     /// Longest time of one write, and of each request of what nobody waits for.
     pub upkeep_max: Duration,
 }
 
 impl TierConfig {
-    /// The defaults for this life of a node: a grace of 3 rounds of 10 minutes, tails of 64 KiB, 2 minutes.
+    /// The defaults for this life of a node: a grace of 3 rounds of 10 minutes, tails of 64 KiB, 4 Mi blocks,
+    /// 2 minutes.
     pub fn new(node: impl Into<String>, epoch: Epoch) -> Self {
         Self {
             node: node.into(),
@@ -80,6 +83,7 @@ impl TierConfig {
             grace: GRACE,
             round_min: Duration::from_secs(600),
             tail_bytes: 64 << 10,
+            blocks_max: 1 << 22,
             upkeep_max: Duration::from_secs(120),
         }
     }
@@ -151,6 +155,17 @@ pub struct Stored {
     pub refused: Vec<BlockKey>,
 }
 
+/// Packs that are full and not written yet.
+#[must_use = "they wait to be written"]
+pub struct Full(Vec<Batch>);
+
+impl Full {
+    /// Whether there is nothing to write.
+    pub fn is_empty(&self) -> bool {
+        self.0.is_empty()
+    }
+}
+
 /// A block to be read.
 #[derive(Debug)]
 pub struct Want<'a> {
@@ -202,7 +217,7 @@ pub struct TierReport {
     pub blocks: usize,
     /// Packs that this node's manifest lists.
     pub packs_listed: usize,
-    /// Packs whose footers have not been read yet.
+    /// Packs whose footers have not been read yet, or will not be: see [`TierConfig::blocks_max`].
     pub packs_unread: usize,
     /// Packs that are not used, and why.
     pub set_aside: BTreeMap<PackId, SetAside>,
@@ -381,8 +396,37 @@ impl Tier {
         })
     }
 
+    /// Which of these are read with one request each: their places in `keys`. What cannot be found stands alone. For
+    /// those who would rather have the first blocks early than all at once.
+    pub fn spread(&self, now: u32, keys: &[BlockKey]) -> Vec<Vec<usize>> {
+        let mut by_pack: BTreeMap<PackId, Vec<(usize, std::ops::Range<u64>)>> = BTreeMap::new();
+        let mut groups = Vec::new();
+        self.with(|state| {
+            for (at, key) in keys.iter().enumerate() {
+                match find_in(&state.index, key, now) {
+                    Ok(found) => by_pack.entry(found.pack).or_default().push((at, found.range())),
+                    Err(_) => groups.push(vec![at]),
+                }
+            }
+        });
+        for items in by_pack.into_values() {
+            let ranges: Vec<_> = items.iter().map(|(_, range)| range.clone()).collect();
+            let spans = reach::spans(&ranges, &self.config.reach).into_iter();
+            groups.extend(spans.map(|span| span.wanted.iter().map(|place| items[*place].0).collect()));
+        }
+        groups
+    }
+
     /// Takes blocks to be packed, at `now`, Unix time in seconds, and writes the packs that are full with them.
     pub async fn put(&self, now: u32, offers: Vec<Offer>) -> Result<Stored, TierError> {
+        let (mut stored, full) = self.take(now, offers)?;
+        self.write(full.0, &mut stored).await;
+        Ok(stored)
+    }
+
+    /// The first half of [`Self::put`]: takes blocks to be packed and waits for nothing. Packs that are full now are to
+    /// be written with [`Self::write_full`], soon: until then their blocks count as waiting.
+    pub fn take(&self, now: u32, offers: Vec<Offer>) -> Result<(Stored, Full), TierError> {
         let mut stored = Stored::default();
         let mut batches = Vec::new();
         let clock = self.requests.now();
@@ -417,8 +461,14 @@ impl Tier {
             }
             Ok(())
         })?;
-        self.write(batches, &mut stored).await;
-        Ok(stored)
+        Ok((stored, Full(batches)))
+    }
+
+    /// The second half of [`Self::put`]: what became of the packs.
+    pub async fn write_full(&self, full: Full) -> Stored {
+        let mut stored = Stored::default();
+        self.write(full.0, &mut stored).await;
+        stored
     }
 
     /// Writes the packs that have waited long enough, or everything that waits.

@@ -174,6 +174,9 @@ impl Tier {
         let unread: Vec<_> =
             self.with(|state| state.unread.iter().map(|(id, unread)| (*id, *unread)).collect());
         for some in unread.chunks(FOOTERS_AT_ONCE) {
+            if self.with(|state| state.index.blocks()) >= self.config.blocks_max {
+                break;
+            }
             let loads = some.iter().map(|(id, (bytes, footer))| self.load(id, *bytes, *footer)).collect();
             for ((id, (bytes, _)), loaded) in some.iter().zip(join_all(loads).await) {
                 self.with(|state| {
