@@ -12,6 +12,7 @@ use kv_tiers::admit::{Admission, AdmissionKind};
 use kv_tiers::catalog::Catalog;
 use kv_tiers::host::HostTier;
 use kv_tiers::store::{OpToken, StoreOp};
+use kv_tiers::upload::UploadLimits;
 
 use crate::events::EventLog;
 use crate::fetch::Fetching;
@@ -24,6 +25,7 @@ use crate::removal::Removals;
 use crate::report::{Counters, SessionReport, ShardReport, TenantReport};
 use crate::session::Session;
 use crate::tenant::Tenants;
+use crate::upload::Uploads;
 
 /// What a brain must know before it starts. All bounds; none is changed later.
 #[derive(Clone, Debug)]
@@ -48,12 +50,27 @@ pub struct BrainConfig {
     pub offloads_max: usize,
     /// Blocks that may be on their way up from disk.
     pub onboards_max: usize,
-    /// Blocks that may be on their way from peers; 0 without peers.
+    /// Blocks that may be on their way from peers and from the object tier.
     pub fetches_max: usize,
+    /// Whether there are peers.
+    pub peers: bool,
     /// Milliseconds after which a search among the peers and its transfer end.
     pub fetch_limit_ms: u64,
+    /// The object tier; `None` without one.
+    pub object: Option<ObjectConfig>,
     /// Events kept for replay.
     pub events_kept_max: usize,
+}
+
+/// What a brain must know of the object tier.
+#[derive(Clone, Debug)]
+pub struct ObjectConfig {
+    /// Which blocks go there.
+    pub upload: UploadLimits,
+    /// Blocks that may be held at one moment to be copied for it.
+    pub uploads_max: usize,
+    /// Milliseconds after which the search for a block in it and its transfer end.
+    pub fetch_limit_ms: u64,
 }
 
 /// One shard's brain.
@@ -72,6 +89,7 @@ pub struct Brain {
     pub(crate) fills: HashMap<FillToken, Fill>,
     pub(crate) ops: HashMap<OpToken, DiskOp>,
     pub(crate) fetches: HashMap<FetchToken, Fetching>,
+    pub(crate) uploads: Uploads,
     pub(crate) reclaims: HashMap<u32, usize>,
     pub(crate) removals: Removals,
     /// By block length, oldest first: one length that finds no slot holds up no other.
@@ -87,7 +105,7 @@ pub struct Brain {
     pub(crate) disk_serving: Option<bool>,
     /// Writes under way.
     pub(crate) offloads: usize,
-    /// Those of them after which a slot comes back.
+    /// Those of them, and of the uploads, after which a slot comes back.
     pub(crate) leaving: usize,
     pub(crate) onboards: usize,
     pub(crate) sweep_wanted: bool,
@@ -102,7 +120,7 @@ pub(crate) struct Bound {
     pub(crate) tenant: usize,
 }
 
-/// A block that is announced, being copied in, coming up from disk or from a peer, and who waits for it.
+/// A block that is announced, being copied in, coming up from disk, from a peer or the object tier, and who waits for it.
 pub(crate) struct Pending {
     pub(crate) source: Source,
     pub(crate) waiters: Vec<Waiter>,
@@ -115,7 +133,7 @@ impl Pending {
         Self { source, waiters: Vec::new(), puts: Vec::new() }
     }
 
-    /// Whether it is to come from a peer.
+    /// Whether it is to come from a peer or the object tier.
     pub(crate) fn is_fetched(&self) -> bool {
         matches!(self.source, Source::Fetching { .. })
     }
@@ -135,7 +153,7 @@ pub(crate) enum Source {
     Filling,
     /// It is read from disk.
     Onboarding,
-    /// It is looked for among the peers, or on its way from one.
+    /// It is looked for among the peers or in the object tier, or on its way from there.
     Fetching { fetch: FetchToken },
 }
 
@@ -239,6 +257,7 @@ impl Brain {
             fills: HashMap::new(),
             ops: HashMap::new(),
             fetches: HashMap::new(),
+            uploads: Uploads::default(),
             reclaims: HashMap::new(),
             removals: Removals::default(),
             stalled: BTreeMap::new(),
@@ -268,6 +287,7 @@ impl Brain {
             Event::Filled { fill, slot, checksum } => self.filled(now, fill, slot, checksum, out),
             Event::Store(done) => self.store_done(now, done, out),
             Event::Fetch(done) => self.fetch_done(now, done, out),
+            Event::Upload(done) => self.upload_done(now, done, out),
             Event::StoreHealth { serving } => self.disk_serving = self.disk_serving.map(|_| serving),
             Event::Swept { freed } => {
                 self.host.swept();
@@ -402,6 +422,7 @@ impl Brain {
         self.expire_some(now, out);
         self.retry_stalled(now, out);
         self.free_ahead(now, out);
+        self.look_at_uploads(now, out);
         if self.host.limbo_len() > 0 {
             self.sweep_wanted = true;
         }
@@ -665,7 +686,7 @@ impl Brain {
             leased_bytes: sessions.iter().map(|session| session.leased_bytes).sum(),
             reading: 0,
             pinned_bytes: self.pins.bytes(),
-            in_flight: (self.ops.len() + self.fills.len()) as u64,
+            in_flight: (self.ops.len() + self.fills.len() + self.uploads.under_way()) as u64,
             fetching: self.fetches.len() as u64,
             disk_serving: self.disk_serving,
             tenants: self

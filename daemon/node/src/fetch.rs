@@ -1,9 +1,10 @@
-//! Blocks that are not here and that a peer may have.
+//! Blocks that are not here and that a peer may have, or the object tier.
 //!
 //! ```text
 //!   acquire, prefetch -> not here -> Find -> Offered{record} -> [known binding, room] -> Into -> Landed -> visible
-//!                                         |            '--[unknown]--> Decline: the next Offered, or Missed
-//!                                         -> Missed: no peer has it, none can be reached, none in time
+//!                                    ^    |            '--[unknown]--> Decline: the next Offered, or Missed
+//!                                    |    -> Missed: no peer has it, none can be reached, none in time
+//!                                    '---------' once more, in the object tier
 //! ```
 //! Which peer, by which path, and what to do when one fails is decided outside ([`FetchOp`]); the brain says what is
 //! wanted, finds room, and does not believe a record whose scope, slice and length it does not know. A search has a
@@ -14,21 +15,23 @@ use kv_arena::Slot;
 use kv_block::{BindingId, BlockKey, MissReason, Record, Tier};
 
 use crate::brain::{Brain, Out, Pending, Source, Stalled, Waiter};
-use crate::io::{Command, FetchDone, FetchOp, FetchToken, Now, OfferToken, Reach};
+use crate::io::{Command, FetchDone, FetchFrom, FetchOp, FetchToken, Now, OfferToken, PeerId, Reach};
 use crate::room::NoRoom;
 
-/// A search among the peers.
+/// A search in what lies beyond this node.
 pub(crate) struct Fetching {
     key: BlockKey,
-    /// Why the block is not here; what whoever waits is told when no peer has it either.
+    /// Where.
+    from: FetchFrom,
+    /// Why the block is not here; what whoever waits is told when nobody there has it either.
     why: MissReason,
     stage: Stage,
 }
 
 enum Stage {
-    /// A peer is looked for.
+    /// It is looked for.
     Searching,
-    /// A peer lets us read it, and it waits for room.
+    /// It can be read, and waits for room.
     Offered(OfferToken, Record, BindingId),
     /// Its bytes are on their way.
     Reading(Record, BindingId),
@@ -39,6 +42,15 @@ enum Stage {
 pub(crate) enum Served {
     By(Tier),
     Peer,
+}
+
+impl From<FetchFrom> for Served {
+    fn from(from: FetchFrom) -> Self {
+        match from {
+            FetchFrom::Peers => Self::Peer,
+            FetchFrom::Object => Self::By(Tier::Object),
+        }
+    }
 }
 
 impl Served {
@@ -58,7 +70,7 @@ impl Served {
 }
 
 impl Brain {
-    /// Starts to look for a block among the peers. On success it is pending; otherwise, why it cannot be had.
+    /// Starts to look for a block beyond this node. On success it is pending; otherwise, why it cannot be had.
     pub(crate) fn fetch(
         &mut self,
         now: Now,
@@ -67,19 +79,54 @@ impl Brain {
         reach: Reach,
         out: &mut Out,
     ) -> Result<(), MissReason> {
-        let Reach::Peers { hint } = reach else { return Err(why) };
-        if self.config.fetches_max == 0 {
-            return Err(why);
-        }
+        let (from, hint) = match reach {
+            Reach::Further { hint } if self.config.peers => (FetchFrom::Peers, hint),
+            Reach::Further { .. } | Reach::Object if self.config.object.is_some() => {
+                (FetchFrom::Object, None)
+            }
+            Reach::Here | Reach::Further { .. } | Reach::Object => return Err(why),
+        };
         if self.fetches.len() >= self.config.fetches_max {
             return Err(MissReason::Overloaded);
         }
-        let fetch = FetchToken(self.number());
-        self.fetches.insert(fetch, Fetching { key, why, stage: Stage::Searching });
+        let fetch = self.search(now, key, why, (from, hint), out);
         self.pending.insert(key, Pending::from(Source::Fetching { fetch }));
-        let deadline = now.micros.plus_ms(self.config.fetch_limit_ms);
-        out.push(Command::Fetch(FetchOp::Find { fetch, key, hint, deadline }));
         Ok(())
+    }
+
+    fn search(
+        &mut self,
+        now: Now,
+        key: BlockKey,
+        why: MissReason,
+        (from, hint): (FetchFrom, Option<PeerId>),
+        out: &mut Out,
+    ) -> FetchToken {
+        let fetch = FetchToken(self.number());
+        self.fetches.insert(fetch, Fetching { key, from, why, stage: Stage::Searching });
+        let object_limit_ms = self.config.object.as_ref().map_or(0, |object| object.fetch_limit_ms);
+        let deadline = now.micros.plus_ms(match from {
+            FetchFrom::Peers => self.config.fetch_limit_ms,
+            FetchFrom::Object => object_limit_ms,
+        });
+        out.push(Command::Fetch(from, FetchOp::Find { fetch, key, hint, deadline }));
+        fetch
+    }
+
+    /// No peer gives the block: the object tier may have it. Says whether that is asked now.
+    fn search_on(&mut self, now: Now, fetch: FetchToken, reason: MissReason, out: &mut Out) -> bool {
+        let of_peers = self.fetches.get(&fetch).filter(|fetching| fetching.from == FetchFrom::Peers);
+        let (Some(fetching), true) = (of_peers, self.config.object.is_some()) else { return false };
+        let (key, before) = (fetching.key, &fetching.stage);
+        if let Stage::Reading(_, binding) = *before {
+            self.came(binding);
+        }
+        self.fetches.remove(&fetch);
+        let next = self.search(now, key, reason, (FetchFrom::Object, None), out);
+        if let Some(pending) = self.pending.get_mut(&key) {
+            pending.source = Source::Fetching { fetch: next };
+        }
+        true
     }
 
     pub(crate) fn fetch_done(&mut self, now: Now, done: FetchDone, out: &mut Out) {
@@ -93,7 +140,9 @@ impl Brain {
                 let Some(fetching) = self.fetches.get(&fetch) else { return };
                 let unknown = reason == MissReason::NeverStored;
                 let reason = if unknown { fetching.why } else { reason };
-                self.fetch_failed(now, fetch, reason, out);
+                if !self.search_on(now, fetch, reason, out) {
+                    self.fetch_failed(now, fetch, reason, out);
+                }
                 // A slot that it had is free.
                 self.retry_stalled(now, out);
             }
@@ -105,6 +154,7 @@ impl Brain {
             // Overtaken: whoever stored the block said so already.
             return;
         };
+        let from = fetching.from;
         let known = self.by_tag.get(&record.tag).copied().filter(|binding| {
             let bound = self.bindings.get(usize::from(binding.0)).and_then(Option::as_ref);
             bound.is_some_and(|bound| bound.block_bytes == record.bytes)
@@ -118,7 +168,7 @@ impl Brain {
         }
         if known.is_none() {
             let reason = MissReason::ScopeDiffers;
-            return out.push(Command::Fetch(FetchOp::Decline { fetch, offer, reason }));
+            return out.push(Command::Fetch(from, FetchOp::Decline { fetch, offer, reason }));
         }
         let queue = self.stalled.contains_key(&record.bytes);
         match if queue { Err(None) } else { self.try_take_in(now, fetch, out) } {
@@ -138,19 +188,20 @@ impl Brain {
         fetch: FetchToken,
         out: &mut Out,
     ) -> Result<(), Option<MissReason>> {
-        let Some(Fetching { stage: Stage::Offered(offer, record, binding), .. }) = self.fetches.get(&fetch)
+        let Some(Fetching { from, stage: Stage::Offered(offer, record, binding), .. }) =
+            self.fetches.get(&fetch)
         else {
             // It ended while it waited.
             return Ok(());
         };
-        let (offer, record, binding) = (*offer, *record, *binding);
+        let (from, offer, record, binding) = (*from, *offer, *record, *binding);
         match self.room(now, record.bytes, self.tenant_of(binding), out) {
             Ok(into) => {
                 self.coming(binding);
                 if let Some(fetching) = self.fetches.get_mut(&fetch) {
                     fetching.stage = Stage::Reading(record, binding);
                 }
-                out.push(Command::Fetch(FetchOp::Into { fetch, offer, into }));
+                out.push(Command::Fetch(from, FetchOp::Into { fetch, offer, into }));
                 Ok(())
             }
             Err(NoRoom::Soon) => Err(None),
@@ -161,19 +212,19 @@ impl Brain {
 
     fn fetched(&mut self, now: Now, fetch: FetchToken, into: Slot, out: &mut Out) {
         let reading = match self.fetches.get(&fetch) {
-            Some(Fetching { key, stage: Stage::Reading(record, binding), .. }) => {
-                Some((*key, *record, *binding))
+            Some(Fetching { key, from, stage: Stage::Reading(record, binding), .. }) => {
+                Some((*key, *from, *record, *binding))
             }
             // It ended outside in a way that it cannot have from here: so it does here.
             Some(_) => {
-                tracing::error!("a block came from a peer that was not told to send it");
+                tracing::error!("a block came that nobody was told to send");
                 self.fetch_failed(now, fetch, MissReason::PathFailed, out);
                 None
             }
             // Overtaken.
             None => None,
         };
-        let Some((key, record, binding)) = reading else {
+        let Some((key, from, record, binding)) = reading else {
             // The slot is free again.
             drop(into);
             return self.retry_stalled(now, out);
@@ -184,16 +235,18 @@ impl Brain {
         let place = (block.id(), block.generation());
         match self.catalog.publish_host(&record, binding, place) {
             Ok(published) => {
-                self.counters.fetch_blocks += 1;
-                self.counters.fetch_bytes += u64::from(record.bytes);
+                self.count_fetched(from, record.bytes);
+                if from == FetchFrom::Object {
+                    self.uploads.came(&key);
+                }
                 self.entered_host(&block, binding, published.returning);
-                let puts = self.arrived(now, &key, &block, Served::Peer, out);
+                let puts = self.arrived(now, &key, &block, from.into(), out);
                 drop(block);
                 self.retry_puts(now, puts, out);
                 self.free_ahead(now, out);
             }
             Err(why) => {
-                tracing::error!(%key, %why, "a block that came from a peer did not enter the catalog");
+                tracing::error!(%key, %why, "a block that came from elsewhere did not enter the catalog");
                 drop(block);
                 self.host.retire(place.0, place.1);
                 self.sweep_wanted = true;
@@ -203,9 +256,21 @@ impl Brain {
         }
     }
 
+    fn count_fetched(&mut self, from: FetchFrom, bytes: u32) {
+        let counters = &mut self.counters;
+        let (blocks, total) = match from {
+            FetchFrom::Peers => (&mut counters.fetch_blocks, &mut counters.fetch_bytes),
+            FetchFrom::Object => (&mut counters.download_blocks, &mut counters.download_bytes),
+        };
+        *blocks += 1;
+        *total += u64::from(bytes);
+    }
+
     /// The search is given up from this side.
     pub(crate) fn fetch_refused(&mut self, now: Now, fetch: FetchToken, reason: MissReason, out: &mut Out) {
-        out.push(Command::Fetch(FetchOp::Leave { fetch }));
+        if let Some(fetching) = self.fetches.get(&fetch) {
+            out.push(Command::Fetch(fetching.from, FetchOp::Leave { fetch }));
+        }
         self.fetch_failed(now, fetch, reason, out);
     }
 
@@ -217,7 +282,7 @@ impl Brain {
         self.no_fetch(now, &fetching.key, reason, out);
     }
 
-    /// Whoever waited for a block from a peer misses.
+    /// Whoever waited for a block from elsewhere misses.
     fn no_fetch(&mut self, now: Now, key: &BlockKey, reason: MissReason, out: &mut Out) {
         let Some(pending) = self.pending.remove(key) else { return };
         for waiter in pending.waiters {
@@ -232,10 +297,12 @@ impl Brain {
         let Some(pending) = self.pending.get_mut(key) else { return Vec::new() };
         let Source::Fetching { fetch } = pending.source else { return Vec::new() };
         let waiters = std::mem::take(&mut pending.waiters);
-        if let Some(Fetching { stage: Stage::Reading(_, binding), .. }) = self.fetches.remove(&fetch) {
-            self.came(binding);
+        if let Some(fetching) = self.fetches.remove(&fetch) {
+            if let Stage::Reading(_, binding) = fetching.stage {
+                self.came(binding);
+            }
+            out.push(Command::Fetch(fetching.from, FetchOp::Leave { fetch }));
         }
-        out.push(Command::Fetch(FetchOp::Leave { fetch }));
         waiters
     }
 }

@@ -4,12 +4,14 @@
 //!   workers, gRPC ---- Event::Request ---->  +-------+  ---- Command::Reply ----> whoever asked
 //!   memory copied ---- Event::Filled ----->  | Brain |  ---- Command::Fill -----> copy a worker's bytes into a slot
 //!   disk is done  ---- Event::Store ------>  |       |  ---- Command::Store ----> disk operation
-//!   peer answers  ---- Event::Fetch ------>  |       |  ---- Command::Fetch ----> search among the peers, transfer
+//!   others answer ---- Event::Fetch ------>  |       |  ---- Command::Fetch ----> search in what lies beyond: the peers,
+//!                                            |       |                           the object tier; transfer
+//!   it is packed  ---- Event::Upload ----->  |       |  ---- Command::Upload ---> copy of a block for the object tier
 //!   time passes   ---- Event::Tick ------->  +-------+  ---- Command::Sweep ----> read hazards, free slots
 //! ```
 //! Every request ends in exactly one `Reply` other than [`Reply::Progress`], at its deadline at the latest.
 
-use kv_arena::{Backed, Slot};
+use kv_arena::{Backed, Held, Slot};
 use kv_block::{
     BindingId, BindingTag, BlockKey, Checksum, Fault, Generation, LeaseId, MissReason, Priority, Record,
     SessionId, SlotId, Tier,
@@ -93,8 +95,10 @@ pub enum Event {
     },
     /// The disk tier says something.
     Store(StoreDone),
-    /// Whoever speaks with the peers says something.
+    /// Whoever speaks with the peers, or with the object store, says something.
     Fetch(FetchDone),
+    /// Whoever packs blocks for the object store says something.
+    Upload(UploadDone),
     /// The disk tier's health changed.
     StoreHealth {
         /// Whether it serves.
@@ -313,11 +317,13 @@ pub enum Reach {
     /// This node. What a peer asks never goes further.
     #[default]
     Here,
-    /// The peers as well.
-    Peers {
+    /// The peers as well, then the object tier.
+    Further {
         /// Who is asked first.
         hint: Option<PeerId>,
     },
+    /// The object tier as well, but no peer.
+    Object,
 }
 
 /// How a block is to be kept.
@@ -340,7 +346,16 @@ pub struct Filter {
     pub key_prefix: String,
 }
 
-/// Names the search for a block among the peers, and its transfer.
+/// Who is asked for a block that is not here.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum FetchFrom {
+    /// The peers.
+    Peers,
+    /// The object store.
+    Object,
+}
+
+/// Names the search for a block in one of these, and its transfer.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Debug)]
 pub struct FetchToken(pub u64);
 
@@ -349,10 +364,10 @@ pub struct FetchToken(pub u64);
 #[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Debug)]
 pub struct OfferToken(pub u64);
 
-/// What whoever speaks with the peers is to do. Each search ends in one `Missed` or `Landed`, unless it is left.
+/// What whoever speaks with the peers, or with the object store, is to do. Each search ends in one `Missed` or `Landed`, unless it is left.
 #[derive(Debug)]
 pub enum FetchOp {
-    /// Find a peer that has a block, or expects it, and have it granted.
+    /// Find a peer that has a block, or expects it, and have it granted; or find it in the object store.
     Find {
         /// Given back.
         fetch: FetchToken,
@@ -388,16 +403,16 @@ pub enum FetchOp {
     },
 }
 
-/// What whoever speaks with the peers has done.
+/// What whoever speaks with the peers, or with the object store, has done.
 #[derive(Debug)]
 pub enum FetchDone {
-    /// A peer lets us read it. The answer is `Into`, `Decline` or `Leave`.
+    /// It can be read. The answer is `Into`, `Decline` or `Leave`.
     Offered {
         /// Which search.
         fetch: FetchToken,
         /// Named by the answer. The one before it is over.
         offer: OfferToken,
-        /// What the peer says it is; expiry aside.
+        /// What they say it is; expiry aside.
         record: Record,
         /// Seconds it has to live; 0: for ever.
         ttl_s: u32,
@@ -413,8 +428,39 @@ pub enum FetchDone {
     Missed {
         /// Which search.
         fetch: FetchToken,
-        /// Why; [`MissReason::NeverStored`] when no peer knows it.
+        /// Why; [`MissReason::NeverStored`] when nobody there knows it.
         reason: MissReason,
+    },
+}
+
+/// Names the copy of a block for the object tier.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Debug)]
+pub struct UploadToken(pub u64);
+
+/// What became of blocks for the object tier. Each [`Command::Upload`] ends in one of the first three.
+#[derive(Debug)]
+pub enum UploadDone {
+    /// It was copied, and waits to be packed.
+    Taken {
+        /// Which.
+        upload: UploadToken,
+        /// Its length.
+        bytes: u32,
+    },
+    /// It is there, or waits already.
+    Known {
+        /// Which.
+        upload: UploadToken,
+    },
+    /// Too much waits already, or the store is out of service.
+    Refused {
+        /// Which.
+        upload: UploadToken,
+    },
+    /// The store did not take a pack: these were taken and are not there.
+    Lost {
+        /// Which blocks.
+        keys: Vec<BlockKey>,
     },
 }
 
@@ -449,8 +495,21 @@ pub enum Command {
     },
     /// Give this to the disk tier.
     Store(StoreOp),
-    /// Give this to whoever speaks with the peers.
-    Fetch(FetchOp),
+    /// Give this to whoever speaks with the peers, or with the object store.
+    Fetch(FetchFrom, FetchOp),
+    /// Copy this block for the object tier, let go of it, then send [`Event::Upload`].
+    Upload {
+        /// Give back.
+        upload: UploadToken,
+        /// The block, verified.
+        held: Held,
+        /// What it was stored under.
+        binding: BindingId,
+        /// Unix seconds after which it counts as expired; 0 never. Its record may say less.
+        expires_at: u32,
+        /// The block before it in its prefix, as far as that is known.
+        parent: Option<BlockKey>,
+    },
     /// Read all hazards, free what nobody reads, then send [`Event::Swept`].
     Sweep,
 }
@@ -479,7 +538,7 @@ pub struct Grant {
     pub bytes: u32,
     /// Checksum; zero for a slot given to be filled.
     pub checksum: Checksum,
-    /// Where the bytes came from; host for those that a peer had.
+    /// Where the bytes came from; host for those that a peer had, object for those of the object tier.
     pub tier: Tier,
 }
 

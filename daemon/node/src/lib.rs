@@ -10,7 +10,8 @@
 //!   lookup.rs   a worker wants blocks: lookup, acquire, wait, release, pin
 //!   room.rs     room in host memory: quota, eviction, offload
 //!   disk.rs     what the disk tier answers: onboard, offload, reclaim
-//!   fetch.rs    blocks that a peer may have
+//!   fetch.rs    blocks that a peer or the object tier may have
+//!   upload.rs   blocks that go to the object tier
 //!   exchange.rs one for a node, over all shards: which peer gives which block
 //!   jobs.rs     long work done in parts: purge, verify, list
 //!   recover.rs  the state that is left after a restart
@@ -34,12 +35,13 @@ mod report;
 mod room;
 mod session;
 mod tenant;
+mod upload;
 
-pub use brain::{Brain, BrainConfig};
+pub use brain::{Brain, BrainConfig, ObjectConfig};
 pub use exchange::{Exchange, ExchangeCommand, ExchangeConfig, ExchangeEvent, TransferReport};
 pub use io::{
-    Binding, BlockReport, BlockState, Command, Event, FetchDone, FetchOp, FetchToken, FillToken, Filter,
-    Found, Grant, Keep, LeaseReport, Micros, Now, OfferToken, Op, Origin, PeerId, Progress, Reach, Reply,
-    RequestId,
+    Binding, BlockReport, BlockState, Command, Event, FetchDone, FetchFrom, FetchOp, FetchToken, FillToken,
+    Filter, Found, Grant, Keep, LeaseReport, Micros, Now, OfferToken, Op, Origin, PeerId, Progress, Reach,
+    Reply, RequestId, UploadDone, UploadToken,
 };
 pub use report::{Counters, SessionReport, ShardReport, TenantReport};

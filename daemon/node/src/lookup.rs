@@ -247,6 +247,7 @@ impl Brain {
             if self.pins.pin(*key, Pin { until, bytes, tenant }) {
                 self.tenants[tenant].pinned_bytes += u64::from(bytes);
             }
+            self.note_for_upload(key);
             done += 1;
         }
         self.reply(from, Reply::Counted { done, kept: 0, absent }, out);
@@ -297,6 +298,7 @@ impl Brain {
         self.host.touch(slot);
         if let Some(key) = self.host.key_in(slot) {
             self.catalog.bump(&key);
+            self.note_for_upload(&key);
         }
     }
 

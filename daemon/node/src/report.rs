@@ -25,6 +25,14 @@ pub struct Counters {
     pub fetch_blocks: u64,
     /// Their bytes.
     pub fetch_bytes: u64,
+    /// Blocks that came from the object tier.
+    pub download_blocks: u64,
+    /// Their bytes.
+    pub download_bytes: u64,
+    /// Blocks handed over for the object tier.
+    pub upload_blocks: u64,
+    /// Their bytes.
+    pub upload_bytes: u64,
     /// Blocks written to disk.
     pub offload_blocks: u64,
     /// Bytes written to disk for blocks, moves not counted.
@@ -96,9 +104,9 @@ pub struct ShardReport {
     pub reading: u64,
     /// Bytes under pin.
     pub pinned_bytes: u64,
-    /// Disk operations and copies under way.
+    /// Disk operations and copies under way, those for the object tier among them.
     pub in_flight: u64,
-    /// Blocks looked for among the peers, or on their way from one.
+    /// Blocks looked for among the peers or in the object tier, or on their way from there.
     pub fetching: u64,
     /// Whether the disk tier serves; `None` without one.
     pub disk_serving: Option<bool>,

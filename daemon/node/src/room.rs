@@ -3,7 +3,8 @@
 //! A put or an onboard takes a free slot. So that it seldom has to wait, slots are freed ahead, between two
 //! watermarks:
 //! ```text
-//!   victim --- on disk already ------------------> slot retired, block stays on disk
+//!   victim --- worth it, not up yet --- upload ---> as below when it is copied
+//!          --- on disk already ------------------> slot retired, block stays on disk
 //!          --- admitted, disk serving -- write --> slot retired when the write is done
 //!          --- otherwise ------------------------> slot retired, block remembered as evicted
 //!   retired slot --- nobody's hazard names it ---> free
@@ -102,7 +103,7 @@ impl Brain {
         if let Some(slot) = self.host.take(bytes) {
             return Ok(slot);
         }
-        if self.host.limbo_len() > 0 || self.offloads > 0 {
+        if self.host.limbo_len() > 0 || self.offloads > 0 || self.leaving > 0 {
             self.sweep_wanted = true;
             return Err(NoRoom::Soon);
         }
@@ -180,7 +181,7 @@ impl Brain {
         false
     }
 
-    /// Lets the block in a slot leave host memory, by way of the disk when it is worth it.
+    /// Lets the block in a slot leave host memory, by way of the object tier and of the disk when it is worth it.
     fn evict_slot(&mut self, now: Now, slot: SlotId, generation: Generation, out: &mut Out) {
         let Some(key) = self.host.key_in(slot) else { return };
         let entry = self.catalog.find(&key).filter(|entry| entry.host == Some((slot, generation)));
@@ -189,6 +190,21 @@ impl Brain {
             self.sweep_wanted |= self.host.retire(slot, generation);
             return;
         };
+        if !self.upload_before_it_leaves(now, &entry, out) {
+            self.depart(now, &entry, slot, generation, out);
+        }
+    }
+
+    /// Lets a block leave host memory whose place in the object tier is settled, one way or the other.
+    pub(crate) fn depart(
+        &mut self,
+        now: Now,
+        entry: &Entry,
+        slot: SlotId,
+        generation: Generation,
+        out: &mut Out,
+    ) {
+        let key = entry.key;
         let mut why = MissReason::EvictedCapacity;
         let on_disk = entry.disk.is_some();
         let admitted = self.disk_serving == Some(true) && self.admission.leaves(&key, on_disk);
@@ -227,6 +243,7 @@ impl Brain {
     /// The catalog knows a block in host memory no longer; its slot is on its way back, or held.
     fn forget_host(&mut self, entry: &Entry, why: MissReason) {
         self.left_host(entry.binding);
+        self.uploads.left_host(&entry.key);
         self.catalog.drop_host(&entry.key, why);
         self.removed_event(entry.key, Tier::Host);
         *self.counters.evictions.entry(why.name()).or_default() += 1;
@@ -253,6 +270,7 @@ impl Brain {
         self.tenants[tenant].host_blocks += 1;
         self.queue_for_quota(tenant, (block.id(), block.generation()));
         self.stored_event(record.key, binding, Tier::Host);
+        self.note_if_asked(&record.key, record.priority);
     }
 
     fn left_host(&mut self, binding: BindingId) {

@@ -229,9 +229,9 @@ impl World {
     fn somebody_asks(&mut self, at: usize) -> Option<u64> {
         let n = self.random.below(BLOCKS);
         let reach = match self.random.below(4) {
-            0 => Reach::Peers { hint: Some(PeerId(self.random.below(self.nodes.len() as u64) as u16)) },
+            0 => Reach::Further { hint: Some(PeerId(self.random.below(self.nodes.len() as u64) as u16)) },
             1 => Reach::Here,
-            _ => Reach::Peers { hint: None },
+            _ => Reach::Further { hint: None },
         };
         let deadline = 5 + self.random.below(300);
         let of = session(1 + self.random.below(2));

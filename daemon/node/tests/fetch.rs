@@ -30,10 +30,10 @@ fn a_block_of_a_peer_is_leased_and_stays() {
 fn whoever_does_not_wait_or_looks_only_here_asks_no_peer() {
     let mut rig = Rig::new(Setup::default());
     assert_eq!(rig.read(1), "never_stored");
-    let reach = Reach::Peers { hint: None };
+    let reach = Reach::Further { hint: None };
     assert_eq!(words(&rig.get(session(1), Op::Acquire { key: key(1), wait: false, reach })), "never_stored");
     assert!(rig.searches.is_empty());
-    let mut alone = Rig::new(Setup { fetches_max: 0, ..Setup::default() });
+    let mut alone = Rig::new(Setup { peers: false, ..Setup::default() });
     assert_eq!(words(&alone.get(session(1), Rig::fetch_op(1))), "never_stored");
 }
 
@@ -117,7 +117,7 @@ fn whoever_waits_leaves_at_its_deadline_and_the_block_comes_all_the_same() {
 #[test]
 fn a_prefetch_brings_blocks_of_peers() {
     let mut rig = Rig::new(Setup::default());
-    let op = Op::Prefetch { keys: vec![key(1), key(2)], reach: Reach::Peers { hint: None } };
+    let op = Op::Prefetch { keys: vec![key(1), key(2)], reach: Reach::Further { hint: None } };
     assert_eq!(words(&rig.get(session(1), op)), "2/0/0");
     rig.offer(1, peer_record(1));
     rig.land(1);

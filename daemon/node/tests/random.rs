@@ -8,10 +8,11 @@ use std::collections::BTreeSet;
 use std::time::Duration;
 
 use kv_block::{LeaseId, Priority, Tier};
-use kv_node::{Event, Filter, Keep, Micros, Op, Reach, Reply};
+use kv_node::{Event, Filter, Keep, Micros, ObjectConfig, Op, Reach, Reply};
 use kv_tiers::admit::AdmissionKind;
 use kv_tiers::memory::{MemoryConfig, StoreFault};
 use kv_tiers::store::StoreError;
+use kv_tiers::upload::UploadLimits;
 use proptest::prelude::*;
 use rig::{A, B, B_LARGE, GONE, LARGE, Rig, SMALL, Setup, key, session};
 
@@ -107,6 +108,12 @@ enum Step {
     },
     Poll,
     Settle,
+    HoldUploads {
+        on: bool,
+    },
+    Upload {
+        how: u8,
+    },
     Crash {
         seed: u64,
     },
@@ -148,6 +155,8 @@ fn steps() -> impl Strategy<Value = Vec<Step>> {
         8 => (0usize..4, 0u8..8).prop_map(|(nth, kind)| Step::Peer { nth, kind }),
         4 => Just(Step::Poll),
         4 => Just(Step::Settle),
+        2 => any::<bool>().prop_map(|on| Step::HoldUploads { on }),
+        3 => (0u8..4).prop_map(|how| Step::Upload { how }),
         1 => any::<u64>().prop_map(|seed| Step::Crash { seed }),
     ];
     proptest::collection::vec(step, 1..100)
@@ -155,7 +164,7 @@ fn steps() -> impl Strategy<Value = Vec<Step>> {
 
 /// Every other one looks among the peers as well.
 fn reach(n: u64) -> Reach {
-    if n.is_multiple_of(2) { Reach::Peers { hint: None } } else { Reach::Here }
+    if n.is_multiple_of(2) { Reach::Further { hint: None } } else { Reach::Here }
 }
 
 /// Blocks 0 to 11 are small ones of tenant a, 12 to 19 of tenant b, the rest large.
@@ -326,6 +335,9 @@ impl World {
                 rig.tick();
             }
             Step::Settle => rig.settle(),
+            Step::HoldUploads { on } => rig.hold_uploads = on,
+            Step::Upload { how: 3 } => rig.lose_uploads(),
+            Step::Upload { how } => rig.end_upload(how),
             Step::Crash { seed } => self.crash(seed),
         }
     }
@@ -336,7 +348,7 @@ impl World {
     }
 }
 
-fn run(steps: &[Step], admission: AdmissionKind) {
+fn run(steps: &[Step], admission: AdmissionKind, object: bool) {
     let store = MemoryConfig { segments: 6, segment_pages: 256, in_flight_max: 16 };
     let setup = Setup {
         regions: 3,
@@ -347,6 +359,15 @@ fn run(steps: &[Step], admission: AdmissionKind) {
         offloads_max: 3,
         onboards_max: 3,
         survives: true,
+        object: object.then(|| ObjectConfig {
+            upload: UploadLimits {
+                age_min: Duration::from_millis(300),
+                life_min: Duration::from_secs(5),
+                ..UploadLimits::default()
+            },
+            uploads_max: 2,
+            fetch_limit_ms: 500,
+        }),
         ..Setup::default()
     };
     let mut world = World { rig: Rig::new(setup), lent: Default::default(), damaged: BTreeSet::new() };
@@ -376,7 +397,7 @@ proptest! {
     #![proptest_config(ProptestConfig { cases: 64, max_shrink_iters: 4000, ..ProptestConfig::default() })]
 
     #[test]
-    fn any_history_keeps_every_promise(steps in steps(), admission in 0..AdmissionKind::ALL.len()) {
-        run(&steps, AdmissionKind::ALL[admission]);
+    fn any_history_keeps_every_promise(steps in steps(), admission in 0..AdmissionKind::ALL.len(), object: bool) {
+        run(&steps, AdmissionKind::ALL[admission], object);
     }
 }

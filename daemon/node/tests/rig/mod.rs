@@ -10,8 +10,8 @@ use std::os::unix::fs::FileExt;
 
 use kv_arena::hazard::Owner;
 use kv_arena::{
-    Adoption, Geometry, Grower, HazardFile, HazardSet, HugePages, MemorySpec, ShardMemory, ShardView, Slab,
-    Slot,
+    Adoption, Geometry, Grower, HazardFile, HazardSet, Held, HugePages, MemorySpec, ShardMemory, ShardView,
+    Slab, Slot,
 };
 use kv_block::code::Code;
 use kv_block::{
@@ -19,9 +19,9 @@ use kv_block::{
     SessionId, ShardId, Tier, payload,
 };
 use kv_node::{
-    Binding, BlockReport, BlockState, Brain, BrainConfig, Command, Event, FetchDone, FetchOp, FetchToken,
-    Filter, Found, Grant, Keep, Micros, Now, OfferToken, Op, Origin, Progress, Reach, Reply, RequestId,
-    ShardReport,
+    Binding, BlockReport, BlockState, Brain, BrainConfig, Command, Event, FetchDone, FetchFrom, FetchOp,
+    FetchToken, Filter, Found, Grant, Keep, Micros, Now, ObjectConfig, OfferToken, Op, Origin, Progress,
+    Reach, Reply, RequestId, ShardReport, UploadDone, UploadToken,
 };
 use kv_tiers::admit::AdmissionKind;
 use kv_tiers::catalog::Catalog;
@@ -63,6 +63,8 @@ pub struct Setup {
     pub offloads_max: usize,
     pub onboards_max: usize,
     pub fetches_max: usize,
+    pub peers: bool,
+    pub object: Option<ObjectConfig>,
     pub pinned_bytes_max: u64,
     pub events_kept_max: usize,
     /// In files, so that it can crash.
@@ -84,6 +86,8 @@ impl Default for Setup {
             offloads_max: 16,
             onboards_max: 8,
             fetches_max: 8,
+            peers: true,
+            object: None,
             pinned_bytes_max: 3 << 20,
             events_kept_max: 1 << 20,
             survives: false,
@@ -139,6 +143,13 @@ pub struct Rig {
     pub landings: BTreeMap<u64, Slot>,
     /// While set, what is asked of the peers goes there instead.
     pub asked_of_peers: Option<VecDeque<FetchOp>>,
+    /// Those of the searches that ask the object tier.
+    pub in_object: BTreeSet<u64>,
+    /// While set, blocks for the object tier stay with whoever is to copy them, by token.
+    pub hold_uploads: bool,
+    pub uploads: BTreeMap<u64, Held>,
+    /// Blocks that were copied for the object tier.
+    pub uploaded: BTreeSet<BlockKey>,
     /// Why an offer was declined, if the last one was.
     pub declined: Option<MissReason>,
     /// How many were offered.
@@ -191,6 +202,10 @@ impl Rig {
             hold_store: false,
             held_fills: Vec::new(),
             searches: BTreeMap::new(),
+            in_object: BTreeSet::new(),
+            hold_uploads: false,
+            uploads: BTreeMap::new(),
+            uploaded: BTreeSet::new(),
             declined: None,
             offers: 0,
             landings: BTreeMap::new(),
@@ -248,6 +263,8 @@ impl Rig {
             offloads_max: self.setup.offloads_max,
             onboards_max: self.setup.onboards_max,
             fetches_max: self.setup.fetches_max,
+            peers: self.setup.peers,
+            object: self.setup.object.clone(),
             fetch_limit_ms: 2 * DEADLINE_MS,
             events_kept_max: self.setup.events_kept_max,
         };
@@ -276,6 +293,9 @@ impl Rig {
         self.commands.clear();
         self.held_fills.clear();
         self.searches.clear();
+        self.in_object.clear();
+        self.uploads.clear();
+        self.hold_uploads = false;
         self.landings.clear();
         self.parked.clear();
         self.asked.clear();
@@ -401,7 +421,25 @@ impl Rig {
                         brain.handle(self.now, Event::Filled { fill, slot, checksum }, &mut self.commands);
                     }
                     Command::Store(op) => self.parked.push_back(op),
-                    Command::Fetch(op) => self.fetch(op),
+                    Command::Fetch(from, op) => {
+                        if let (FetchFrom::Object, FetchOp::Find { fetch, .. }) = (from, &op) {
+                            self.in_object.insert(fetch.0);
+                        }
+                        self.fetch(op);
+                    }
+                    Command::Upload { upload, held, .. } => {
+                        let record = held.record();
+                        assert_eq!(
+                            Checksum::of(&record.key, &held),
+                            record.checksum,
+                            "a wrong block is uploaded"
+                        );
+                        assert!(self.uploads.insert(upload.0, held).is_none(), "a token is used twice");
+                        if !self.hold_uploads {
+                            let done = self.copied(upload.0);
+                            brain.handle(self.now, Event::Upload(done), &mut self.commands);
+                        }
+                    }
                     Command::Sweep => {
                         let freed = self.slab.as_ref().unwrap().sweep(&self.hazards);
                         self.swept += freed;
@@ -439,6 +477,34 @@ impl Rig {
                 self.landings.remove(&fetch.0);
             }
         }
+    }
+
+    /// An upload is copied, and let go of.
+    fn copied(&mut self, upload: u64) -> UploadDone {
+        let held = self.uploads.remove(&upload).expect("an upload under way");
+        let record = held.record();
+        self.uploaded.insert(record.key);
+        UploadDone::Taken { upload: UploadToken(upload), bytes: record.bytes }
+    }
+
+    /// The oldest upload that is held ends: taken, known already, or refused.
+    pub fn end_upload(&mut self, how: u8) {
+        let Some(upload) = self.uploads.keys().next().copied() else { return };
+        let done = match how {
+            0 => self.copied(upload),
+            other => {
+                self.uploads.remove(&upload);
+                let upload = UploadToken(upload);
+                if other == 1 { UploadDone::Known { upload } } else { UploadDone::Refused { upload } }
+            }
+        };
+        self.tell(Event::Upload(done));
+    }
+
+    /// The pack of every block that was uploaded is lost.
+    pub fn lose_uploads(&mut self) {
+        let keys = std::mem::take(&mut self.uploaded).into_iter().collect();
+        self.tell(Event::Upload(UploadDone::Lost { keys }));
     }
 
     /// A peer offers block `n` to whoever looks for it.
@@ -673,6 +739,10 @@ impl Rig {
     /// All deadlines pass: whatever was asked has its answer afterwards.
     pub fn finish(&mut self) {
         self.fill_held();
+        self.hold_uploads = false;
+        while !self.uploads.is_empty() {
+            self.end_upload(0);
+        }
         self.hold_store = false;
         self.settle();
         let last = self.asked.values().map(|asked| asked.deadline).filter(|at| *at != Micros::NEVER).max();
@@ -710,7 +780,7 @@ impl Rig {
 
     /// As [`Self::acquire_op`], and the peers are asked as well.
     pub fn fetch_op(n: u64) -> Op {
-        Op::Acquire { key: key(n), wait: true, reach: Reach::Peers { hint: None } }
+        Op::Acquire { key: key(n), wait: true, reach: Reach::Further { hint: None } }
     }
 
     /// Acquires and gives the lease back at once; what it got, in a word.
