@@ -17,9 +17,10 @@ use anyhow::Context as _;
 use kv_arena::{Adoption, Geometry, Grower, HazardSet, MemorySpec, ShardMemory};
 use kv_block::code::Code;
 use kv_block::{Epoch, Record, SessionId, ShardId};
-use kv_node::{Brain, BrainConfig, Event, FetchOp, Micros, Now};
+use kv_node::{Brain, BrainConfig, Event, FetchOp, Micros, Now, ObjectConfig};
 use kv_tiers::catalog::Catalog;
 use kv_tiers::host::{HostTier, Watermarks};
+use kv_tiers::upload::UploadLimits;
 use tokio::sync::mpsc;
 
 use crate::config::units::{Admission, HugePages, Policy};
@@ -28,6 +29,7 @@ use crate::disk;
 use crate::growth::{Growth, READY_BYTES};
 use crate::listen::{RunDir, SocketFile};
 use crate::node::{Node, Recovered, TierNotes, quota_share};
+use crate::object::ObjectOrders;
 use crate::peercred::Caller;
 use crate::plan::{Bounds, PRINCIPAL_DIR, Plan, ShardPlan, principal_dir};
 use crate::private;
@@ -46,6 +48,8 @@ pub struct Running {
     growth: Growth,
     /// What shards look for among the peers.
     pub fetches: mpsc::UnboundedReceiver<(ShardId, FetchOp, Instant)>,
+    /// What they want of the object tier.
+    pub objects: ObjectOrders,
     door: Option<(StopDoor, JoinHandle<()>)>,
     /// Held until the end: the run directory's lock and socket files.
     _files: (RunDir, [SocketFile; 2]),
@@ -111,6 +115,7 @@ pub fn start(loaded: &Loaded, plan: &Plan) -> anyhow::Result<Running> {
     // Of nobody who can call: its number opens nothing.
     let guest = sessions.open("grpc".into(), Door::Grpc, Caller::Unknown, 0).map_err(anyhow::Error::new)?.id;
     let (fetch_door, fetches) = mpsc::unbounded_channel();
+    let (object_door, objects) = crate::object::door();
     let mut shards = Vec::new();
     let mut memory = Vec::new();
     let mut notes = Vec::new();
@@ -132,6 +137,7 @@ pub fn start(loaded: &Loaded, plan: &Plan) -> anyhow::Result<Running> {
         }
         one.shard.tell(Event::Opened { session: guest });
         one.shard.set_peers(fetch_door.clone());
+        one.shard.set_object(object_door.clone());
         growers.extend(one.grower.map(|grower| (one.handle.clone(), grower)));
         shards.push(one.handle);
         memory.push(one.fds);
@@ -170,6 +176,7 @@ pub fn start(loaded: &Loaded, plan: &Plan) -> anyhow::Result<Running> {
         threads,
         growth,
         fetches,
+        objects,
         door: Some(door),
         _files: (run_dir, [grpc_file, workers_file]),
     })
@@ -369,7 +376,17 @@ fn brain_config(config: &Config, bounds: &Bounds, shard: &ShardPlan, epoch: Epoc
         offloads_max: bounds.offloads_max as usize,
         onboards_max: bounds.onboards_max as usize,
         fetches_max: bounds.fetches_max as usize,
+        peers: config.peers().next().is_some(),
         fetch_limit_ms: config.peers.fetch_limit.0.as_millis() as u64,
+        object: config.object_store().map(|_| ObjectConfig {
+            upload: UploadLimits {
+                reads_min: config.object.reads_min,
+                age_min: config.object.age_min.0,
+                life_min: config.object.life_min.0,
+            },
+            uploads_max: bounds.uploads_max as usize,
+            fetch_limit_ms: config.object.fetch_limit.0.as_millis() as u64,
+        }),
         events_kept_max: bounds.events_max as usize,
     }
 }

@@ -23,7 +23,7 @@ use serde::{Deserialize, Serialize};
 pub use layer::{ConfigError, Facts, Loaded, Origin, Problem, Sources};
 use units::{
     Address, Admission, Engine, FilePath, HugePages, Label, LogFormat, Member, Mode, OrAuto, OrOff, Place,
-    Policy, Rdma, Share, Size, SizeOrShare, Span, Sync, UidRule,
+    Policy, Rdma, Share, Size, SizeOrShare, Span, StoreAt, Sync, UidRule,
 };
 
 /// Status with which the daemon ends when its configuration is refused (`EX_CONFIG`).
@@ -69,6 +69,8 @@ pub struct Config {
     pub host: Host,
     /// The disk tier.
     pub disk: Disk,
+    /// The object tier.
+    pub object: Object,
     /// The catalog of all blocks.
     pub catalog: Catalog,
     /// Bounds on what callers may ask for.
@@ -94,6 +96,7 @@ impl Config {
         ("workers", Workers::DOCS),
         ("host", Host::DOCS),
         ("disk", Disk::DOCS),
+        ("object", Object::DOCS),
         ("catalog", Catalog::DOCS),
         ("limits", Limits::DOCS),
         ("peers", Peers::DOCS),
@@ -212,6 +215,44 @@ section! {
         admission: Admission = Admission::Budget,
         /// When the device's own cache is made durable: always, after each batch of writes, or never.
         sync: Sync = Sync::Always,
+    }
+}
+
+section! {
+    /// The object tier: packs of blocks that all nodes share and that outlive each. Who asks the store is said by the
+    /// environment, as its own tools read it; see the documentation of the object tier.
+    Object {
+        /// Where the packs are: a directory, `s3://BUCKET[/PREFIX]` or `az://ACCOUNT/CONTAINER[/PREFIX]`; behind a `?`
+        /// what has to be said besides, as in `?endpoint=http://127.0.0.1:9000&path_style=true` or `?region=eu-central-1`.
+        store: OrOff<StoreAt> = OrOff::Off,
+        /// Reads that a block needs before it is uploaded, 0 to 3. 0: whatever is old enough goes. Pinned blocks and
+        /// those of high priority go at once.
+        reads_min: u32 = 1,
+        /// How long after its first read a block is uploaded, unless it leaves host memory before that.
+        age_min: Span = Span::seconds(30),
+        /// What expires sooner than this is not worth it.
+        life_min: Span = Span::seconds(600),
+        /// How long blocks count in the store, if they do not say less. off: as long as they say, and what says
+        /// nothing stays for ever.
+        ttl: OrOff<Span> = OrOff::Set(Span::seconds(7 * 86400)),
+        /// Bytes of blocks that make a pack.
+        pack_bytes: Size = Size::mib(32),
+        /// How long the first block of a pack waits for others.
+        pack_wait: Span = Span::seconds(10),
+        /// Bytes of blocks that wait to be written or are being written. Beyond that blocks stay where they are.
+        waiting_bytes_max: Size = Size::mib(128),
+        /// How long a block may be on its way from the store.
+        fetch_limit: Span = Span::seconds(10),
+        /// How often this node looks for what others wrote. Each look costs two lists.
+        refresh: Span = Span::seconds(30),
+        /// Whether this node deletes packs that no node uses any more. Any node may, and any number of them.
+        collect: bool = true,
+        /// Least time between two rounds of collection. A pack goes after a few of them.
+        collect_every: Span = Span::seconds(600),
+        /// Requests under way at one moment, at most. A store that throttles gets fewer.
+        requests_max: u32 = 64,
+        /// Blocks of the store known at one moment, about 100 bytes of memory each.
+        blocks_max: u64 = 1 << 22,
     }
 }
 
@@ -371,6 +412,11 @@ impl Config {
         self.peers.members.iter().filter(|member| member.name != self.node_name())
     }
 
+    /// Whether there is anywhere to look for a block that is not on this node.
+    pub fn looks_further(&self) -> bool {
+        self.peers().next().is_some() || self.object_store().is_some()
+    }
+
     /// Whether certificates of both sides are checked.
     pub fn has_mutual_tls(&self) -> bool {
         let Tls { cert, key, client_ca } = &self.listen.tls;
@@ -380,6 +426,11 @@ impl Config {
     /// What the pools of the LMCache door are called. Settled by [`Config::load`].
     pub fn lmcache_shm_name(&self) -> &str {
         self.lmcache.shm_name.get().map_or("kvd", |label| &label.0)
+    }
+
+    /// Where the object tier is, where that is on.
+    pub fn object_store(&self) -> Option<&kv_object::place::Place> {
+        self.object.store.get().map(|at| &at.0)
     }
 
     /// Directory of the disk tier, where that is on.

@@ -24,6 +24,7 @@ pub mod lmcache;
 pub mod logging;
 pub mod metrics;
 pub mod node;
+pub mod object;
 pub mod peercred;
 pub mod peers;
 pub mod plan;

@@ -138,8 +138,10 @@ pub struct Bounds {
     pub offloads_max: u32,
     /// Blocks on their way up from disk.
     pub onboards_max: u32,
-    /// Blocks on their way from peers; 0 without any.
+    /// Blocks on their way from peers and the object tier; 0 without either.
     pub fetches_max: u32,
+    /// Blocks held to be copied for the object tier.
+    pub uploads_max: u32,
     /// Requests that wait for room.
     pub stalled_max: u32,
     /// Requests from gRPC not yet taken by the shard.
@@ -555,8 +557,10 @@ fn topology_notes(topology: &Topology, shards: &[ShardPlan]) -> Vec<String> {
     notes
 }
 
-/// Blocks that a shard with peers has on their way from them at one moment.
+/// Blocks that a shard has on their way from peers and the object tier at one moment.
 const FETCHES_MAX: u32 = 16384;
+/// Blocks of a shard that are held at one moment to be copied for the object tier.
+const UPLOADS_MAX: u32 = 64;
 
 fn bounds(config: &Config) -> Bounds {
     let depth = config.disk.queue_depth;
@@ -564,7 +568,8 @@ fn bounds(config: &Config) -> Bounds {
         disk_queue_depth: depth,
         offloads_max: depth * 2,
         onboards_max: depth * 2,
-        fetches_max: if config.peers().next().is_some() { FETCHES_MAX } else { 0 },
+        fetches_max: if config.looks_further() { FETCHES_MAX } else { 0 },
+        uploads_max: UPLOADS_MAX,
         stalled_max: config.limits.sessions_max.saturating_mul(16),
         requests_max: 1024,
         events_max: 1 << 16,
@@ -621,11 +626,11 @@ fn budget(config: &Config, shards: &[ShardPlan], homes: u64, bounds: &Bounds) ->
         line("events", format!("{events} kept, 48B each"), events * 48),
     ];
     let peers = config.peers().count() as u64;
-    if peers > 0 {
+    if config.looks_further() {
         // A search, its want and its read; what it lands in is of the arena.
         let searches = u64::from(bounds.fetches_max) * count;
         lines.push(line(
-            "searches among peers",
+            "searches beyond",
             format!("{count} shard(s) of {}, 512B each", bounds.fetches_max),
             searches * 512,
         ));
@@ -640,6 +645,20 @@ fn budget(config: &Config, shards: &[ShardPlan], homes: u64, bounds: &Bounds) ->
                 crate::peers::CONNECTIONS_MAX
             ),
             readers * wants * 256,
+        ));
+    }
+    if config.object_store().is_some() {
+        let principals = config.principal_names().count() as u64;
+        let (waiting, blocks) = (config.object.waiting_bytes_max, config.object.blocks_max);
+        lines.push(line(
+            "packs on their way",
+            format!("{principals} principal(s), {waiting} of blocks and as much as they are written"),
+            principals.saturating_mul(waiting.0.saturating_mul(2)),
+        ));
+        lines.push(line(
+            "blocks of the object store",
+            format!("{principals} principal(s), {blocks} known, 100B each"),
+            principals.saturating_mul(blocks * 100),
         ));
     }
     if config.lmcache.listen.get().is_some() {

@@ -207,6 +207,13 @@ impl Registry {
         self.read_state().by_number.get(number as usize).cloned()
     }
 
+    /// The binding with this tag, if it has a number in this life.
+    pub fn by_tag(&self, tag: BindingTag) -> Option<Arc<Bound>> {
+        let state = self.read_state();
+        let id = state.by_tag.get(&tag.0)?;
+        state.by_number.get(usize::from(id.0)).cloned()
+    }
+
     /// Makes a scope and slice known. When the second value says so, the shards must hear of it, and it is
     /// kept over a restart only after [`Registry::save`].
     pub fn register(

@@ -6,6 +6,7 @@ mod blocks;
 mod events;
 mod guard;
 mod intake;
+mod objects;
 mod peers;
 mod worker;
 
@@ -27,6 +28,7 @@ pub use worker::WorkerService;
 
 use crate::config::Config;
 use crate::node::{Node, View};
+use crate::object::Objects;
 use crate::peercred::Who;
 use crate::peers::Peers;
 
@@ -44,6 +46,8 @@ pub struct Shared {
     pub config: Arc<Config>,
     /// The node's peers, where it has any.
     pub peers: Option<Peers>,
+    /// Its object tiers, where it has any.
+    pub objects: Option<Objects>,
     /// Room for the bodies of puts while they arrive and are copied, in units of [`ROOM_BYTES`].
     bodies: Arc<Semaphore>,
     /// Puts that wait for such room.
@@ -69,11 +73,11 @@ impl Shared {
     }
 
     /// What the services of `node` share.
-    pub fn new(node: Arc<Node>, config: Arc<Config>, peers: Option<Peers>) -> Self {
+    pub fn new(node: Arc<Node>, config: Arc<Config>, peers: Option<Peers>, objects: Option<Objects>) -> Self {
         let room = config.limits.in_flight_bytes_max.0 / ROOM_BYTES;
         let room = usize::try_from(room).unwrap_or(usize::MAX).min(Semaphore::MAX_PERMITS);
         let waiting = Arc::new(Semaphore::new(WAITING_MAX));
-        Self { node, config, peers, bodies: Arc::new(Semaphore::new(room)), waiting }
+        Self { node, config, peers, objects, bodies: Arc::new(Semaphore::new(room)), waiting }
     }
 
     /// Room for a body of so many bytes, waiting for it if need be. A block longer than all the room there is

@@ -19,6 +19,7 @@ use crate::config::{Config, Loaded};
 use crate::connections::{Connections, raise_descriptor_limit};
 use crate::http::{Check, HealthSource};
 use crate::node::Node;
+use crate::object::{self, Objects};
 use crate::peers::{self, Peers};
 use crate::plan::Plan;
 use crate::requests::Timed;
@@ -55,11 +56,18 @@ pub fn run(loaded: &Loaded, plan: &Plan, plan_text: String) -> anyhow::Result<()
     let fetches = std::mem::replace(&mut running.fetches, tokio::sync::mpsc::unbounded_channel().1);
     let peers = peers::start(&node, &config, plan, fetches)?;
     let known = peers.as_ref().map(|running| running.peers.clone());
+    let orders = std::mem::replace(&mut running.objects, object::door().1);
+    let objects = object::start(&node, &config, orders)?;
+    let stores = objects.as_ref().map(|running| running.objects.clone());
     let listener = running.grpc.try_clone().context("sharing the gRPC socket")?;
-    let served = runtime.block_on(serve(loaded, config, plan, plan_text, node, known, listener, signals));
+    let served =
+        runtime.block_on(serve(loaded, config, plan, plan_text, node, (known, stores), listener, signals));
     systemd::stopping("stopping shards");
     if let Some(peers) = peers {
         peers.stop();
+    }
+    if let Some(objects) = objects {
+        objects.stop();
     }
     running.stop();
     // Calls that waited for a shard hear that it stopped.
@@ -100,7 +108,7 @@ async fn serve(
     plan: &Plan,
     plan_text: String,
     node: Arc<Node>,
-    peers: Option<Peers>,
+    (peers, objects): (Option<Peers>, Option<Objects>),
     listener: std::os::unix::net::UnixListener,
     mut signals: Signals,
 ) -> anyhow::Result<Servers> {
@@ -108,7 +116,7 @@ async fn serve(
     let (mut health_reporter, health_service) = tonic_health::server::health_reporter();
     say_health(&health_reporter, false).await;
     tokio::spawn(follow_drain(health_reporter.clone(), node.drain.watch()));
-    let shared = Shared::new(Arc::clone(&node), Arc::clone(&config), peers.clone());
+    let shared = Shared::new(Arc::clone(&node), Arc::clone(&config), peers.clone(), objects.clone());
     let routes = || -> anyhow::Result<Routes> {
         let message_max = config.limits.message_bytes_max.0 as usize;
         let admin = AdminService {

@@ -21,16 +21,18 @@ use bytes::Bytes;
 use crossbeam_queue::{ArrayQueue, SegQueue};
 use kv_arena::{Entry, EntryState, HazardFile, HazardSet, Held, ShardMemory, Slab, Slot, TableReader};
 use kv_block::code::Code;
-use kv_block::{BindingId, BlockKey, Checksum, Fault, LeaseId, SessionId, ShardId, SlotId, Tier};
+use kv_block::{BindingId, BlockKey, Checksum, Fault, LeaseId, MissReason, SessionId, ShardId, SlotId, Tier};
 use kv_node::{
-    Brain, Command, Event, FetchDone, FetchOp, Keep, Micros, Now, Op, Origin, Reach, Reply, RequestId,
-    ShardReport,
+    Brain, Command, Event, FetchDone, FetchFrom, FetchOp, Keep, Micros, Now, Op, Origin, Reach, Reply,
+    RequestId, ShardReport, UploadDone,
 };
 use kv_shm::{Completion, Outcome, Place, Request, ShardEnd, Submission};
 use kv_tiers::store::{BlockStore, StoreDone, StoreOp};
 use kv_wire::message::Sight;
 use rustix::event::epoll::{self, EventData, EventFlags};
 use rustix::event::{EventfdFlags, eventfd};
+
+use crate::object::{ObjectDoor, UploadOrder};
 
 /// Submissions taken from one worker before the next one gets its turn.
 const TAKE_MAX: usize = 64;
@@ -149,8 +151,8 @@ pub struct ShardHandle {
     slab: Slab,
     table: TableReader,
     seen: Arc<ArrayQueue<Seen>>,
-    /// No more than a few for each search that the brain may have under way.
-    fetched: Arc<SegQueue<FetchDone>>,
+    /// No more than a few for each search and each upload that the brain may have under way.
+    heard: Arc<SegQueue<Event>>,
     disk_trouble: Arc<Mutex<Option<String>>>,
     disk_room: Arc<AtomicU64>,
     host_trouble: Arc<Mutex<Option<String>>>,
@@ -166,7 +168,7 @@ impl ShardHandle {
             slab: memory.slab().clone(),
             table: memory.table_reader(),
             seen: Arc::new(ArrayQueue::new(UNHEARD_MAX)),
-            fetched: Arc::default(),
+            heard: Arc::default(),
             disk_trouble: Arc::default(),
             disk_room: Arc::default(),
             host_trouble: Arc::default(),
@@ -218,9 +220,15 @@ impl ShardHandle {
         });
     }
 
-    /// Says what became of searches among the peers.
+    /// Says what became of searches beyond this node.
     pub fn tell_fetched(&self, done: impl IntoIterator<Item = FetchDone>) {
-        done.into_iter().for_each(|done| self.fetched.push(done));
+        done.into_iter().for_each(|done| self.heard.push(Event::Fetch(done)));
+        self.waker.wake();
+    }
+
+    /// Says what became of blocks for the object tier.
+    pub fn tell_uploaded(&self, done: UploadDone) {
+        self.heard.push(Event::Upload(done));
         self.waker.wake();
     }
 
@@ -328,8 +336,9 @@ pub struct Shard {
     serving: bool,
     mailbox: Arc<ArrayQueue<Letter>>,
     seen: Arc<ArrayQueue<Seen>>,
-    fetched: Arc<SegQueue<FetchDone>>,
+    heard: Arc<SegQueue<Event>>,
     peers: Option<FetchDoor>,
+    object: Option<ObjectDoor>,
     waker: Waker,
     heartbeat: Arc<AtomicU64>,
     epoll: std::os::fd::OwnedFd,
@@ -408,8 +417,9 @@ impl Shard {
             serving: true,
             mailbox: Arc::clone(&handle.mailbox),
             seen: Arc::clone(&handle.seen),
-            fetched: Arc::clone(&handle.fetched),
+            heard: Arc::clone(&handle.heard),
             peers: None,
+            object: None,
             waker: handle.waker.clone(),
             heartbeat: Arc::clone(&handle.heartbeat),
             epoll,
@@ -439,6 +449,11 @@ impl Shard {
     /// Joins whoever speaks with the peers.
     pub fn set_peers(&mut self, door: FetchDoor) {
         self.peers = Some(door);
+    }
+
+    /// Joins the object tier.
+    pub fn set_object(&mut self, door: ObjectDoor) {
+        self.object = Some(door);
     }
 
     /// Tells the brain something before the loop starts.
@@ -490,7 +505,7 @@ impl Shard {
         let mut busy = self.take_letters(now);
         busy |= self.take_rings(now);
         busy |= self.take_store(now);
-        busy |= self.take_fetched(now);
+        busy |= self.take_heard(now);
         let at = Instant::now();
         if at >= self.tick_due {
             self.tick_due = at + TICK;
@@ -653,10 +668,12 @@ impl Shard {
             }
             Request::Abort { key } => Op::Abort { key },
             Request::Acquire { key, wait } => {
-                Op::Acquire { key, wait: wait && deadline_us > 0, reach: Reach::Peers { hint: None } }
+                Op::Acquire { key, wait: wait && deadline_us > 0, reach: Reach::Further { hint: None } }
             }
             Request::Release { lease } => Op::Release { leases: vec![lease] },
-            Request::Prefetch { key } => Op::Prefetch { keys: vec![key], reach: Reach::Peers { hint: None } },
+            Request::Prefetch { key } => {
+                Op::Prefetch { keys: vec![key], reach: Reach::Further { hint: None } }
+            }
         };
         let from = self.origin(session, Asked::Ring { id });
         self.brain.handle(now, Event::Request { from, deadline, op }, &mut self.commands);
@@ -694,32 +711,46 @@ impl Shard {
         busy
     }
 
-    fn take_fetched(&mut self, now: Now) -> bool {
+    fn take_heard(&mut self, now: Now) -> bool {
         let mut busy = false;
-        while let Some(done) = self.fetched.pop() {
+        while let Some(event) = self.heard.pop() {
             busy = true;
-            self.brain.handle(now, Event::Fetch(done), &mut self.commands);
+            self.brain.handle(now, event, &mut self.commands);
             self.obey(now);
         }
         busy
     }
 
-    fn fetch(&mut self, now: Now, op: FetchOp) {
+    fn fetch(&mut self, now: Now, from: FetchFrom, op: FetchOp) {
         let deadline = match &op {
             FetchOp::Find { deadline, .. } => {
                 Instant::now() + Duration::from_micros(deadline.0.saturating_sub(now.micros.0))
             }
             FetchOp::Into { .. } | FetchOp::Decline { .. } | FetchOp::Leave { .. } => Instant::now(),
         };
-        let Some(Err(refused)) = self.peers.as_ref().map(|peers| peers.send((self.id, op, deadline))) else {
-            return;
+        let refused = match from {
+            FetchFrom::Peers => {
+                self.peers.as_ref().map(|door| door.send((self.id, op, deadline)).map_err(|op| op.0))
+            }
+            FetchFrom::Object => self.object.as_ref().map(|door| door.fetch((self.id, op, deadline))),
         };
-        // The daemon ends: whoever speaks with the peers is gone before the shards are.
+        let Some(Err((_, refused, _))) = refused else { return };
+        // The daemon ends: whoever speaks with the peers and the store is gone before the shards are.
         if let FetchOp::Find { fetch, .. } | FetchOp::Into { fetch, .. } | FetchOp::Decline { fetch, .. } =
-            refused.0.1
+            refused
         {
-            self.fetched.push(FetchDone::Missed { fetch, reason: kv_block::MissReason::PeerDown });
+            let reason = match from {
+                FetchFrom::Peers => MissReason::PeerDown,
+                FetchFrom::Object => MissReason::TierDegraded,
+            };
+            self.heard.push(Event::Fetch(FetchDone::Missed { fetch, reason }));
         }
+    }
+
+    fn upload(&mut self, order: UploadOrder) {
+        let upload = order.upload;
+        let Some(Err(_)) = self.object.as_ref().map(|door| door.upload(order)) else { return };
+        self.heard.push(Event::Upload(UploadDone::Refused { upload }));
     }
 
     /// False when the disk takes no more for now; the operation waits.
@@ -784,7 +815,17 @@ impl Shard {
                         self.submit(op);
                     }
                     Command::Store(op) => self.parked.push_back(op),
-                    Command::Fetch(op) => self.fetch(now, op),
+                    Command::Fetch(from, op) => self.fetch(now, from, op),
+                    Command::Upload { upload, held, binding, expires_at, parent } => {
+                        self.upload(UploadOrder {
+                            shard: self.id,
+                            upload,
+                            held,
+                            binding,
+                            expires_at,
+                            parent,
+                        });
+                    }
                     Command::Sweep => {
                         let freed = self.slab.sweep(&self.hazards);
                         self.brain.handle(now, Event::Swept { freed }, &mut self.commands);
@@ -1002,6 +1043,8 @@ mod tests {
             offloads_max: 8,
             onboards_max: 8,
             fetches_max: 0,
+            peers: false,
+            object: None,
             fetch_limit_ms: 1000,
             events_kept_max: 1024,
         };

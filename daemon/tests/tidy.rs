@@ -67,6 +67,7 @@ const ARROWS: &[(&str, &[&str])] = &[
             "kv-block",
             "kv-lmcache",
             "kv-node",
+            "kv-object",
             "kv-shm",
             "kv-ssd",
             "kv-tcp",

@@ -93,7 +93,8 @@ impl Flags {
 
 /// A directory given as a flag may be relative to where the command was typed.
 fn absolute(key: &str, value: &str) -> String {
-    let is_dir = key.ends_with("dir") && value != "off" && value != "auto";
+    let names_dir = key.ends_with("dir") || (key == "object.store" && !value.contains("://"));
+    let is_dir = names_dir && value != "off" && value != "auto";
     match std::path::absolute(value) {
         Ok(path) if is_dir => path.display().to_string(),
         _ => value.to_owned(),

@@ -61,6 +61,7 @@ serde_by_text!(
     [] Address,
     [] Place,
     [] Member,
+    [] StoreAt,
     [] Mode,
     [] UidRule,
     [] FilePath,
@@ -320,6 +321,29 @@ impl Text for Place {
             Some(path) => FilePath::parse(path).map(|path| Self::Unix(path.0)),
             None => Address::parse(text).map(|address| Self::Tcp(address.0)),
         }
+    }
+}
+
+/// An object store: a directory, `s3://bucket/prefix`, `az://account/container/prefix`.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct StoreAt(pub kv_object::place::Place);
+
+impl fmt::Display for StoreAt {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.0.fmt(f)
+    }
+}
+
+impl Text for StoreAt {
+    fn expected() -> String {
+        "the whole path of a directory, s3://BUCKET[/PREFIX] or az://ACCOUNT/CONTAINER[/PREFIX], with region, endpoint or path_style \
+         behind a '?'; keys come from the environment"
+            .into()
+    }
+    fn parse(text: &str) -> Option<Self> {
+        let place: kv_object::place::Place = text.parse().ok()?;
+        let whole = !matches!(&place, kv_object::place::Place::Dir(path) if !path.is_absolute());
+        whole.then_some(Self(place))
     }
 }
 

@@ -11,9 +11,9 @@ use super::{Config, PRINCIPAL_DEFAULT};
 pub(super) fn problems(config: &Config) -> Vec<(String, String)> {
     let mut found = Vec::new();
     let mut refuse = |key: &str, message: String| found.push((key.to_owned(), message));
-    let Config { workers, host, disk, catalog, limits, lmcache, peers, .. } = config;
+    let Config { workers, host, disk, object, catalog, limits, lmcache, peers, .. } = config;
 
-    let numbers: [(&str, u32, RangeInclusive<u32>); 11] = [
+    let numbers: [(&str, u32, RangeInclusive<u32>); 13] = [
         ("workers.ring_entries", workers.ring_entries, 8..=65536),
         ("workers.hazards_max", workers.hazards_max, 1..=1 << 20),
         ("disk.queue_depth", disk.queue_depth, 1..=4096),
@@ -22,6 +22,8 @@ pub(super) fn problems(config: &Config) -> Vec<(String, String)> {
         ("limits.keys_per_request_max", limits.keys_per_request_max, 1..=65536),
         ("lmcache.chunk_tokens", lmcache.chunk_tokens, 1..=65536),
         ("lmcache.instances_max", lmcache.instances_max, 1..=256),
+        ("object.reads_min", object.reads_min, 0..=3),
+        ("object.requests_max", object.requests_max, 1..=1024),
         ("peers.connections", peers.connections, 1..=64),
         ("peers.probe_peers_max", peers.probe_peers_max, 0..=1024),
         ("peers.wants_max", peers.wants_max, 1..=1 << 20),
@@ -29,23 +31,31 @@ pub(super) fn problems(config: &Config) -> Vec<(String, String)> {
     for (key, value, range) in numbers {
         outside(value, range).into_iter().for_each(|message| refuse(key, message));
     }
-    let sizes: [(&str, Size, RangeInclusive<Size>); 6] = [
+    let sizes: [(&str, Size, RangeInclusive<Size>); 8] = [
         ("workers.staging_bytes_max", workers.staging_bytes_max, Size::kib(4)..=Size::gib(64)),
         ("disk.segment_bytes", disk.segment_bytes, Size::mib(4)..=Size::gib(4)),
         ("limits.message_bytes_max", limits.message_bytes_max, Size::kib(64)..=Size::mib(256)),
         ("limits.in_flight_bytes_max", limits.in_flight_bytes_max, Size::mib(1)..=Size::gib(1024)),
         ("lmcache.pool_bytes", lmcache.pool_bytes, Size::kib(64)..=Size::gib(1024)),
+        ("object.pack_bytes", object.pack_bytes, Size::mib(1)..=Size::mib(512)),
+        ("object.waiting_bytes_max", object.waiting_bytes_max, Size::mib(2)..=Size::gib(64)),
         ("peers.held_bytes_max", peers.held_bytes_max, Size::mib(1)..=Size::gib(1024)),
     ];
     for (key, value, range) in sizes {
         outside(value, range).into_iter().for_each(|message| refuse(key, message));
     }
-    let spans: [(&str, Span, RangeInclusive<Span>); 8] = [
+    let spans: [(&str, Span, RangeInclusive<Span>); 14] = [
         ("disk.slow_limit", disk.slow_limit, Span::millis(1)..=Span::seconds(600)),
         ("limits.pending_ttl", limits.pending_ttl, Span::millis(10)..=Span::seconds(86400)),
         ("lmcache.pending_wait", lmcache.pending_wait, Span::millis(0)..=Span::seconds(60)),
         ("lmcache.peer_wait", lmcache.peer_wait, Span::millis(0)..=Span::seconds(60)),
         ("lmcache.hold_ttl", lmcache.hold_ttl, Span::seconds(1)..=Span::seconds(86400)),
+        ("object.age_min", object.age_min, Span::millis(0)..=Span::seconds(86400)),
+        ("object.life_min", object.life_min, Span::seconds(0)..=Span::seconds(86400)),
+        ("object.pack_wait", object.pack_wait, Span::millis(10)..=Span::seconds(3600)),
+        ("object.fetch_limit", object.fetch_limit, Span::millis(10)..=Span::seconds(600)),
+        ("object.refresh", object.refresh, Span::millis(100)..=Span::seconds(86400)),
+        ("object.collect_every", object.collect_every, Span::seconds(1)..=Span::seconds(86400)),
         ("peers.fetch_limit", peers.fetch_limit, Span::millis(10)..=Span::seconds(600)),
         ("peers.probe_limit", peers.probe_limit, Span::millis(1)..=Span::seconds(60)),
         ("peers.lease_ttl", peers.lease_ttl, Span::millis(100)..=Span::seconds(3600)),
@@ -85,6 +95,29 @@ pub(super) fn problems(config: &Config) -> Vec<(String, String)> {
             && let Some(message) = outside(count, 64..=1 << 32)
         {
             refuse(key, message);
+        }
+    }
+    if object.waiting_bytes_max.0 < object.pack_bytes.0.saturating_mul(2) {
+        let twice = Size(object.pack_bytes.0.saturating_mul(2));
+        refuse(
+            "object.waiting_bytes_max",
+            format!(
+                "{} is less than two packs of object.pack_bytes, which are {twice}",
+                object.waiting_bytes_max
+            ),
+        );
+    }
+    if let Some(ttl) = object.ttl.get()
+        && let Some(message) = outside(*ttl, Span::seconds(60)..=Span::seconds(3650 * 86400))
+    {
+        refuse("object.ttl", message);
+    }
+    if let Some(message) = outside(object.blocks_max, 1024..=1 << 32) {
+        refuse("object.blocks_max", message);
+    }
+    for (kind, built) in [("s3", cfg!(feature = "s3")), ("azure", cfg!(feature = "azure"))] {
+        if !built && config.object_store().is_some_and(|place| place.kind() == kind) {
+            refuse("object.store", format!("this kvd was built without its feature `{kind}`"));
         }
     }
     principals(config, &mut refuse);

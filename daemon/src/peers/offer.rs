@@ -67,7 +67,7 @@ pub(super) async fn take(
         }
         let node = Arc::clone(node);
         tasks.spawn(async move {
-            let reach = Reach::Peers { hint };
+            let reach = Reach::Further { hint };
             let acquired = node.of(number).acquire(node.guest, &key, (true, reach), until).await;
             let Ok((shard, Ok(grant))) = acquired else { return false };
             if let Some(shard) = node.shard(shard) {

@@ -14,7 +14,7 @@ use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Request, Response, Status};
 
 use super::blocks::block_info;
-use super::{Shared, deadline, deadline_asked, peers, status};
+use super::{Shared, deadline, deadline_asked, objects, peers, status};
 use crate::config::units::Size;
 use crate::node::{Node, unexpected};
 use crate::peers::{Evacuation, PeerView, evacuate, named};
@@ -107,6 +107,8 @@ impl AdminService {
                 ..common
             });
         }
+        let views = self.shared.object_views();
+        tiers.extend(views.iter().map(|view| objects::tier_info(view, reports, &self.shared.node)));
         tiers
     }
 
@@ -303,6 +305,7 @@ impl v1::admin_server::Admin for AdminService {
         let down = peers::warnings(&views);
         let peers_down = down.len() as u32;
         warnings.extend(down.into_iter().map(|(code, text)| v1::Warning { code: code.to_string(), text }));
+        warnings.extend(objects::warnings(&self.shared.object_views()));
         for note in &node.recovered.notes {
             warnings.push(v1::Warning { code: Code::SetAside.to_string(), text: note.clone() });
         }

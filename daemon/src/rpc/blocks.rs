@@ -38,7 +38,7 @@ impl BlocksService {
 
     /// How far the search for a block goes; `node` is the one to ask first.
     fn reach(&self, node: &str) -> Result<Reach, Status> {
-        Ok(Reach::Peers { hint: self.hint(node)? })
+        Ok(Reach::Further { hint: self.hint(node)? })
     }
 
     /// The peer of that name; none where nobody in particular is named, or this node.

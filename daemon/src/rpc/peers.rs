@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 use bytes::Bytes;
 use kv_api::v1;
 use kv_block::code::Code;
-use kv_block::{Fault, MissReason};
+use kv_block::{Fault, MissReason, Tier};
 use kv_node::{Found, PeerId};
 use kv_transport::Micros;
 use kv_transport::health::Circuit;
@@ -14,6 +14,7 @@ use kv_wire::message::Sight;
 use tonic::Status;
 
 use super::{Shared, status};
+use crate::object::unix_now;
 use crate::peers::{PeerView, Peers, Transfers};
 
 impl Shared {
@@ -25,8 +26,8 @@ impl Shared {
         })
     }
 
-    /// Looks among the peers for what was not found here. What one of them has counts as found, at the node named
-    /// beside it; what one expects stays a miss, with that node's name.
+    /// Looks among the peers, then in the object tier, for what was not found here. What one of the peers has counts as
+    /// found, at the node named beside it; what one expects stays a miss, with that node's name.
     pub(super) async fn look_further(
         &self,
         principal: usize,
@@ -36,11 +37,32 @@ impl Shared {
         until: Instant,
     ) -> Result<Vec<String>, Fault> {
         let mut nodes = vec![String::new(); keys.len()];
-        let Some(peers) = self.peers.as_ref().filter(|peers| !peers.members().is_empty()) else {
-            return Ok(nodes);
-        };
-        let absent: Vec<usize> =
-            (0..keys.len()).filter(|at| matches!(answers[*at], Found::Miss(_))).collect();
+        if let Some(peers) = self.peers.as_ref().filter(|peers| !peers.members().is_empty()) {
+            self.look_among(peers, principal, keys, hint, (answers, &mut nodes), until).await?;
+        }
+        if let Some(tier) = self.objects.as_ref().and_then(|objects| objects.of(principal)?.tier()) {
+            let absent = absent(answers);
+            let asked: Vec<_> = absent.iter().map(|at| keys[*at]).collect();
+            for (at, found) in absent.into_iter().zip(tier.find(unix_now(), &asked)) {
+                if found.is_ok() {
+                    answers[at] = Found::In(Tier::Object);
+                    nodes[at].clear();
+                }
+            }
+        }
+        Ok(nodes)
+    }
+
+    async fn look_among(
+        &self,
+        peers: &Peers,
+        principal: usize,
+        keys: &[kv_block::BlockKey],
+        hint: Option<PeerId>,
+        (answers, nodes): (&mut [Found], &mut [String]),
+        until: Instant,
+    ) -> Result<(), Fault> {
+        let absent = absent(answers);
         let until = until.min(Instant::now() + self.config.peers.probe_limit.0);
         let asked = absent.iter().map(|at| keys[*at]).collect();
         let places = peers.locate(principal as u8, asked, hint, until).await?;
@@ -52,8 +74,13 @@ impl Shared {
                 Sight::Pending | Sight::Absent => Found::Miss(MissReason::NotComplete),
             };
         }
-        Ok(nodes)
+        Ok(())
     }
+}
+
+/// Places of what was not found.
+fn absent(answers: &[Found]) -> Vec<usize> {
+    (0..answers.len()).filter(|at| matches!(answers[*at], Found::Miss(_))).collect()
 }
 
 /// A peer as a message.

@@ -22,6 +22,8 @@ pub(crate) struct Home {
     netns: Option<String>,
     /// Extra arguments of every life.
     pub(crate) args: Vec<String>,
+    /// Extra variables of every life.
+    env: Vec<(String, String)>,
 }
 
 impl Home {
@@ -45,7 +47,7 @@ impl Home {
             // A build beside the tests can keep a disk busy for seconds; that is none of their business.
             args.extend(["--set", "disk.slow_limit=30s"].map(String::from));
         }
-        Self { root, memory, netns: None, args }
+        Self { root, memory, netns: None, args, env: Vec::new() }
     }
 
     /// With its host memory in this directory, which somebody else made and removes.
@@ -57,6 +59,12 @@ impl Home {
     /// With its life in this network namespace.
     pub(crate) fn inside(mut self, netns: &str) -> Self {
         self.netns = Some(netns.to_owned());
+        self
+    }
+
+    /// With this variable in its environment.
+    pub(crate) fn with_env(mut self, name: &str, value: &str) -> Self {
+        self.env.push((name.into(), value.into()));
         self
     }
 
@@ -169,6 +177,7 @@ impl Home {
             .args(["--run-dir", &self.run_dir().display().to_string()])
             .args(["--memory-dir", &self.memory.display().to_string()])
             .args(&self.args)
+            .envs(self.env.iter().map(|(name, value)| (name, value)))
             .stdin(Stdio::null())
             .stdout(Stdio::null())
             .stderr(log)
