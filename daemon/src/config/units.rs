@@ -14,6 +14,10 @@ pub trait Text: Sized + fmt::Display {
     fn expected() -> String;
     /// Reads the text form.
     fn parse(text: &str) -> Option<Self>;
+    /// What of a text that was not read may be repeated: all, unless somebody could have written a secret there.
+    fn shown(text: &str) -> &str {
+        text
+    }
 }
 
 /// Serde by way of the text form. Numbers are taken as if they were written out.
@@ -40,7 +44,7 @@ impl<T: Text> Visitor<'_> for TextVisitor<T> {
         f.write_str(&T::expected())
     }
     fn visit_str<E: serde::de::Error>(self, text: &str) -> Result<T, E> {
-        T::parse(text.trim()).ok_or_else(|| E::invalid_value(Unexpected::Str(text), &self))
+        T::parse(text.trim()).ok_or_else(|| E::invalid_value(Unexpected::Str(T::shown(text)), &self))
     }
     fn visit_i64<E: serde::de::Error>(self, number: i64) -> Result<T, E> {
         T::parse(&number.to_string()).ok_or_else(|| E::invalid_value(Unexpected::Signed(number), &self))
@@ -345,6 +349,12 @@ impl Text for StoreAt {
         let whole = !matches!(&place, kv_object::place::Place::Dir(path) if !path.is_absolute());
         whole.then_some(Self(place))
     }
+    fn shown(text: &str) -> &str {
+        match text.split_once("@") {
+            Some(_) => "(not shown)",
+            None => text.split("?").next().unwrap_or_default(),
+        }
+    }
 }
 
 /// Another node, and where it serves its peers: `node-b=10.0.0.2:9473`.
@@ -534,6 +544,9 @@ macro_rules! or_word {
                     $word => Some(Self::$variant),
                     _ => T::parse(text).map(Self::Set),
                 }
+            }
+            fn shown(text: &str) -> &str {
+                T::shown(text)
             }
         }
     };
