@@ -47,6 +47,14 @@ pub fn report(loaded: &Loaded, topology: &Topology, resources: &Resources, plan:
             say(format!("disk      {}  engine {engine}, admission {admission}, sync {sync}", dir.display()));
         }
     }
+    match config.object_store() {
+        None => say("object    off".into()),
+        Some(place) => {
+            let object = &config.object;
+            let (reads, pack, ttl) = (object.reads_min, object.pack_bytes, object.ttl);
+            say(format!("object    {place}  {reads} reads, packs of {pack}, ttl {ttl}"));
+        }
+    }
     let secure = if config.listen.tls.client_ca.get().is_some() { "  mutual TLS" } else { "" };
     say(format!("tcp       {}{secure}", config.listen.tcp));
     say(format!("http      {}", config.listen.http));

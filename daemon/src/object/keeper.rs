@@ -22,6 +22,8 @@ const AGAIN: Duration = Duration::from_secs(1);
 const AGAIN_MAX: Duration = Duration::from_secs(60);
 /// After being fenced: whoever did it may be alive, and would be fenced in turn.
 const AFTER_FENCE: Duration = Duration::from_secs(60);
+/// Packs are looked for that have waited long enough no more often than this.
+const FLUSH_PAUSE: Duration = Duration::from_millis(50);
 /// Of so many rounds of collection, one is preceded by a list of all packs, for those that no manifest names.
 const RESCAN_EVERY: u32 = 6;
 
@@ -128,8 +130,10 @@ impl Keeper {
         let mut refresh_due = Instant::now() + self.refresh;
         let mut collect_due = Instant::now() + self.config.round_min;
         let mut rounds = 0;
+        let mut flushed = Instant::now();
         loop {
-            let flush_due = tier.due_in().map(|left| Instant::now() + left);
+            // What is due is taken as soon as the flush runs; when it fails, it fails for more than a moment.
+            let flush_due = tier.due_in().map(|left| (Instant::now() + left).max(flushed + FLUSH_PAUSE));
             tokio::select! {
                 () = told(stopped) => {
                     self.finish(tier).await;
@@ -137,6 +141,7 @@ impl Keeper {
                 }
                 () = self.principal.taken.notified() => {}
                 () = sleep_until(flush_due.unwrap_or_else(Instant::now)), if flush_due.is_some() => {
+                    flushed = Instant::now();
                     // A pack that is slow to write holds up nothing else.
                     let (tier, shards) = (Arc::clone(tier), self.shards.clone());
                     tokio::spawn(async move {
@@ -145,9 +150,6 @@ impl Keeper {
                             Err(error) => tracing::debug!(%error, "packs were not written"),
                         }
                     });
-                    // It takes the packs that are due as soon as it runs.
-                    tokio::task::yield_now().await;
-                    sleep(Duration::from_millis(1)).await;
                 }
                 () = sleep_until(refresh_due) => {
                     refresh_due = Instant::now() + self.refresh;

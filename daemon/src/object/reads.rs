@@ -83,7 +83,7 @@ impl Reads {
                     while turn.len() < TURN_MAX && let Ok(order) = orders.try_recv() {
                         turn.push(order);
                     }
-                    self.take(turn);
+                    turn.into_iter().for_each(|order| self.take(order));
                 }
                 () = sleep_until(due.unwrap_or_else(Instant::now).into()), if due.is_some() => {}
             }
@@ -94,37 +94,27 @@ impl Reads {
         }
     }
 
-    fn take(&mut self, orders: Vec<FetchOrder>) {
-        // By principal, in the order of coming.
-        let mut found = Vec::new();
-        for (shard, op, deadline) in orders {
-            match op {
-                FetchOp::Find { fetch, key, .. } => found.push((shard, fetch, key, deadline)),
-                FetchOp::Into { fetch, into, .. } => {
-                    // What is not known was left meanwhile, and its slot goes back.
-                    let Some(Offered { record, deadline }) = self.offered.remove(&(shard, fetch)) else {
-                        continue;
-                    };
-                    self.ready_bytes += u64::from(record.bytes);
-                    self.ready_since.get_or_insert_with(Instant::now);
-                    let principal = self.principals[usize::from(shard.0)];
-                    self.ready[principal].push(Ready { shard, fetch, record, deadline, into });
-                }
-                FetchOp::Decline { fetch, reason, .. } => {
-                    self.offered.remove(&(shard, fetch));
-                    self.tell(shard, FetchDone::Missed { fetch, reason });
-                }
-                FetchOp::Leave { fetch } => {
-                    self.offered.remove(&(shard, fetch));
-                    // What is being read comes back all the same, and nobody waits for it.
-                    for ready in &mut self.ready {
-                        ready.retain(|one| (one.shard, one.fetch) != (shard, fetch));
-                    }
-                }
+    fn take(&mut self, (shard, op, deadline): FetchOrder) {
+        match op {
+            FetchOp::Find { fetch, key, .. } => self.find(shard, fetch, key, deadline),
+            FetchOp::Into { fetch, into, .. } => {
+                // One that is not known was left meanwhile, and its slot goes back.
+                let Some(Offered { record, deadline }) = self.offered.remove(&(shard, fetch)) else { return };
+                self.ready_bytes += u64::from(record.bytes);
+                self.ready_since.get_or_insert_with(Instant::now);
+                let principal = self.principals[usize::from(shard.0)];
+                self.ready[principal].push(Ready { shard, fetch, record, deadline, into });
             }
-        }
-        for (shard, fetch, key, deadline) in found {
-            self.find(shard, fetch, key, deadline);
+            FetchOp::Decline { fetch, reason, .. } => {
+                self.offered.remove(&(shard, fetch));
+                self.tell(shard, FetchDone::Missed { fetch, reason });
+            }
+            FetchOp::Leave { fetch } => {
+                self.offered.remove(&(shard, fetch));
+                // What is being read comes back all the same, and nobody waits for it.
+                let principal = self.principals[usize::from(shard.0)];
+                self.ready[principal].retain(|one| (one.shard, one.fetch) != (shard, fetch));
+            }
         }
     }
 
