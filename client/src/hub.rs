@@ -383,7 +383,8 @@ mod tests {
         let (mut shard, hub, _) = pair(4);
         let key = BlockKey([1; 16]);
         let (asked, until) = (Instant::now(), in_ms(1));
-        let ticket = hub.submit(Request::Acquire { key, wait: true }, Hold::Nothing, until).unwrap();
+        let ticket =
+            hub.submit(Request::Acquire { key, wait: true, after: None }, Hold::Nothing, until).unwrap();
         ticket.wait(asked, until).unwrap_err();
         drop(
             hub.submit(
@@ -393,6 +394,7 @@ mod tests {
                     priority: kv_block::Priority::Normal,
                     ttl_s: 0,
                     in_place: false,
+                    after: None,
                 },
                 Hold::Nothing,
                 in_ms(1000),

@@ -312,7 +312,7 @@ impl Worker {
                 Err(Next::Copy) => Some(self.fetch(&life, key, wait)?),
                 Err(Next::Ask(link)) => {
                     life.check()?;
-                    let request = Request::Acquire { key: *key, wait: !wait.is_zero() };
+                    let request = Request::Acquire { key: *key, wait: !wait.is_zero(), after: None };
                     let ticket = link.hub.submit(request, Hold::Nothing, until)?;
                     tickets.push((index, link, ticket));
                     None

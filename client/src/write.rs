@@ -152,6 +152,7 @@ impl Worker {
             priority: options.priority,
             ttl_s: options.ttl_s(),
             in_place: shm.may_write,
+            after: None,
         };
         let ticket = link.hub.submit(request, Hold::Nothing, until)?;
         let Some(place) = reserved(ticket.wait(asked, until)?)? else { return Ok(None) };
@@ -191,6 +192,7 @@ impl Worker {
                 priority: options.priority,
                 ttl_s: options.ttl_s(),
                 in_place: true,
+                after: None,
             };
             let link = &shm.links[*at];
             link.hub.submit(request, Hold::Nothing, until).map(|ticket| Some((*at, ticket)))
@@ -339,6 +341,7 @@ fn submit_put<'a>(
         priority: options.priority,
         ttl_s: options.ttl_s(),
         durable: options.durable,
+        after: None,
     };
     link.hub.submit(request, Hold::Staging(slot), until)
 }

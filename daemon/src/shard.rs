@@ -650,10 +650,10 @@ impl Shard {
         };
         let op = match request {
             Request::Ping => return self.complete(session, id, Outcome::Done),
-            Request::Put { key, binding, offset, bytes, priority, ttl_s, durable } => {
+            Request::Put { key, binding, offset, bytes, priority, ttl_s, durable, .. } => {
                 Op::Put { key, binding, source: offset, bytes, keep: keep(priority, ttl_s), durable }
             }
-            Request::Reserve { key, binding, priority, ttl_s, in_place } => {
+            Request::Reserve { key, binding, priority, ttl_s, in_place, .. } => {
                 if in_place && !self.workers.get(&session).is_some_and(|worker| worker.may_write) {
                     let outcome = Outcome::Fault { code: Code::Denied, retry_after_ms: 0 };
                     return self.complete(session, id, outcome);
@@ -667,11 +667,11 @@ impl Shard {
                 Op::CommitInPlace { key, slot, generation, checksum, durable }
             }
             Request::Abort { key } => Op::Abort { key },
-            Request::Acquire { key, wait } => {
+            Request::Acquire { key, wait, .. } => {
                 Op::Acquire { key, wait: wait && deadline_us > 0, reach: Reach::Further { hint: None } }
             }
             Request::Release { lease } => Op::Release { leases: vec![lease] },
-            Request::Prefetch { key } => {
+            Request::Prefetch { key, .. } => {
                 Op::Prefetch { keys: vec![key], reach: Reach::Further { hint: None } }
             }
         };

@@ -92,9 +92,10 @@ fn wrong_ring_requests_are_answered_with_a_typed_fault() {
         priority: Priority::Normal,
         ttl_s: 0,
         durable: false,
+        after: None,
     };
     let faults = [
-        (put(u64::MAX - 4095, BYTES, binding), Code::StagingRange),
+        (put((1 << 48) - 4096, BYTES, binding), Code::StagingRange),
         (put(4 << 20, BYTES, binding), Code::StagingRange),
         (put((4 << 20) - 4096, BYTES, binding), Code::StagingRange),
         (put(0, BYTES + 4096, binding), Code::WrongLength),
@@ -103,7 +104,14 @@ fn wrong_ring_requests_are_answered_with_a_typed_fault() {
         (Request::Commit { key: key(1), offset: 0, bytes: BYTES, durable: false }, Code::NotReserved),
         (Request::Abort { key: key(1) }, Code::NotReserved),
         (
-            Request::Reserve { key: key(101), binding, priority: Priority::Normal, ttl_s: 0, in_place: true },
+            Request::Reserve {
+                key: key(101),
+                binding,
+                priority: Priority::Normal,
+                ttl_s: 0,
+                in_place: true,
+                after: Some(key(100)),
+            },
             Code::Denied,
         ),
     ];
@@ -114,7 +122,10 @@ fn wrong_ring_requests_are_answered_with_a_typed_fault() {
         }
     }
     assert_eq!(worker.ask(put(0, BYTES, binding)), Outcome::Stored { already: false }, "the session goes on");
-    assert!(matches!(worker.ask(Request::Acquire { key: key(2), wait: false }), Outcome::Leased { .. }));
+    assert!(matches!(
+        worker.ask(Request::Acquire { key: key(2), wait: false, after: Some(key(2)) }),
+        Outcome::Leased { .. }
+    ));
     assert!(daemon.is_alive());
 }
 
@@ -215,6 +226,7 @@ fn victim() {
                 priority: Priority::Normal,
                 ttl_s: 0,
                 in_place: false,
+                after: None,
             },
             1 => Request::Put {
                 key: key(2_000_000 + pid * 64 + id),
@@ -224,8 +236,9 @@ fn victim() {
                 priority: Priority::Low,
                 ttl_s: 0,
                 durable: false,
+                after: None,
             },
-            _ => Request::Acquire { key: key(id), wait: true },
+            _ => Request::Acquire { key: key(id), wait: true, after: None },
         };
         end.submitter.submit(&Submission { id, deadline_us: 1_000_000, request }).unwrap();
         if id % 8 == 7 {

@@ -28,9 +28,9 @@ use crate::{Error, Layout};
 pub use socket::{Connection, Listener};
 
 /// Newest version of the handshake and the rings that this crate speaks.
-pub const VERSION: u16 = 1;
+pub const VERSION: u16 = 2;
 /// Oldest version that this crate speaks.
-pub const VERSION_MIN: u16 = 1;
+pub const VERSION_MIN: u16 = 2;
 /// Descriptors per shard in a [`Welcome`]: meta, data, hazard, ring, bell.
 pub const FDS_PER_SHARD: usize = 5;
 /// Most shards of one daemon: all their descriptors fit one message (the kernel's limit is 253).
@@ -566,8 +566,8 @@ mod tests {
     #[test]
     fn the_newest_common_version_is_spoken() {
         let speaks = |min, max| Hello { version_min: min, version_max: max, ..hello() }.common_version();
-        assert_eq!((speaks(1, 1), speaks(1, 9), speaks(0, 1)), (Some(1), Some(1), Some(1)));
-        assert_eq!((speaks(2, 9), speaks(0, 0)), (None, None));
+        assert_eq!((speaks(2, 2), speaks(2, 9), speaks(0, 2)), (Some(2), Some(2), Some(2)));
+        assert_eq!((speaks(3, 9), speaks(0, 1)), (None, None));
     }
 
     proptest! {

@@ -5,7 +5,8 @@
 //! ```text
 //! submission  0 id u64 | 8 op u8 | 9 version u8 | 10 flags u8 | 11 priority u8 | 12 deadline_us u32
 //!            16 key 16 bytes | 32 first u64 | 40 second u64 | 48 bytes u32 | 52 ttl_s u32
-//!            56 binding u16 | 58 zero
+//!            56 binding u16 | 58 offset u48
+//!            put, reserve, acquire, prefetch: 32 after 16 bytes (zero: none), not first and second
 //! completion  0 id u64 | 8 kind u8 | 9 version u8 | 10 flags u8 | 11 reason u8 | 12 code u16 | 14 zero
 //!            16 first u64 | 24 slot u32 | 28 generation u32 | 32 retry_after_ms u32 | 36 zero
 //! ```
@@ -16,7 +17,7 @@ use kv_block::{BindingId, BlockKey, Checksum, Generation, LeaseId, MissReason, P
 /// Length of an entry in bytes.
 pub const ENTRY_BYTES: usize = 64;
 /// Version byte of every entry.
-pub const ENTRY_VERSION: u8 = 1;
+pub const ENTRY_VERSION: u8 = 2;
 
 /// An entry as it lies in the ring.
 pub type Entry = [u8; ENTRY_BYTES];
@@ -25,6 +26,10 @@ const DURABLE: u8 = 1;
 const IN_PLACE: u8 = 2;
 const WAIT: u8 = 4;
 const ALREADY: u8 = 1;
+/// Where offsets in entries end.
+const OFFSET_END: u64 = 1 << 48;
+/// Halves of the key that is none.
+const NONE: [u64; 2] = [0; 2];
 
 /// Why an entry was refused.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
@@ -48,6 +53,9 @@ pub struct Submission {
 }
 
 /// What a worker asks of a shard.
+///
+/// `after` is the block before this one in its prefix, where the worker knows it: a hint that nothing depends on. A
+/// key of zeros is none.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Request {
     /// Nothing: answers `Done`. Tells that the shard lives.
@@ -58,7 +66,7 @@ pub enum Request {
         key: BlockKey,
         /// What it is stored under.
         binding: BindingId,
-        /// Where its bytes begin in the staging area.
+        /// Where its bytes begin in the staging area, below 2^48.
         offset: u64,
         /// Its length.
         bytes: u32,
@@ -68,6 +76,8 @@ pub enum Request {
         ttl_s: u32,
         /// Answer only when it is on disk.
         durable: bool,
+        /// The block before it.
+        after: Option<BlockKey>,
     },
     /// Announce a block, and reserve room for it.
     Reserve {
@@ -81,6 +91,8 @@ pub enum Request {
         ttl_s: u32,
         /// Whether the worker will write the arena slot itself; trusted workers only.
         in_place: bool,
+        /// The block before it.
+        after: Option<BlockKey>,
     },
     /// The reserved block's bytes lie in the staging area.
     Commit {
@@ -117,6 +129,8 @@ pub enum Request {
         key: BlockKey,
         /// Whether to wait for a block that is announced but has not arrived.
         wait: bool,
+        /// The block before it.
+        after: Option<BlockKey>,
     },
     /// Give a lease back.
     Release {
@@ -127,6 +141,8 @@ pub enum Request {
     Prefetch {
         /// Name.
         key: BlockKey,
+        /// The block before it.
+        after: Option<BlockKey>,
     },
 }
 
@@ -200,6 +216,7 @@ struct Fields {
     bytes: u32,
     ttl_s: u32,
     binding: u16,
+    offset: u64,
 }
 
 impl Fields {
@@ -214,6 +231,8 @@ impl Fields {
         entry[48..52].copy_from_slice(&self.bytes.to_le_bytes());
         entry[52..56].copy_from_slice(&self.ttl_s.to_le_bytes());
         entry[56..58].copy_from_slice(&self.binding.to_le_bytes());
+        debug_assert!(self.offset < OFFSET_END, "staging areas are far smaller");
+        entry[58..64].copy_from_slice(&self.offset.to_le_bytes()[..6]);
         entry
     }
 
@@ -230,7 +249,14 @@ impl Fields {
             bytes: u32_at(entry, 48),
             ttl_s: u32_at(entry, 52),
             binding: u16::from_le_bytes(entry[56..58].try_into().expect("two bytes")),
+            offset: u64_at(entry, 56) >> 16,
         }
+    }
+
+    /// The key that lies where `first` and `second` are.
+    fn after(&self) -> Option<BlockKey> {
+        let halves = [self.first, self.second];
+        (halves != NONE).then(|| BlockKey::from_halves(halves))
     }
 }
 
@@ -254,28 +280,35 @@ impl Submission {
     /// The entry that says this.
     pub fn encode(&self) -> Entry {
         let flag = |on: bool, bit: u8| if on { bit } else { 0 };
+        let halves = |after: Option<BlockKey>| after.map_or(NONE, |key| key.halves());
         let mut fields = Fields { id: self.id, deadline_us: self.deadline_us, ..Fields::default() };
         match self.request {
             Request::Ping => fields.kind = 1,
-            Request::Put { key, binding, offset, bytes, priority, ttl_s, durable } => {
+            Request::Put { key, binding, offset, bytes, priority, ttl_s, durable, after } => {
+                let [first, second] = halves(after);
                 fields = Fields {
                     kind: 2,
                     flags: flag(durable, DURABLE),
                     byte: priority as u8,
                     key: key.0,
-                    first: offset,
+                    first,
+                    second,
                     bytes,
                     ttl_s,
                     binding: binding.0,
+                    offset,
                     ..fields
                 };
             }
-            Request::Reserve { key, binding, priority, ttl_s, in_place } => {
+            Request::Reserve { key, binding, priority, ttl_s, in_place, after } => {
+                let [first, second] = halves(after);
                 fields = Fields {
                     kind: 3,
                     flags: flag(in_place, IN_PLACE),
                     byte: priority as u8,
                     key: key.0,
+                    first,
+                    second,
                     ttl_s,
                     binding: binding.0,
                     ..fields
@@ -296,11 +329,15 @@ impl Submission {
                 };
             }
             Request::Abort { key } => fields = Fields { kind: 6, key: key.0, ..fields },
-            Request::Acquire { key, wait } => {
-                fields = Fields { kind: 7, flags: flag(wait, WAIT), key: key.0, ..fields };
+            Request::Acquire { key, wait, after } => {
+                let [first, second] = halves(after);
+                fields = Fields { kind: 7, flags: flag(wait, WAIT), key: key.0, first, second, ..fields };
             }
             Request::Release { lease } => fields = Fields { kind: 8, first: lease.0, ..fields },
-            Request::Prefetch { key } => fields = Fields { kind: 9, key: key.0, ..fields },
+            Request::Prefetch { key, after } => {
+                let [first, second] = halves(after);
+                fields = Fields { kind: 9, key: key.0, first, second, ..fields };
+            }
         }
         fields.write()
     }
@@ -314,18 +351,18 @@ impl Submission {
         }
         let key = BlockKey(f.key);
         let binding = BindingId(f.binding);
-        let durable = f.flags & DURABLE != 0;
+        let (durable, after) = (f.flags & DURABLE != 0, f.after());
         let request = match f.kind {
             1 => Request::Ping,
             2 => {
                 let priority = priority_of(f.byte).ok_or(refuse("unknown priority"))?;
-                let (offset, bytes, ttl_s) = (f.first, f.bytes, f.ttl_s);
-                Request::Put { key, binding, offset, bytes, priority, ttl_s, durable }
+                let (offset, bytes, ttl_s) = (f.offset, f.bytes, f.ttl_s);
+                Request::Put { key, binding, offset, bytes, priority, ttl_s, durable, after }
             }
             3 => {
                 let priority = priority_of(f.byte).ok_or(refuse("unknown priority"))?;
                 let in_place = f.flags & IN_PLACE != 0;
-                Request::Reserve { key, binding, priority, ttl_s: f.ttl_s, in_place }
+                Request::Reserve { key, binding, priority, ttl_s: f.ttl_s, in_place, after }
             }
             4 => Request::Commit { key, offset: f.first, bytes: f.bytes, durable },
             5 => Request::CommitInPlace {
@@ -336,9 +373,9 @@ impl Submission {
                 durable,
             },
             6 => Request::Abort { key },
-            7 => Request::Acquire { key, wait: f.flags & WAIT != 0 },
+            7 => Request::Acquire { key, wait: f.flags & WAIT != 0, after },
             8 => Request::Release { lease: LeaseId(f.first) },
-            9 => Request::Prefetch { key },
+            9 => Request::Prefetch { key, after },
             _ => return Err(refuse("unknown operation")),
         };
         let submission = Self { id: f.id, deadline_us: f.deadline_us, request };
@@ -425,15 +462,16 @@ mod tests {
 
     fn request() -> impl Strategy<Value = Request> {
         let key = any::<[u8; 16]>().prop_map(BlockKey);
+        let keys = (key.clone(), prop::option::of(key.prop_filter("is none", |key| key.halves() != NONE)));
         let priority = prop::sample::select(&Priority::ALL[..]);
         let numbers = (any::<u64>(), any::<u64>(), any::<u32>(), any::<u32>(), any::<u16>());
-        (0..9u8, key, priority, numbers, any::<bool>()).prop_map(|(op, key, priority, numbers, flag)| {
+        (0..9u8, keys, priority, numbers, any::<bool>()).prop_map(|(op, keys, priority, numbers, flag)| {
             let (first, second, bytes, ttl_s, binding) = numbers;
-            let binding = BindingId(binding);
+            let ((key, after), binding, offset) = (keys, BindingId(binding), first % OFFSET_END);
             match op {
                 0 => Request::Ping,
-                1 => Request::Put { key, binding, offset: first, bytes, priority, ttl_s, durable: flag },
-                2 => Request::Reserve { key, binding, priority, ttl_s, in_place: flag },
+                1 => Request::Put { key, binding, offset, bytes, priority, ttl_s, durable: flag, after },
+                2 => Request::Reserve { key, binding, priority, ttl_s, in_place: flag, after },
                 3 => Request::Commit { key, offset: first, bytes, durable: flag },
                 4 => Request::CommitInPlace {
                     key,
@@ -443,9 +481,9 @@ mod tests {
                     durable: flag,
                 },
                 5 => Request::Abort { key },
-                6 => Request::Acquire { key, wait: flag },
+                6 => Request::Acquire { key, wait: flag, after },
                 7 => Request::Release { lease: LeaseId(first) },
-                _ => Request::Prefetch { key },
+                _ => Request::Prefetch { key, after },
             }
         })
     }
@@ -539,20 +577,37 @@ mod tests {
             request: Request::Put {
                 key: BlockKey(*b"0123456789abcdef"),
                 binding: BindingId(0x0506),
-                offset: 0x1000,
+                offset: 0xa0b0_c0d0_e000,
                 bytes: 0x0708,
                 priority: Priority::High,
                 ttl_s: 9,
                 durable: true,
+                after: Some(BlockKey(*b"ghijklmnopqrstuv")),
             },
         };
         let mut wanted = [0; ENTRY_BYTES];
-        wanted[..14].copy_from_slice(&[2, 1, 0, 0, 0, 0, 0, 0, 2, 1, 1, 2, 4, 3]);
+        wanted[..14].copy_from_slice(&[2, 1, 0, 0, 0, 0, 0, 0, 2, 2, 1, 2, 4, 3]);
         wanted[16..32].copy_from_slice(b"0123456789abcdef");
-        wanted[33] = 0x10;
+        wanted[32..48].copy_from_slice(b"ghijklmnopqrstuv");
         wanted[48..50].copy_from_slice(&[8, 7]);
         wanted[52] = 9;
-        wanted[56..58].copy_from_slice(&[6, 5]);
+        wanted[56..].copy_from_slice(&[6, 5, 0, 0xe0, 0xd0, 0xc0, 0xb0, 0xa0]);
         assert_eq!(put.encode(), wanted);
+    }
+
+    #[test]
+    fn a_key_of_zeros_comes_before_nothing() {
+        let key = BlockKey([1; 16]);
+        let read = |after| {
+            let request = Request::Acquire { key, wait: true, after };
+            Submission::decode(&Submission { id: 1, deadline_us: 2, request }.encode()).unwrap().request
+        };
+        let none = Request::Acquire { key, wait: true, after: None };
+        assert_eq!((read(None), read(Some(BlockKey([0; 16])))), (none, none));
+        for byte in [0, 7, 8, 15] {
+            let mut after = BlockKey([0; 16]);
+            after.0[byte] = 1;
+            assert_eq!(read(Some(after)), Request::Acquire { key, wait: true, after: Some(after) });
+        }
     }
 }

@@ -251,6 +251,7 @@ mod tests {
             priority: Priority::Normal,
             ttl_s: 0,
             durable: false,
+            after: None,
         };
         worker.submitter.submit(&Submission { id: 1, deadline_us: 9, request }).unwrap();
         let mut taken = Vec::new();
