@@ -13,7 +13,7 @@ use kv_api::convert::Names;
 use kv_arena::Held;
 use kv_block::code::Code;
 use kv_block::{BlockKey, Epoch, Fault, MissReason, SessionId, ShardId, Tier};
-use kv_node::{BlockReport, Event, Found, Grant, Op, Reach, Reply, ShardReport};
+use kv_node::{BlockReport, Event, Found, Grant, Op, Reach, Reply, ShardReport, Step};
 use kv_wire::message::Sight;
 
 use crate::drain::Drain;
@@ -378,13 +378,13 @@ impl<'a> View<'a> {
     pub async fn acquire(
         &self,
         session: SessionId,
-        key: &BlockKey,
+        Step { key, after }: Step,
         (wait, reach): (bool, Reach),
         deadline: Instant,
     ) -> Result<(ShardId, Result<Grant, MissReason>), Fault> {
-        let shard = self.owner(key, deadline).await?;
-        match self.ask(shard, session, deadline, Op::Acquire { key: *key, wait, reach }, Bytes::new()).await?
-        {
+        let shard = self.owner(&key, deadline).await?;
+        let op = Op::Acquire { key, wait, reach, after };
+        match self.ask(shard, session, deadline, op, Bytes::new()).await? {
             Reply::Leased(grant) => Ok((shard.id, Ok(grant))),
             Reply::Miss(reason) => Ok((shard.id, Err(reason))),
             other => Err(unexpected(&other)),
@@ -403,7 +403,7 @@ impl<'a> View<'a> {
         if let Some(held) = self.shards.iter().find_map(|shard| shard.hold_now(session, key)) {
             return Ok(Ok((held, Tier::Host)));
         }
-        let (shard, grant) = self.acquire(session, key, wait, deadline).await?;
+        let (shard, grant) = self.acquire(session, Step { key: *key, after: None }, wait, deadline).await?;
         let grant = match grant {
             Ok(grant) => grant,
             Err(reason) => return Ok(Err(reason)),
@@ -418,7 +418,7 @@ impl<'a> View<'a> {
     }
 
     /// Starts bringing blocks up, each on the shard that has it or would: how many are on their way, and how many
-    /// need not be.
+    /// need not be. In the order of their prefix, where they have one.
     pub async fn prefetch(
         &self,
         session: SessionId,
@@ -426,14 +426,14 @@ impl<'a> View<'a> {
         reach: Reach,
         deadline: Instant,
     ) -> Result<(u64, u64), Fault> {
-        let mut by_shard: BTreeMap<ShardId, Vec<BlockKey>> = BTreeMap::new();
-        for (key, (_, shard)) in keys.iter().zip(self.sights(keys)) {
-            by_shard.entry(shard.id).or_default().push(*key);
+        let mut by_shard: BTreeMap<ShardId, Vec<Step>> = BTreeMap::new();
+        for (step, (_, shard)) in Step::along(keys).zip(self.sights(keys)) {
+            by_shard.entry(shard.id).or_default().push(step);
         }
         let mut sum = (0, 0);
-        for (shard, keys) in by_shard {
+        for (shard, steps) in by_shard {
             let shard = &self.node.shards[usize::from(shard.0)];
-            match self.ask(shard, session, deadline, Op::Prefetch { keys, reach }, Bytes::new()).await? {
+            match self.ask(shard, session, deadline, Op::Prefetch { steps, reach }, Bytes::new()).await? {
                 Reply::Counted { done, kept, .. } => sum = (sum.0 + done, sum.1 + kept),
                 other => return Err(unexpected(&other)),
             }

@@ -24,7 +24,7 @@ use kv_block::code::Code;
 use kv_block::{BindingId, BlockKey, Checksum, Fault, LeaseId, MissReason, SessionId, ShardId, SlotId, Tier};
 use kv_node::{
     Brain, Command, Event, FetchDone, FetchFrom, FetchOp, Keep, Micros, Now, Op, Origin, Reach, Reply,
-    RequestId, ShardReport, UploadDone,
+    RequestId, ShardReport, Step, UploadDone,
 };
 use kv_shm::{Completion, Outcome, Place, Request, ShardEnd, Submission};
 use kv_tiers::store::{BlockStore, StoreDone, StoreOp};
@@ -650,15 +650,16 @@ impl Shard {
         };
         let op = match request {
             Request::Ping => return self.complete(session, id, Outcome::Done),
-            Request::Put { key, binding, offset, bytes, priority, ttl_s, durable, .. } => {
-                Op::Put { key, binding, source: offset, bytes, keep: keep(priority, ttl_s), durable }
+            Request::Put { key, binding, offset, bytes, priority, ttl_s, durable, after } => {
+                let keep = keep(priority, ttl_s);
+                Op::Put { key, binding, source: offset, bytes, keep, durable, after }
             }
-            Request::Reserve { key, binding, priority, ttl_s, in_place, .. } => {
+            Request::Reserve { key, binding, priority, ttl_s, in_place, after } => {
                 if in_place && !self.workers.get(&session).is_some_and(|worker| worker.may_write) {
                     let outcome = Outcome::Fault { code: Code::Denied, retry_after_ms: 0 };
                     return self.complete(session, id, outcome);
                 }
-                Op::Reserve { key, binding, keep: keep(priority, ttl_s), in_place }
+                Op::Reserve { key, binding, keep: keep(priority, ttl_s), in_place, after }
             }
             Request::Commit { key, offset, bytes, durable } => {
                 Op::Commit { key, source: offset, bytes, durable }
@@ -667,12 +668,13 @@ impl Shard {
                 Op::CommitInPlace { key, slot, generation, checksum, durable }
             }
             Request::Abort { key } => Op::Abort { key },
-            Request::Acquire { key, wait, .. } => {
-                Op::Acquire { key, wait: wait && deadline_us > 0, reach: Reach::Further { hint: None } }
+            Request::Acquire { key, wait, after } => {
+                let (wait, reach) = (wait && deadline_us > 0, Reach::Further { hint: None });
+                Op::Acquire { key, wait, reach, after }
             }
             Request::Release { lease } => Op::Release { leases: vec![lease] },
-            Request::Prefetch { key, .. } => {
-                Op::Prefetch { keys: vec![key], reach: Reach::Further { hint: None } }
+            Request::Prefetch { key, after } => {
+                Op::Prefetch { steps: vec![Step { key, after }], reach: Reach::Further { hint: None } }
             }
         };
         let from = self.origin(session, Asked::Ring { id });
@@ -1047,6 +1049,7 @@ mod tests {
             object: None,
             fetch_limit_ms: 1000,
             events_kept_max: 1024,
+            keep_order: false,
         };
         let brain = Brain::new(config, catalog, host);
         let (mut shard, handle) = Shard::new(ShardId(0), brain, memory, HazardSet::new(), 64).unwrap();
@@ -1071,7 +1074,7 @@ mod tests {
         for n in 1..=100 {
             let key = BlockKey::from_halves([0x9e37_79b9_7f4a_7c15_u64.wrapping_mul(n), n]);
             let (binding, keep) = (BindingId(0), Keep::default());
-            let op = Op::Put { key, binding, source: 0, bytes: 4096, keep, durable: false };
+            let op = Op::Put { key, binding, source: 0, bytes: 4096, keep, durable: false, after: None };
             let reply = ask(&mut shard, &handle, op, &Bytes::from(vec![0; 4096]));
             assert!(matches!(reply, Reply::Stored { .. }), "{reply:?}");
         }

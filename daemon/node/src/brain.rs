@@ -20,6 +20,7 @@ use crate::io::{
     Binding, Command, Event, FetchToken, FillToken, Keep, LeaseReport, Micros, Now, Op, Origin, Reply,
 };
 use crate::jobs::Job;
+use crate::order::Order;
 use crate::pins::Pins;
 use crate::removal::Removals;
 use crate::report::{Counters, SessionReport, ShardReport, TenantReport};
@@ -60,6 +61,8 @@ pub struct BrainConfig {
     pub object: Option<ObjectConfig>,
     /// Events kept for replay.
     pub events_kept_max: usize,
+    /// Whether to remember which block came before which, for a tier below that makes use of it.
+    pub keep_order: bool,
 }
 
 /// What a brain must know of the object tier.
@@ -85,6 +88,7 @@ pub struct Brain {
     pub(crate) sessions: HashMap<SessionId, Session>,
     pub(crate) pending: HashMap<BlockKey, Pending>,
     pub(crate) pins: Pins,
+    pub(crate) order: Order,
     pub(crate) timers: BTreeMap<(Micros, u64), Timer>,
     pub(crate) fills: HashMap<FillToken, Fill>,
     pub(crate) ops: HashMap<OpToken, DiskOp>,
@@ -253,6 +257,7 @@ impl Brain {
             sessions: HashMap::new(),
             pending: HashMap::new(),
             pins: Pins::default(),
+            order: Order::default(),
             timers: BTreeMap::new(),
             fills: HashMap::new(),
             ops: HashMap::new(),
@@ -359,12 +364,14 @@ impl Brain {
             return self.fault(from, Fault::new(Code::DeadlinePassed, text), out);
         }
         match op {
-            Op::Put { key, binding, source, bytes, keep, durable } => {
+            Op::Put { key, binding, source, bytes, keep, durable, after } => {
                 let put = PutOf { key, binding, source, bytes, keep, durable };
                 self.put(now, Fill { from, deadline, put, timer: None }, out);
+                self.follows(key, after);
             }
-            Op::Reserve { key, binding, keep, in_place } => {
+            Op::Reserve { key, binding, keep, in_place, after } => {
                 self.reserve(now, from, key, binding, keep, in_place, out);
+                self.follows(key, after);
             }
             Op::Commit { key, source, bytes, durable } => {
                 self.commit(now, from, deadline, key, source, bytes, durable, out);
@@ -373,10 +380,13 @@ impl Brain {
                 self.commit_in_place(now, from, key, slot, generation, checksum, durable, deadline, out);
             }
             Op::Abort { key } => self.abort(now, from, &key, out),
-            Op::Acquire { key, wait, reach } => self.acquire(now, from, deadline, key, (wait, reach), out),
+            Op::Acquire { key, wait, reach, after } => {
+                self.acquire(now, from, deadline, key, (wait, reach), out);
+                self.follows(key, after);
+            }
             Op::Release { leases } => self.release(from, &leases, out),
             Op::Lookup { keys, all } => self.lookup(now, from, &keys, all, out),
-            Op::Prefetch { keys, reach } => self.prefetch(now, from, &keys, reach, out),
+            Op::Prefetch { steps, reach } => self.prefetch(now, from, &steps, reach, out),
             Op::Pin { keys, until } => self.pin(now, from, &keys, until, out),
             Op::Unpin { keys } => self.unpin(from, &keys, out),
             Op::Evict { keys, tier, dry_run } => self.evict((from, deadline), &keys, tier, dry_run, out),

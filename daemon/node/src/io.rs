@@ -173,6 +173,8 @@ pub enum Op {
         keep: Keep,
         /// Answer only when it would survive a crash of the machine.
         durable: bool,
+        /// The block before it in its prefix, where that is known: a hint.
+        after: Option<BlockKey>,
     },
     /// Announce a block.
     Reserve {
@@ -184,6 +186,8 @@ pub enum Op {
         keep: Keep,
         /// Give a slot to fill in place (trusted workers only; the door decides).
         in_place: bool,
+        /// The block before it in its prefix, where that is known: a hint.
+        after: Option<BlockKey>,
     },
     /// Store an announced block whose bytes are where `source` says.
     Commit {
@@ -222,6 +226,8 @@ pub enum Op {
         wait: bool,
         /// Where to look for it, when there is time to wait.
         reach: Reach,
+        /// The block before it in its prefix, where that is known: a hint.
+        after: Option<BlockKey>,
     },
     /// Give leases back.
     Release {
@@ -237,8 +243,8 @@ pub enum Op {
     },
     /// Bring these up, answer at once.
     Prefetch {
-        /// Names.
-        keys: Vec<BlockKey>,
+        /// Which.
+        steps: Vec<Step>,
         /// Where to look for them.
         reach: Reach,
     },
@@ -305,6 +311,23 @@ pub enum Op {
         /// Which session.
         session: Option<SessionId>,
     },
+}
+
+/// A block on the way along a prefix.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Step {
+    /// Name.
+    pub key: BlockKey,
+    /// The block before it in its prefix, where that is known: a hint.
+    pub after: Option<BlockKey>,
+}
+
+impl Step {
+    /// Blocks in the order of their prefix, each after the one before it.
+    pub fn along(keys: &[BlockKey]) -> impl Iterator<Item = Self> {
+        let before = std::iter::once(None).chain(keys.iter().copied().map(Some));
+        keys.iter().zip(before).map(|(key, after)| Self { key: *key, after })
+    }
 }
 
 /// Number of a peer of this node, as its configuration counts them.

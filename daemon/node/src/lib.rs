@@ -8,6 +8,7 @@
 //!   brain.rs    the state, and one match over everything that can happen
 //!   put.rs      a worker gives blocks: put, reserve, commit, abort
 //!   lookup.rs   a worker wants blocks: lookup, acquire, wait, release, pin
+//!   order.rs    which block came before which, as far as workers say
 //!   room.rs     room in host memory: quota, eviction, offload
 //!   disk.rs     what the disk tier answers: onboard, offload, reclaim
 //!   fetch.rs    blocks that a peer or the object tier may have
@@ -27,6 +28,7 @@ mod fetch;
 mod io;
 mod jobs;
 mod lookup;
+mod order;
 mod pins;
 mod put;
 mod recover;
@@ -42,6 +44,6 @@ pub use exchange::{Exchange, ExchangeCommand, ExchangeConfig, ExchangeEvent, Tra
 pub use io::{
     Binding, BlockReport, BlockState, Command, Event, FetchDone, FetchFrom, FetchOp, FetchToken, FillToken,
     Filter, Found, Grant, Keep, LeaseReport, Micros, Now, OfferToken, Op, Origin, PeerId, Progress, Reach,
-    Reply, RequestId, UploadDone, UploadToken,
+    Reply, RequestId, Step, UploadDone, UploadToken,
 };
 pub use report::{Counters, SessionReport, ShardReport, TenantReport};

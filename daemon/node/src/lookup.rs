@@ -6,7 +6,7 @@ use kv_block::{BindingId, BlockKey, Checksum, Fault, LeaseId, MissReason, SlotId
 
 use crate::brain::{Brain, Fill, Out, Source, Timer, Waiter};
 use crate::fetch::Served;
-use crate::io::{BlockReport, BlockState, Found, Grant, Micros, Now, Origin, Reach, Reply};
+use crate::io::{BlockReport, BlockState, Found, Grant, Micros, Now, Origin, Reach, Reply, Step};
 use crate::pins::Pin;
 
 /// Where a block is, with a hold on it when it is in host memory.
@@ -199,22 +199,16 @@ impl Brain {
         }
     }
 
-    pub(crate) fn prefetch(
-        &mut self,
-        now: Now,
-        from: Origin,
-        keys: &[BlockKey],
-        reach: Reach,
-        out: &mut Out,
-    ) {
+    pub(crate) fn prefetch(&mut self, now: Now, from: Origin, steps: &[Step], reach: Reach, out: &mut Out) {
         let (mut started, mut resident, mut absent) = (0, 0, 0);
-        for key in keys {
-            match self.locate(now, key, out) {
+        for &Step { key, after } in steps {
+            match self.locate(now, &key, out) {
                 Located::Host(_) => resident += 1,
                 Located::Disk(entry) if self.onboard(now, &entry, out).is_ok() => started += 1,
-                Located::Gone(why) if self.fetch(now, *key, why, reach, out).is_ok() => started += 1,
+                Located::Gone(why) if self.fetch(now, key, why, reach, out).is_ok() => started += 1,
                 _ => absent += 1,
             }
+            self.follows(key, after);
         }
         self.reply(from, Reply::Counted { done: started, kept: resident, absent }, out);
     }

@@ -487,5 +487,6 @@ impl Brain {
             self.miss(waiter.from, key, MissReason::NotComplete, out);
         }
         self.retry_puts(now, puts, out);
+        self.forget_order(key);
     }
 }

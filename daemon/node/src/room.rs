@@ -245,6 +245,7 @@ impl Brain {
         self.left_host(entry.binding);
         self.uploads.left_host(&entry.key);
         self.catalog.drop_host(&entry.key, why);
+        self.order.forget(&entry.key);
         self.removed_event(entry.key, Tier::Host);
         *self.counters.evictions.entry(why.name()).or_default() += 1;
         self.sweep_wanted = true;

@@ -21,7 +21,7 @@ use kv_transport::random::Random;
 use kv_transport::reader::{PathId, ReaderCommand, ReaderConfig, ReaderEvent};
 use kv_transport::{Micros as Moment, Owner};
 use kv_wire::message::{Answer, Ask, Credits, Found, PathEnd, Sight, Taken, WantId};
-use rig::{Rig, Setup, key, session};
+use rig::{Rig, Setup, key, path, session};
 
 const SEEDS: u64 = 1000;
 /// Length of a block here; few bytes, many worlds.
@@ -236,18 +236,21 @@ impl World {
         let deadline = 5 + self.random.below(300);
         let of = session(1 + self.random.below(2));
         let kind = self.random.below(20);
+        let after = n.checked_sub(1).map(key);
         let rig = &mut self.nodes[at].rig;
         let op = match kind {
-            0..8 => Op::Acquire { key: key(n), wait: true, reach },
-            8 => Op::Acquire { key: key(n), wait: false, reach },
+            0..8 => Op::Acquire { key: key(n), wait: true, reach, after },
+            8 => Op::Acquire { key: key(n), wait: false, reach, after: None },
             9..14 => {
                 let (binding, keep) = (C, Keep::default());
-                Op::Put { key: key(n), binding, source: 0, bytes: TINY, keep, durable: false }
+                Op::Put { key: key(n), binding, source: 0, bytes: TINY, keep, durable: false, after }
             }
-            14 => Op::Reserve { key: key(n), binding: C, keep: Keep::default(), in_place: false },
+            14 => {
+                Op::Reserve { key: key(n), binding: C, keep: Keep::default(), in_place: false, after: None }
+            }
             15 => Op::Commit { key: key(n), source: 0, bytes: TINY, durable: false },
             16 => Op::Abort { key: key(n) },
-            17 => Op::Prefetch { keys: (n..n + 3).map(key).collect(), reach },
+            17 => Op::Prefetch { steps: path(n..n + 3), reach },
             18 => Op::Evict { keys: vec![key(n)], tier: None, dry_run: false },
             _ => {
                 let lease = rig.leases.iter().find(|(_, (by, ..))| *by == of).map(|(lease, _)| *lease);
@@ -666,7 +669,7 @@ impl OwnerEnd {
             OwnerCommand::Hold { want, key, until, .. } => {
                 let wait = until.is_some();
                 let deadline = rig.now.micros.plus_ms(if wait { 250 } else { 5 });
-                let op = Op::Acquire { key, wait, reach: Reach::Here };
+                let op = Op::Acquire { key, wait, reach: Reach::Here, after: None };
                 self.looking.push((rig.ask_until(session(GUEST), Micros(deadline.0), op), want));
             }
             OwnerCommand::Look { id, keys, .. } => {

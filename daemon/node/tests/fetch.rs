@@ -4,7 +4,7 @@ mod rig;
 
 use kv_block::{BindingTag, MissReason, Record, Tier};
 use kv_node::{Op, Reach};
-use rig::{A, B_LARGE, DEADLINE_MS, Rig, Setup, key, session, words};
+use rig::{A, B_LARGE, DEADLINE_MS, Rig, Setup, key, path, session, words};
 
 fn peer_record(n: u64) -> Record {
     Rig::peer_record(n, A)
@@ -31,7 +31,10 @@ fn whoever_does_not_wait_or_looks_only_here_asks_no_peer() {
     let mut rig = Rig::new(Setup::default());
     assert_eq!(rig.read(1), "never_stored");
     let reach = Reach::Further { hint: None };
-    assert_eq!(words(&rig.get(session(1), Op::Acquire { key: key(1), wait: false, reach })), "never_stored");
+    assert_eq!(
+        words(&rig.get(session(1), Op::Acquire { key: key(1), wait: false, reach, after: None })),
+        "never_stored"
+    );
     assert!(rig.searches.is_empty());
     let mut alone = Rig::new(Setup { peers: false, ..Setup::default() });
     assert_eq!(words(&alone.get(session(1), Rig::fetch_op(1))), "never_stored");
@@ -117,7 +120,7 @@ fn whoever_waits_leaves_at_its_deadline_and_the_block_comes_all_the_same() {
 #[test]
 fn a_prefetch_brings_blocks_of_peers() {
     let mut rig = Rig::new(Setup::default());
-    let op = Op::Prefetch { keys: vec![key(1), key(2)], reach: Reach::Further { hint: None } };
+    let op = Op::Prefetch { steps: path(1..3), reach: Reach::Further { hint: None } };
     assert_eq!(words(&rig.get(session(1), op)), "2/0/0");
     rig.offer(1, peer_record(1));
     rig.land(1);

@@ -157,7 +157,7 @@ fn in_state(rig: &mut Rig, state: State, end: End) -> Option<u64> {
                 unreachable!("a put is a put")
             };
             let source = if end == End::Fails { rig::GONE } else { 0 };
-            Some(rig.ask(session(1), Op::Put { key, binding, source, bytes, keep, durable }))
+            Some(rig.ask(session(1), Op::Put { key, binding, source, bytes, keep, durable, after: None }))
         }
         State::Onboarding => {
             rig.send_down(1);
@@ -189,9 +189,11 @@ fn happens(rig: &mut Rig, event: Event) -> Option<u64> {
         Event::OwnCommit => (own, Rig::commit_op(1)),
         Event::Abort => (other, Op::Abort { key: key(1) }),
         Event::OwnAbort => (own, Op::Abort { key: key(1) }),
-        Event::AcquireNow => (other, Op::Acquire { key: key(1), wait: false, reach: Reach::Here }),
+        Event::AcquireNow => {
+            (other, Op::Acquire { key: key(1), wait: false, reach: Reach::Here, after: None })
+        }
         Event::Acquire => (other, Rig::acquire_op(1)),
-        Event::Prefetch => (other, Op::Prefetch { keys, reach: Reach::Here }),
+        Event::Prefetch => (other, Op::Prefetch { steps: rig::path(1..2), reach: Reach::Here }),
         Event::Lookup => (other, Op::Lookup { keys, all: true }),
         Event::Pin => (other, Op::Pin { keys, until }),
         Event::Evict => (other, Op::Evict { keys, tier: None, dry_run: false }),

@@ -14,7 +14,7 @@ use kv_tiers::memory::{MemoryConfig, StoreFault};
 use kv_tiers::store::StoreError;
 use kv_tiers::upload::UploadLimits;
 use proptest::prelude::*;
-use rig::{A, B, B_LARGE, GONE, LARGE, Rig, SMALL, Setup, key, session};
+use rig::{A, B, B_LARGE, GONE, LARGE, Rig, SMALL, Setup, key, path, session};
 
 #[derive(Clone, Debug)]
 enum Step {
@@ -167,6 +167,11 @@ fn reach(n: u64) -> Reach {
     if n.is_multiple_of(2) { Reach::Further { hint: None } } else { Reach::Here }
 }
 
+/// All of them are said to be one prefix.
+fn before(n: u64) -> Option<kv_block::BlockKey> {
+    n.checked_sub(1).map(key)
+}
+
 /// Blocks 0 to 11 are small ones of tenant a, 12 to 19 of tenant b, the rest large.
 fn binding_of(n: u64) -> (kv_block::BindingId, u32) {
     match n {
@@ -191,11 +196,15 @@ impl World {
                 let priority = if high { Priority::High } else { Priority::Normal };
                 let expires_at = if ttl == 0 { 0 } else { rig.now.unix + ttl };
                 let keep = Keep { priority, expires_at };
-                rig.ask(session(of), Op::Put { key: key(n), binding, source, bytes, keep, durable });
+                rig.ask(
+                    session(of),
+                    Op::Put { key: key(n), binding, source, bytes, keep, durable, after: before(n) },
+                );
             }
             Step::Reserve { of, n, in_place } => {
                 let (binding, _) = binding_of(n);
-                let op = Op::Reserve { key: key(n), binding, keep: Keep::default(), in_place };
+                let op =
+                    Op::Reserve { key: key(n), binding, keep: Keep::default(), in_place, after: before(n) };
                 let id = rig.ask(session(of), op);
                 if let Some(Reply::Reserved { slot: Some(grant) }) = rig.answer(id) {
                     self.lent.insert(n, (of, grant));
@@ -232,7 +241,7 @@ impl World {
                 rig.ask_until(
                     session(of),
                     deadline,
-                    Op::Acquire { key: key(n), wait, reach: reach(deadline_ms) },
+                    Op::Acquire { key: key(n), wait, reach: reach(deadline_ms), after: before(n) },
                 );
             }
             Step::Peer { nth, kind } => {
@@ -262,7 +271,7 @@ impl World {
                 rig.ask(session(1), Op::Lookup { keys, all: n % 2 == 0 });
             }
             Step::Prefetch { n } => {
-                rig.ask(session(1), Op::Prefetch { keys: (n..n + 3).map(key).collect(), reach: reach(n) });
+                rig.ask(session(1), Op::Prefetch { steps: path(n..n + 3), reach: reach(n) });
             }
             Step::Pin { n, ms } => {
                 let until = rig.now.micros.plus_ms(ms);
@@ -383,7 +392,7 @@ fn run(steps: &[Step], admission: AdmissionKind, object: bool) {
         let id = world.rig.ask_until(
             session(2),
             until,
-            Op::Acquire { key: key(n), wait: true, reach: Reach::Here },
+            Op::Acquire { key: key(n), wait: true, reach: Reach::Here, after: None },
         );
         if let Reply::Leased(grant) = world.rig.wait(id) {
             world.rig.ask(session(2), Op::Release { leases: vec![grant.lease] });

@@ -10,7 +10,7 @@ use kv_node::{Event, Filter, Keep, Micros, Op, Origin, Reach, Reply, RequestId};
 use kv_tiers::admit::AdmissionKind;
 use kv_tiers::memory::{MemoryConfig, StoreFault};
 use kv_tiers::store::StoreError;
-use rig::{A, B, B_LARGE, DEADLINE_MS, GONE, LARGE, Rig, SMALL, Setup, is_fault, key, session, words};
+use rig::{A, B, B_LARGE, DEADLINE_MS, GONE, LARGE, Rig, SMALL, Setup, is_fault, key, path, session, words};
 
 fn slow() -> StoreFault {
     StoreFault::Fail(StoreError::Slow { limit: Duration::from_secs(1) })
@@ -85,6 +85,7 @@ fn a_put_whose_twin_fails_is_tried_by_itself() {
         bytes: SMALL,
         keep: Keep::default(),
         durable: false,
+        after: None,
     };
     let first = rig.ask(session(1), gone);
     let second = rig.ask(session(2), Rig::put_op(1, A, false));
@@ -123,7 +124,7 @@ fn whoever_waits_for_an_announced_block_gets_a_lease_when_it_is_committed() {
     assert_eq!(words(&rig.get(session(1), Rig::reserve_op(1, false))), "reserved");
     assert_eq!(words(&rig.get(session(2), Rig::reserve_op(1, false))), "there");
     let waiter = rig.ask(session(2), Rig::acquire_op(1));
-    let now = rig.get(session(2), Op::Acquire { key: key(1), wait: false, reach: Reach::Here });
+    let now = rig.get(session(2), Op::Acquire { key: key(1), wait: false, reach: Reach::Here, after: None });
     assert_eq!(words(&now), "not_complete", "who does not wait is told");
     assert_eq!(words(&rig.get(session(2), Rig::commit_op(1))), "NotReserved", "it is not his");
     assert_eq!(words(&rig.get(session(1), Rig::commit_op(1))), "stored");
@@ -141,7 +142,8 @@ fn a_put_by_the_session_that_announced_the_block_is_its_commit() {
         let other = rig.get(session(1), Rig::put_op(1, B, false));
         assert_eq!(words(&other), "AlreadyReserved", "it was announced under another binding");
         let keep = Keep { priority: Priority::High, expires_at: rig.now.unix + 100 };
-        let put = Op::Put { key: key(1), binding: A, source: 0, bytes: SMALL, keep, durable: true };
+        let put =
+            Op::Put { key: key(1), binding: A, source: 0, bytes: SMALL, keep, durable: true, after: None };
         assert_eq!(words(&rig.get(session(1), put)), "stored");
         assert_eq!(words(&rig.wait(waiter)), "leased", "who waited has the block");
         let report = rig.inspect(key(1)).unwrap();
@@ -350,10 +352,44 @@ fn a_prefetched_block_is_in_memory_when_it_is_wanted() {
     let mut rig = Rig::new(Setup::default());
     rig.send_down(1);
     rig.put(2);
-    let keys = vec![key(1), key(2), key(3)];
-    assert_eq!(words(&rig.get(session(1), Op::Prefetch { keys, reach: Reach::Here })), "1/1/1");
+    let op = Op::Prefetch { steps: path(1..4), reach: Reach::Here };
+    assert_eq!(words(&rig.get(session(1), op)), "1/1/1");
     rig.settle();
     assert_eq!(rig.tiers(1), [Tier::Host, Tier::Disk]);
+    end(rig);
+}
+
+#[test]
+fn what_came_before_a_block_is_known_while_it_is_in_memory_or_expected() {
+    let mut rig = Rig::new(Setup::default());
+    let put = |n, source, after| {
+        let keep = Keep::default();
+        Op::Put { key: key(n), binding: A, source, bytes: SMALL, keep, durable: true, after }
+    };
+    let acquire =
+        |n, after| Op::Acquire { key: key(n), wait: true, reach: Reach::Here, after: Some(key(after)) };
+    let (one, two) = (Some(key(1)), Some(key(2)));
+    for (n, after) in [(1, None), (2, one), (3, two)] {
+        assert_eq!(words(&rig.get(session(1), put(n, 0, after))), "stored");
+    }
+    assert_eq!([1, 2, 3].map(|n| rig.before(n)), [None, one, two]);
+    assert_eq!((rig.put(2).as_str(), rig.before(2)), ("already", one), "saying nothing takes nothing back");
+
+    assert_eq!(rig.evict(2, Some(Tier::Host)), "1/0/0");
+    assert_eq!([2, 3].map(|n| rig.before(n)), [None, two], "it went down");
+    assert_eq!(words(&rig.get(session(1), acquire(2, 1))), "leased");
+    assert_eq!(rig.before(2), one, "and up again");
+    assert_eq!(rig.evict(3, Some(Tier::Host)), "1/0/0");
+    assert_eq!(words(&rig.get(session(1), Op::Prefetch { steps: path(1..4), reach: Reach::Here })), "1/2/0");
+    assert_eq!(rig.before(3), two);
+
+    let reserve = Op::Reserve { key: key(4), binding: A, keep: Keep::default(), in_place: false, after: one };
+    assert_eq!(words(&rig.get(session(1), reserve)), "reserved");
+    assert_eq!(rig.before(4), one);
+    rig.get(session(1), Op::Abort { key: key(4) });
+    assert_eq!(words(&rig.get(session(1), put(5, GONE, one))), "StagingRange");
+    assert_eq!(words(&rig.get(session(1), acquire(6, 1))), "never_stored");
+    assert_eq!([4, 5, 6].map(|n| rig.before(n)), [None; 3], "what did not come is forgotten");
     end(rig);
 }
 
@@ -391,7 +427,15 @@ fn every_miss_says_why() {
         }),
         (Why::Expired, Setup::default(), |rig| {
             let keep = Keep { expires_at: rig.now.unix + 2, ..Keep::default() };
-            let op = Op::Put { key: key(1), binding: A, source: 0, bytes: SMALL, keep, durable: true };
+            let op = Op::Put {
+                key: key(1),
+                binding: A,
+                source: 0,
+                bytes: SMALL,
+                keep,
+                durable: true,
+                after: None,
+            };
             rig.get(session(1), op);
             assert_eq!(rig.read(1), "leased");
             rig.advance(3_000);
@@ -706,7 +750,9 @@ fn blocks_in_memory_survive_a_crash_and_a_damaged_one_is_never_served() {
     rig.crash(1, |_| {});
     // Before anything else: the first use verifies.
     assert_eq!(
-        words(&rig.get(session(1), Op::Acquire { key: key(3), wait: false, reach: Reach::Here })),
+        words(
+            &rig.get(session(1), Op::Acquire { key: key(3), wait: false, reach: Reach::Here, after: None })
+        ),
         "corrupt"
     );
     assert_eq!(rig.put(4), "stored", "a put does not rely on a damaged copy");
@@ -782,6 +828,7 @@ fn nonsense_is_refused_and_changes_nothing() {
         bytes,
         keep: Keep::default(),
         durable: false,
+        after: None,
     };
     let unknown = kv_block::BindingId(77);
     let refusals = [
@@ -957,8 +1004,15 @@ fn other_bytes_under_a_known_name_count_from_then_on() {
     let mut rig = Rig::new(Setup { survives: true, ..Setup::default() });
     rig.send_down(1);
     rig.versions.insert(key(1), [5].into());
-    let op =
-        Op::Put { key: key(1), binding: B, source: 5, bytes: SMALL, keep: Keep::default(), durable: true };
+    let op = Op::Put {
+        key: key(1),
+        binding: B,
+        source: 5,
+        bytes: SMALL,
+        keep: Keep::default(),
+        durable: true,
+        after: None,
+    };
     assert_eq!(words(&rig.get(session(1), op)), "stored");
     assert_eq!(rig.read(1), "leased", "the rig knows only the new bytes");
     rig.check_books();
@@ -1004,7 +1058,7 @@ fn a_put_of_a_block_that_is_coming_up_is_answered_when_it_is_there() {
 fn an_expired_block_that_is_still_read_can_be_stored_again() {
     let mut rig = Rig::new(Setup::default());
     let keep = Keep { expires_at: rig.now.unix + 2, ..Keep::default() };
-    let op = Op::Put { key: key(1), binding: A, source: 0, bytes: SMALL, keep, durable: false };
+    let op = Op::Put { key: key(1), binding: A, source: 0, bytes: SMALL, keep, durable: false, after: None };
     rig.get(session(1), op);
     let grant = rig.lease(session(2), 1);
     rig.advance(3_000);
@@ -1042,7 +1096,7 @@ fn a_block_that_is_being_evicted_stays_if_somebody_wants_it_meanwhile() {
 fn high_priority_leaves_last() {
     let mut rig = Rig::new(Setup::without_disk());
     let keep = Keep { priority: Priority::High, ..Keep::default() };
-    let op = Op::Put { key: key(1), binding: A, source: 0, bytes: SMALL, keep, durable: false };
+    let op = Op::Put { key: key(1), binding: A, source: 0, bytes: SMALL, keep, durable: false, after: None };
     rig.get(session(1), op);
     rig.put_all(10..60);
     assert_eq!(rig.read(1), "leased");

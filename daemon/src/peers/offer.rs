@@ -12,7 +12,7 @@ use bytes::Bytes;
 use kv_api::v1;
 use kv_block::code::Code;
 use kv_block::{BindingId, BlockKey, Fault, SessionId};
-use kv_node::{BlockReport, BlockState, Event, Filter, Op, PeerId, Reach, Reply};
+use kv_node::{BlockReport, BlockState, Event, Filter, Op, PeerId, Reach, Reply, Step};
 use kv_transport::health::Circuit;
 use kv_wire::frame::BINDING_BYTES_MAX;
 use kv_wire::message::{Offer, Taken};
@@ -67,8 +67,8 @@ pub(super) async fn take(
         }
         let node = Arc::clone(node);
         tasks.spawn(async move {
-            let reach = Reach::Further { hint };
-            let acquired = node.of(number).acquire(node.guest, &key, (true, reach), until).await;
+            let (step, reach) = (Step { key, after: None }, Reach::Further { hint });
+            let acquired = node.of(number).acquire(node.guest, step, (true, reach), until).await;
             let Ok((shard, Ok(grant))) = acquired else { return false };
             if let Some(shard) = node.shard(shard) {
                 shard.give_back(node.guest, grant.lease);

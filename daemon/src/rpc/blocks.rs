@@ -7,7 +7,7 @@ use kv_api::{convert, v1};
 use kv_arena::Held;
 use kv_block::code::Code;
 use kv_block::{BlockKey, Fault, LeaseId, MissReason, SessionId, ShardId, Tier};
-use kv_node::{BlockReport, BlockState, Found, Keep, Micros, Op, PeerId, Reach, Reply};
+use kv_node::{BlockReport, BlockState, Found, Keep, Micros, Op, PeerId, Reach, Reply, Step};
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Request, Response, Status, Streaming};
 
@@ -210,7 +210,7 @@ impl v1::blocks_server::Blocks for BlocksService {
         let (until, wait) = wait_until(until, request.wait_ms);
         // All at once, so that waits overlap.
         let reach = self.reach(&request.node)?;
-        let asked = keys.iter().map(|key| view.acquire(session, key, (wait, reach), until));
+        let asked = Step::along(&keys).map(|step| view.acquire(session, step, (wait, reach), until));
         let answers = futures_join(asked).await;
         if let Some(fault) = answers.iter().find_map(|answer| answer.as_ref().err()) {
             // The caller hears of no lease, so none may stay.
@@ -339,6 +339,7 @@ impl v1::blocks_server::Blocks for BlocksService {
             bytes: body.len() as u32,
             keep,
             durable: header.durable,
+            after: None,
         };
         let node = self.node();
         let shard = view.owner(&key, until).await.map_err(status)?;
@@ -366,9 +367,9 @@ impl v1::blocks_server::Blocks for BlocksService {
         let binding = self.node().binding(*binding).map_err(status)?.id;
         let keep = keep(request.priority, request.ttl_s).map_err(status)?;
         let (mut reserved, mut announced) = (Vec::new(), Vec::new());
-        for key in self.node().keys(&names).map_err(status)? {
+        for Step { key, after } in Step::along(&self.node().keys(&names).map_err(status)?) {
             let asked = async {
-                let op = Op::Reserve { key, binding, keep, in_place: false };
+                let op = Op::Reserve { key, binding, keep, in_place: false, after };
                 let shard = view.owner(&key, until).await?;
                 match self.node().ask(shard, session, until, op, Bytes::new()).await? {
                     Reply::Reserved { .. } => Ok(Some(shard)),

@@ -21,7 +21,7 @@ use kv_block::{
 use kv_node::{
     Binding, BlockReport, BlockState, Brain, BrainConfig, Command, Event, FetchDone, FetchFrom, FetchOp,
     FetchToken, Filter, Found, Grant, Keep, Micros, Now, ObjectConfig, OfferToken, Op, Origin, Progress,
-    Reach, Reply, RequestId, ShardReport, UploadDone, UploadToken,
+    Reach, Reply, RequestId, ShardReport, Step, UploadDone, UploadToken,
 };
 use kv_tiers::admit::AdmissionKind;
 use kv_tiers::catalog::Catalog;
@@ -45,6 +45,11 @@ pub const DEADLINE_MS: u64 = 1000;
 
 pub fn key(n: u64) -> BlockKey {
     BlockKey::from_halves([n.wrapping_mul(0x9e37_79b9_7f4a_7c15) ^ 7, n])
+}
+
+/// These blocks, each after the one before it.
+pub fn path(numbers: std::ops::Range<u64>) -> Vec<Step> {
+    Step::along(&numbers.map(key).collect::<Vec<_>>()).collect()
 }
 
 pub fn session(n: u64) -> SessionId {
@@ -267,6 +272,7 @@ impl Rig {
             object: self.setup.object.clone(),
             fetch_limit_ms: 2 * DEADLINE_MS,
             events_kept_max: self.setup.events_kept_max,
+            keep_order: true,
         };
         let mut brain = Brain::new(config, Catalog::new(table, 512), host);
         for binding in bindings() {
@@ -320,6 +326,11 @@ impl Rig {
         let there = |key: &BlockKey| self.inventory.contains(&(*key, Tier::Disk));
         let lost: Vec<_> = self.durable.keys().filter(|key| !there(key)).collect();
         assert!(lost.is_empty(), "durable blocks were lost: {lost:?}");
+    }
+
+    /// What is said to come before a block.
+    pub fn before(&self, n: u64) -> Option<BlockKey> {
+        self.brain.as_ref().unwrap().before(&key(n))
     }
 
     pub fn store(&mut self) -> &mut MemoryStore {
@@ -757,7 +768,7 @@ impl Rig {
 
     pub fn put_op(n: u64, binding: BindingId, durable: bool) -> Op {
         let bytes = if binding == B_LARGE { LARGE } else { SMALL };
-        Op::Put { key: key(n), binding, source: 0, bytes, keep: Keep::default(), durable }
+        Op::Put { key: key(n), binding, source: 0, bytes, keep: Keep::default(), durable, after: None }
     }
 
     pub fn put(&mut self, n: u64) -> String {
@@ -775,12 +786,12 @@ impl Rig {
     }
 
     pub fn acquire_op(n: u64) -> Op {
-        Op::Acquire { key: key(n), wait: true, reach: Reach::Here }
+        Op::Acquire { key: key(n), wait: true, reach: Reach::Here, after: None }
     }
 
     /// As [`Self::acquire_op`], and the peers are asked as well.
     pub fn fetch_op(n: u64) -> Op {
-        Op::Acquire { key: key(n), wait: true, reach: Reach::Further { hint: None } }
+        Op::Acquire { key: key(n), wait: true, reach: Reach::Further { hint: None }, after: None }
     }
 
     /// Acquires and gives the lease back at once; what it got, in a word.
@@ -815,7 +826,7 @@ impl Rig {
     }
 
     pub fn reserve_op(n: u64, in_place: bool) -> Op {
-        Op::Reserve { key: key(n), binding: A, keep: Keep::default(), in_place }
+        Op::Reserve { key: key(n), binding: A, keep: Keep::default(), in_place, after: None }
     }
 
     pub fn commit_op(n: u64) -> Op {
