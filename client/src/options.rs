@@ -3,8 +3,8 @@
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use kv_block::Priority;
 use kv_block::place::{GRPC_SOCKET, WORKER_SOCKET, run_dir};
+use kv_block::{Priority, SequenceHash};
 use kv_shm::door::NAME_BYTES_MAX;
 
 use crate::error::Error;
@@ -171,13 +171,26 @@ pub struct PutOptions {
     pub ttl: Option<Duration>,
     /// Answer only when it is on disk.
     pub durable: bool,
+    /// The block before it in its prefix, where that is known; of many, the block before the first. A tier below may
+    /// keep them together; nothing else depends on it.
+    pub after: Option<SequenceHash>,
 }
 
 impl PutOptions {
+    /// The same for one of these blocks, which follow each other.
+    pub(crate) fn at(&self, index: usize, hashes: &[SequenceHash]) -> Self {
+        Self { after: before(index, hashes, self.after), ..*self }
+    }
+
     pub(crate) fn ttl_s(&self) -> u32 {
         let whole = |ttl: Duration| ttl.as_secs().saturating_add(u64::from(ttl.subsec_nanos() > 0));
         self.ttl.map_or(0, |ttl| u32::try_from(whole(ttl)).unwrap_or(u32::MAX).max(1))
     }
+}
+
+/// What comes before one of `all`, which follow each other; `first` comes before the first.
+pub(crate) fn before<T: Copy>(index: usize, all: &[T], first: Option<T>) -> Option<T> {
+    index.checked_sub(1).map_or(first, |at| all.get(at).copied())
 }
 
 #[cfg(test)]
@@ -202,6 +215,15 @@ mod tests {
         assert_eq!(ttl_s(Some(Duration::ZERO)), 1);
         assert_eq!(ttl_s(Some(Duration::from_millis(1_001))), 2);
         assert_eq!(ttl_s(Some(Duration::MAX)), u32::MAX);
+    }
+
+    #[test]
+    fn each_of_many_blocks_comes_after_the_one_before_it() {
+        let hashes = [1_u64, 2, 3].map(SequenceHash::from);
+        let after =
+            |first, index| PutOptions { after: first, ..PutOptions::default() }.at(index, &hashes).after;
+        assert_eq!([0, 1, 2].map(|index| after(None, index)), [None, Some(hashes[0]), Some(hashes[1])]);
+        assert_eq!([0, 1].map(|index| after(Some(hashes[2]), index)), [Some(hashes[2]), Some(hashes[0])]);
     }
 
     #[test]

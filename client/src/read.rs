@@ -14,7 +14,7 @@ use crate::binding::Binding;
 use crate::client::Client;
 use crate::error::{Error, Miss, bug, of_status, timed_out};
 use crate::hub::{Hold, Ticket};
-use crate::options::DEADLINE_MAX;
+use crate::options::{DEADLINE_MAX, before};
 use crate::runtime::Call;
 use crate::session::{Known, Life, Link, Shm, Way, unix_now};
 use crate::worker::{Worker, miss, names_of};
@@ -281,6 +281,9 @@ impl Worker {
     }
 
     /// Opens many blocks at once, in order, waiting up to `wait` for all of them together.
+    ///
+    /// In the order of their prefix, where they have one: a tier below may keep them together; nothing else depends
+    /// on it.
     pub fn acquire_many(
         &self,
         binding: &Binding,
@@ -312,7 +315,8 @@ impl Worker {
                 Err(Next::Copy) => Some(self.fetch(&life, key, wait)?),
                 Err(Next::Ask(link)) => {
                     life.check()?;
-                    let request = Request::Acquire { key: *key, wait: !wait.is_zero(), after: None };
+                    let after = before(index, keys, None);
+                    let request = Request::Acquire { key: *key, wait: !wait.is_zero(), after };
                     let ticket = link.hub.submit(request, Hold::Nothing, until)?;
                     tickets.push((index, link, ticket));
                     None

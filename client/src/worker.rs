@@ -214,6 +214,9 @@ impl Worker {
     }
 
     /// Starts bringing blocks up to host memory, from disk or from whichever peer has them.
+    ///
+    /// In the order of their prefix, where they have one: a tier below may keep them together; nothing else depends
+    /// on it.
     pub fn prefetch(&self, binding: &Binding, hashes: &[SequenceHash]) -> Call<Prefetched> {
         self.prefetch_from(binding, hashes, "")
     }

@@ -15,7 +15,7 @@ use kv_shm::{Outcome, Place, Request, StagingSlot};
 use crate::binding::Binding;
 use crate::error::{Error, bug, timed_out};
 use crate::hub::{Hold, Ticket};
-use crate::options::{DEADLINE_MAX, PutOptions};
+use crate::options::{DEADLINE_MAX, PutOptions, before};
 use crate::read::{PIECE_BYTES, fault};
 use crate::session::{Known, Life, Link, Shm, Way, unix_now};
 use crate::worker::Worker;
@@ -49,6 +49,9 @@ impl Worker {
     }
 
     /// Stores many blocks, all under way at once; one answer per block, in order. The error is for all.
+    ///
+    /// In the order of their prefix, where they have one: a tier below may keep them together; nothing else depends
+    /// on it.
     pub fn put_many(
         &self,
         binding: &Binding,
@@ -61,15 +64,16 @@ impl Worker {
         let asked = Instant::now();
         let until = asked + self.deadline();
         let check = |bytes: &[u8]| check_length(binding, bytes.len());
-        let Way::Shm(shm) = &life.way else {
-            let put = |(hash, bytes): &(SequenceHash, &[u8])| {
-                check(bytes)?;
-                self.put_over_grpc(&life, number, hash, bytes, options)
-            };
-            return Ok(blocks.iter().map(put).collect());
-        };
         let hashes: Vec<SequenceHash> = blocks.iter().map(|(hash, _)| *hash).collect();
+        let Way::Shm(shm) = &life.way else {
+            let put = |(index, (hash, bytes)): (usize, &(SequenceHash, &[u8]))| {
+                check(bytes)?;
+                self.put_over_grpc(&life, number, hash, bytes, &options.at(index, &hashes))
+            };
+            return Ok(blocks.iter().enumerate().map(put).collect());
+        };
         let keys = binding.keys(&hashes);
+        let first = options.after.map(|hash| binding.key(&hash));
         let places = shm.locate_each(&keys, unix_now());
         // Everything is submitted before anything is waited for; the shard copies meanwhile.
         let mut answers: Vec<Option<Result<Stored, Error>>> = Vec::with_capacity(blocks.len());
@@ -81,15 +85,18 @@ impl Worker {
                 Err(error) => Some(Err(error)),
                 Ok(()) if known == Known::Host && !options.durable => Some(Ok(Stored { already: true })),
                 Ok(()) if bytes.len() as u64 > link.staging.len() => {
-                    Some(self.put_over_grpc(&life, number, hash, bytes, options))
+                    Some(self.put_over_grpc(&life, number, hash, bytes, &options.at(index, &hashes)))
                 }
-                Ok(()) => match submit_put(link, key, number, bytes, options, until) {
-                    Ok(ticket) => {
-                        tickets.push((index, ticket));
-                        None
+                Ok(()) => {
+                    let after = before(index, &keys, first);
+                    match submit_put(link, (key, after), number, bytes, options, until) {
+                        Ok(ticket) => {
+                            tickets.push((index, ticket));
+                            None
+                        }
+                        Err(error) => Some(Err(error)),
                     }
-                    Err(error) => Some(Err(error)),
-                },
+                }
             };
             answers.push(answer);
         }
@@ -152,7 +159,7 @@ impl Worker {
             priority: options.priority,
             ttl_s: options.ttl_s(),
             in_place: shm.may_write,
-            after: None,
+            after: options.after.map(|hash| binding.key(&hash)),
         };
         let ticket = link.hub.submit(request, Hold::Nothing, until)?;
         let Some(place) = reserved(ticket.wait(asked, until)?)? else { return Ok(None) };
@@ -165,6 +172,9 @@ impl Worker {
 
     /// [`Worker::reserve_with`] for many blocks, all under way at once; one answer per block, in order. The error
     /// is for all.
+    ///
+    /// In the order of their prefix, where they have one: a tier below may keep them together; nothing else depends
+    /// on it.
     pub fn reserve_many(
         &self,
         binding: &Binding,
@@ -176,13 +186,17 @@ impl Worker {
         let number = self.number(&life, binding)?;
         let shm = match &life.way {
             Way::Shm(shm) if shm.may_write => shm,
-            _ => return Ok(hashes.iter().map(|hash| self.reserve_with(binding, hash, options)).collect()),
+            _ => {
+                let reserve = |(index, hash)| self.reserve_with(binding, hash, &options.at(index, hashes));
+                return Ok(hashes.iter().enumerate().map(reserve).collect());
+            }
         };
         let keys = binding.keys(hashes);
+        let first = options.after.map(|hash| binding.key(&hash));
         let places = shm.locate_each(&keys, unix_now());
         let asked = Instant::now();
         let until = asked + self.deadline();
-        let submit = |(key, (at, known)): (&BlockKey, &(usize, Known))| {
+        let submit = |(index, (key, (at, known))): (usize, (&BlockKey, &(usize, Known)))| {
             if matches!(known, Known::Host | Known::Disk | Known::Pending) {
                 return Ok(None);
             }
@@ -192,14 +206,15 @@ impl Worker {
                 priority: options.priority,
                 ttl_s: options.ttl_s(),
                 in_place: true,
-                after: None,
+                after: before(index, &keys, first),
             };
             let link = &shm.links[*at];
             link.hub.submit(request, Hold::Nothing, until).map(|ticket| Some((*at, ticket)))
         };
-        let tickets: Vec<_> = keys.iter().zip(&places).map(submit).collect();
+        let tickets: Vec<_> = keys.iter().zip(&places).enumerate().map(submit).collect();
         let mut answers = Vec::with_capacity(tickets.len());
-        for (ticket, (key, hash)) in tickets.into_iter().zip(keys.iter().zip(hashes)) {
+        for (index, ticket) in tickets.into_iter().enumerate() {
+            let (key, hash) = (&keys[index], &hashes[index]);
             let finish = |(at, ticket): (usize, Ticket<'_>)| {
                 let Some(place) = reserved(ticket.wait(asked, until)?)? else { return Ok(None) };
                 Ok(Some(Reservation {
@@ -208,7 +223,7 @@ impl Worker {
                     number,
                     hash: *hash,
                     key: *key,
-                    options: *options,
+                    options: options.at(index, hashes),
                     room: Some(lent(&shm.links[at], at, place, key, binding.block_bytes())?),
                 }))
             };
@@ -232,6 +247,7 @@ impl Worker {
             priority: convert::priority_message(options.priority).into(),
             ttl_s: options.ttl_s(),
             durable: options.durable,
+            after: options.after.map_or_else(Bytes::new, |hash| Bytes::copy_from_slice(hash.as_bytes())),
         };
         let body = Bytes::copy_from_slice(bytes);
         let mut messages = vec![v1::PutRequest { header: Some(header), chunk: Bytes::new() }];
@@ -325,7 +341,7 @@ fn stage(link: &Link, bytes: usize, until: Instant) -> Result<StagingSlot, Error
 
 fn submit_put<'a>(
     link: &'a Link,
-    key: BlockKey,
+    (key, after): (BlockKey, Option<BlockKey>),
     binding: BindingId,
     bytes: &[u8],
     options: &PutOptions,
@@ -341,7 +357,7 @@ fn submit_put<'a>(
         priority: options.priority,
         ttl_s: options.ttl_s(),
         durable: options.durable,
-        after: None,
+        after,
     };
     link.hub.submit(request, Hold::Staging(slot), until)
 }

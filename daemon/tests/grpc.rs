@@ -135,6 +135,24 @@ fn a_put_that_stalls_ends_at_its_deadline_and_leaves_nothing() {
 }
 
 #[test]
+fn the_block_before_a_block_is_a_sequence_hash_or_none_and_need_not_be_there() {
+    let home = Home::new("after");
+    let _daemon = home.start();
+    let door = Door::of(&home);
+    let binding = door.register(&scope("a"), BYTES);
+    let put = |after: &[u8]| {
+        let mut first = header(0, binding, 1);
+        let header = first.header.as_mut().expect("a first message has one");
+        header.after = bytes::Bytes::copy_from_slice(after);
+        let messages = tokio_stream::iter(std::iter::once(first).chain(pieces(1, BYTES, 1000)));
+        door.runtime.block_on(async { door.blocks().put(within(LONG, messages)).await })
+    };
+    assert_eq!(code(&put(&[7; 3]).unwrap_err()), Code::BadRequest);
+    assert!(!put(SequenceHash::from(99).as_bytes()).unwrap().into_inner().already);
+    assert!(put(&[]).unwrap().into_inner().already);
+}
+
+#[test]
 fn puts_that_stall_keep_room_from_others_until_their_deadline_and_past_a_bound_nobody_waits() {
     let home = Home::new("room").set("limits.in_flight_bytes_max=1MiB");
     let _daemon = home.start();

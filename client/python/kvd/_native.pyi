@@ -380,7 +380,11 @@ class Session:
     ) -> list[Block | Miss]:
         """Open blocks for reading, one answer for each, in order: those in host memory at once; those on slower tiers, with
         peers of the node, or announced by others and not stored yet, if they are there within ``wait`` seconds (else
-        they are misses, such as ``tier_timeout`` and ``not_complete``)."""
+        they are misses, such as ``tier_timeout`` and ``not_complete``).
+
+        In the order of their prefix, where they have one: a tier below may keep them together; nothing else depends on
+        it.
+        """
 
     def wait(self, binding: Binding, hashes: Sequence[_Hash], timeout: float) -> int:
         """Wait for announced blocks; how many are readable from the first on. Holds nothing afterwards."""
@@ -412,7 +416,11 @@ class Session:
         ttl: float | None = None,
         durable: bool = False,
     ) -> list[bool | Exception]:
-        """Store many blocks, all under way at once; for each what :meth:`put` would return, or raise."""
+        """Store many blocks, all under way at once; for each what :meth:`put` would return, or raise.
+
+        In the order of their prefix, where they have one: a tier below may keep them together; nothing else depends on
+        it.
+        """
 
     def reserve(
         self,
@@ -437,6 +445,9 @@ class Session:
         """Start to bring blocks up to host memory, from disk or from a peer, and return at once.
 
         ``node`` is the peer to ask first for what is not here.
+
+        In the order of their prefix, where they have one: a tier below may keep them together; nothing else depends on
+        it.
         """
 
     def evict(

@@ -216,7 +216,7 @@ fn hashes(list: Vec<Hash>) -> Vec<SequenceHash> {
 
 fn put_options(class: &str, ttl: Option<f64>, durable: bool) -> PyResult<PutOptions> {
     let ttl = ttl.map(|ttl| seconds("ttl", ttl)).transpose()?;
-    Ok(PutOptions { priority: priority(class)?, ttl, durable })
+    Ok(PutOptions { priority: priority(class)?, ttl, durable, after: None })
 }
 
 #[pymethods]

@@ -314,6 +314,10 @@ impl v1::blocks_server::Blocks for BlocksService {
                 format!("binding {} has no scope yet; register it", header.binding),
             ))
         })?;
+        let after = match &header.after {
+            none if none.is_empty() => None,
+            hash => bound.key(&convert::sequence_hash(hash).map_err(status)?),
+        };
         let keep = keep(header.priority, header.ttl_s).map_err(status)?;
 
         let bytes = bound.kept.block_bytes;
@@ -339,7 +343,7 @@ impl v1::blocks_server::Blocks for BlocksService {
             bytes: body.len() as u32,
             keep,
             durable: header.durable,
-            after: None,
+            after,
         };
         let node = self.node();
         let shard = view.owner(&key, until).await.map_err(status)?;
