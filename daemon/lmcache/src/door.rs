@@ -661,6 +661,7 @@ impl Door {
         let Some((instance, rank)) = self.transfer(id, &wanted) else { return nothing() };
         let chain = self.chains.of(&wanted.request, &wanted.tokens);
         let names = &chain.names()[wanted.chunks.clone()];
+        let before = wanted.chunks.start.checked_sub(1).map(|chunk| chain.names()[chunk]);
         let key = TransferKey::new(&wanted, rank, names[names.len() - 1], true);
         // Asked for again, without a commit: what was announced then is announced anew.
         drop(instance.end(&key));
@@ -671,7 +672,7 @@ impl Door {
                 return nothing();
             }
         };
-        let mut announced = self.announce(&instance, &binding, names);
+        let mut announced = self.announce(&instance, &binding, names, before);
         announced.sort_by_key(|(chunk, ..)| *chunk);
         let (mut slots, mut reservations, mut chunks) = (Vec::new(), Vec::new(), Vec::new());
         for (chunk, slot, reservation) in announced {
@@ -688,12 +689,14 @@ impl Door {
     }
 
     /// Announces those of the chunks that kvd lacks, as far as there is room in the pool and in kvd, and gives
-    /// each a slot. Room that is being made is waited for, a little: the engine stands still meanwhile.
+    /// each a slot. Room that is being made is waited for, a little: the engine stands still meanwhile. `before` is
+    /// the chunk before the first.
     fn announce(
         &self,
         instance: &Instance,
         binding: &Binding,
         names: &[SequenceHash],
+        before: Option<SequenceHash>,
     ) -> Vec<(usize, Slot, Reservation)> {
         let until = Instant::now() + ROOM_WAIT;
         let mut announced = Vec::new();
@@ -710,7 +713,9 @@ impl Door {
                 break;
             }
             let asked: Vec<SequenceHash> = turn.iter().map(|chunk| names[*chunk]).collect();
-            let reserved = instance.worker.reserve_many(binding, &asked, &PutOptions::default());
+            let after = turn[0].checked_sub(1).map_or(before, |chunk| Some(names[chunk]));
+            let options = PutOptions { after, ..PutOptions::default() };
+            let reserved = instance.worker.reserve_many(binding, &asked, &options);
             let reserved = reserved.unwrap_or_else(|error| vec![Err(error)]);
             let (mut again, mut failed) = (Vec::new(), None);
             for (chunk, one) in turn.into_iter().zip(reserved) {
