@@ -389,7 +389,6 @@ fn brain_config(config: &Config, bounds: &Bounds, shard: &ShardPlan, epoch: Epoc
         }),
         events_kept_max: bounds.events_max as usize,
         // No tier below makes use of it yet.
-        keep_order: false,
     }
 }
 

@@ -1049,7 +1049,6 @@ mod tests {
             object: None,
             fetch_limit_ms: 1000,
             events_kept_max: 1024,
-            keep_order: false,
         };
         let brain = Brain::new(config, catalog, host);
         let (mut shard, handle) = Shard::new(ShardId(0), brain, memory, HazardSet::new(), 64).unwrap();

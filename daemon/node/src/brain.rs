@@ -61,8 +61,6 @@ pub struct BrainConfig {
     pub object: Option<ObjectConfig>,
     /// Events kept for replay.
     pub events_kept_max: usize,
-    /// Whether to remember which block came before which, for a tier below that makes use of it.
-    pub keep_order: bool,
 }
 
 /// What a brain must know of the object tier.

@@ -3,7 +3,7 @@
 //! ```text
 //!   put, reserve, acquire, prefetch: key, after --note--> [ in host memory, or on its way there ] --> forgotten
 //! ```
-//! A tier below may keep blocks of one prefix together, and fetch ahead. It is a hint and nothing more: workers may
+//! The object tier keeps blocks of one prefix together, and fetches ahead; without one nothing is remembered. It is a hint and nothing more: workers may
 //! say nothing, or nonsense, such as circles. Whoever follows it takes a bounded number of steps and depends on none.
 
 use std::collections::HashMap;
@@ -56,7 +56,7 @@ impl Brain {
 
     /// Somebody says what comes before a block that he gives or wants.
     pub(crate) fn follows(&mut self, key: BlockKey, after: Option<BlockKey>) {
-        let Some(after) = after.filter(|_| self.config.keep_order) else { return };
+        let Some(after) = after.filter(|_| self.config.object.is_some()) else { return };
         if !is_here_soon(&self.pending, &self.catalog, &key) {
             return;
         }
@@ -68,7 +68,7 @@ impl Brain {
 
     /// A block did not come: what came before it is of no use, unless it comes another way.
     pub(crate) fn forget_order(&mut self, key: &BlockKey) {
-        if self.config.keep_order && !is_here_soon(&self.pending, &self.catalog, key) {
+        if self.config.object.is_some() && !is_here_soon(&self.pending, &self.catalog, key) {
             self.order.forget(key);
         }
     }

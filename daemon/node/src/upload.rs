@@ -182,7 +182,13 @@ impl Brain {
         self.leaving += usize::from(leave);
         // It may be kept longer by now than when it was sealed.
         let expires_at = entry.expires_at;
-        out.push(Command::Upload { upload, held, binding: entry.binding, expires_at, parent: None });
+        out.push(Command::Upload {
+            upload,
+            held,
+            binding: entry.binding,
+            expires_at,
+            parent: self.order.before(key),
+        });
         true
     }
 

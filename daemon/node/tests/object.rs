@@ -5,16 +5,12 @@ mod rig;
 use std::time::Duration;
 
 use kv_block::{MissReason, Priority, Record, Tier};
-use kv_node::{Keep, ObjectConfig, Op, Reach};
+use kv_node::{Keep, ObjectConfig, Op, Reach, Step};
 use kv_tiers::upload::UploadLimits;
-use rig::{A, Rig, SMALL, Setup, key, session, words};
-
-fn config() -> ObjectConfig {
-    ObjectConfig { upload: UploadLimits::default(), uploads_max: 4, fetch_limit_ms: 1000 }
-}
+use rig::{A, Rig, SMALL, Setup, key, object, session, words};
 
 fn setup() -> Setup {
-    Setup { object: Some(config()), disk: None, ..Setup::default() }
+    Setup { object: Some(object()), disk: None, ..Setup::default() }
 }
 
 fn record(n: u64) -> Record {
@@ -46,10 +42,25 @@ fn what_was_read_goes_up_when_it_is_old_enough() {
 }
 
 #[test]
+fn what_came_before_a_block_is_told_with_it() {
+    let upload = UploadLimits { reads_min: 0, age_min: Duration::ZERO, ..UploadLimits::default() };
+    let mut rig = Rig::new(Setup { object: Some(ObjectConfig { upload, ..object() }), ..setup() });
+    for n in 1..4 {
+        let (keep, after) = (Keep::default(), (n > 1).then(|| key(n - 1)));
+        let put = Op::Put { key: key(n), binding: A, source: 0, bytes: SMALL, keep, durable: false, after };
+        assert_eq!(words(&rig.get(session(1), put)), "stored");
+    }
+    rig.tick();
+    rig.advance(50);
+    assert_eq!([1, 2, 3].map(|n| rig.parents[&key(n)]), [None, Some(key(1)), Some(key(2))]);
+    rig.finish();
+}
+
+#[test]
 fn what_is_asked_for_goes_at_once() {
     let mut rig = Rig::new(setup());
     let keep = Keep { priority: Priority::High, expires_at: 0 };
-    let put = Op::Put { key: key(1), binding: A, source: 0, bytes: SMALL, keep, durable: false };
+    let put = Op::Put { key: key(1), binding: A, source: 0, bytes: SMALL, keep, durable: false, after: None };
     assert_eq!(words(&rig.get(session(1), put)), "stored");
     rig.put_all(2..4);
     let until = rig.now.micros.plus_ms(60_000);
@@ -61,7 +72,7 @@ fn what_is_asked_for_goes_at_once() {
 
 #[test]
 fn what_is_pinned_on_disk_comes_up_and_goes_on() {
-    let mut rig = Rig::new(Setup { object: Some(config()), ..Setup::default() });
+    let mut rig = Rig::new(Setup { object: Some(object()), ..Setup::default() });
     assert_eq!(rig.put_durably(1), "stored");
     rig.evict(1, Some(Tier::Host));
     assert_eq!(rig.tiers(1), [Tier::Disk]);
@@ -134,7 +145,7 @@ fn what_the_store_lost_is_offered_again() {
 fn what_will_not_count_for_long_stays() {
     let mut rig = Rig::new(setup());
     let keep = Keep { priority: Priority::High, expires_at: rig.now.unix + 300 };
-    let put = Op::Put { key: key(1), binding: A, source: 0, bytes: SMALL, keep, durable: false };
+    let put = Op::Put { key: key(1), binding: A, source: 0, bytes: SMALL, keep, durable: false, after: None };
     assert_eq!(words(&rig.get(session(1), put)), "stored");
     rig.advance(60_000);
     assert!(rig.uploaded.is_empty());
@@ -183,8 +194,8 @@ fn the_peers_are_asked_first_and_then_the_object_tier() {
 #[test]
 fn a_look_ahead_asks_no_peer() {
     let mut rig = Rig::new(setup());
-    let keys = vec![key(1), key(2)];
-    assert_eq!(words(&rig.get(session(1), Op::Prefetch { keys, reach: Reach::Object })), "2/0/0");
+    let steps = Step::along(&[key(1), key(2)]).collect();
+    assert_eq!(words(&rig.get(session(1), Op::Prefetch { steps, reach: Reach::Object })), "2/0/0");
     assert_eq!(rig.in_object.len(), 2);
     // Whoever comes to want one meanwhile waits for it.
     let asked = rig.ask(session(1), Rig::fetch_op(1));
@@ -213,7 +224,7 @@ fn a_worker_that_stores_the_block_meanwhile_ends_the_search() {
 #[test]
 fn where_no_reads_are_asked_for_everything_goes() {
     let upload = UploadLimits { reads_min: 0, age_min: Duration::from_secs(1), ..UploadLimits::default() };
-    let mut rig = Rig::new(Setup { object: Some(ObjectConfig { upload, ..config() }), ..setup() });
+    let mut rig = Rig::new(Setup { object: Some(ObjectConfig { upload, ..object() }), ..setup() });
     rig.put_all(1..4);
     rig.tick();
     rig.advance(2_000);

@@ -10,7 +10,9 @@ use kv_node::{Event, Filter, Keep, Micros, Op, Origin, Reach, Reply, RequestId};
 use kv_tiers::admit::AdmissionKind;
 use kv_tiers::memory::{MemoryConfig, StoreFault};
 use kv_tiers::store::StoreError;
-use rig::{A, B, B_LARGE, DEADLINE_MS, GONE, LARGE, Rig, SMALL, Setup, is_fault, key, path, session, words};
+use rig::{
+    A, B, B_LARGE, DEADLINE_MS, GONE, LARGE, Rig, SMALL, Setup, is_fault, key, object, path, session, words,
+};
 
 fn slow() -> StoreFault {
     StoreFault::Fail(StoreError::Slow { limit: Duration::from_secs(1) })
@@ -361,7 +363,7 @@ fn a_prefetched_block_is_in_memory_when_it_is_wanted() {
 
 #[test]
 fn what_came_before_a_block_is_known_while_it_is_in_memory_or_expected() {
-    let mut rig = Rig::new(Setup::default());
+    let mut rig = Rig::new(Setup { object: Some(object()), ..Setup::default() });
     let put = |n, source, after| {
         let keep = Keep::default();
         Op::Put { key: key(n), binding: A, source, bytes: SMALL, keep, durable: true, after }

@@ -11,7 +11,9 @@ use std::time::{Duration, Instant};
 
 use kv_arena::Slot;
 use kv_block::{BlockKey, MissReason, Record, SessionId, ShardId};
-use kv_node::{Event, FetchDone, FetchOp, FetchToken, Micros, OfferToken, Op, Origin, Reach, RequestId};
+use kv_node::{
+    Event, FetchDone, FetchOp, FetchToken, Micros, OfferToken, Op, Origin, Reach, RequestId, Step,
+};
 use kv_object::{Got, Tier, Want};
 use kv_wire::message::Sight;
 use tokio::sync::mpsc;
@@ -158,7 +160,8 @@ impl Reads {
         }
         for (shard, keys) in by_shard {
             let from = Origin { session: SessionId(0), request: RequestId(0) };
-            let op = Op::Prefetch { keys, reach: Reach::Object };
+            let steps = keys.into_iter().map(|key| Step { key, after: None }).collect();
+            let op = Op::Prefetch { steps, reach: Reach::Object };
             let letter = Letter::Tell(Event::Request { from, deadline: Micros::NEVER, op });
             // A shard that is that busy has no time for guesses.
             if let Some(shard) = self.node.shard(shard) {

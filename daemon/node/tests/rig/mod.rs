@@ -29,6 +29,7 @@ use kv_tiers::evict::PolicyKind;
 use kv_tiers::host::{HostTier, Watermarks};
 use kv_tiers::memory::{MemoryConfig, MemoryStore};
 use kv_tiers::store::{BlockStore, StoreDone, StoreOp};
+use kv_tiers::upload::UploadLimits;
 
 /// Length of a block of the first binding: 8 in a region.
 pub const SMALL: u32 = 256 << 10;
@@ -54,6 +55,11 @@ pub fn path(numbers: std::ops::Range<u64>) -> Vec<Step> {
 
 pub fn session(n: u64) -> SessionId {
     SessionId(n)
+}
+
+/// An object tier as the daemon has it by default, with little room.
+pub fn object() -> ObjectConfig {
+    ObjectConfig { upload: UploadLimits::default(), uploads_max: 4, fetch_limit_ms: 1000 }
 }
 
 /// What a rig is made of.
@@ -153,6 +159,8 @@ pub struct Rig {
     /// While set, blocks for the object tier stay with whoever is to copy them, by token.
     pub hold_uploads: bool,
     pub uploads: BTreeMap<u64, Held>,
+    /// What came before each that was to be copied.
+    pub parents: BTreeMap<BlockKey, Option<BlockKey>>,
     /// Blocks that were copied for the object tier.
     pub uploaded: BTreeSet<BlockKey>,
     /// Why an offer was declined, if the last one was.
@@ -210,6 +218,7 @@ impl Rig {
             in_object: BTreeSet::new(),
             hold_uploads: false,
             uploads: BTreeMap::new(),
+            parents: BTreeMap::new(),
             uploaded: BTreeSet::new(),
             declined: None,
             offers: 0,
@@ -272,7 +281,6 @@ impl Rig {
             object: self.setup.object.clone(),
             fetch_limit_ms: 2 * DEADLINE_MS,
             events_kept_max: self.setup.events_kept_max,
-            keep_order: true,
         };
         let mut brain = Brain::new(config, Catalog::new(table, 512), host);
         for binding in bindings() {
@@ -438,8 +446,9 @@ impl Rig {
                         }
                         self.fetch(op);
                     }
-                    Command::Upload { upload, held, .. } => {
+                    Command::Upload { upload, held, parent, .. } => {
                         let record = held.record();
+                        self.parents.insert(record.key, parent);
                         assert_eq!(
                             Checksum::of(&record.key, &held),
                             record.checksum,
