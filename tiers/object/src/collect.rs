@@ -33,6 +33,8 @@
 //!   manifest for every round, so this says that it slept through that many.
 //! - The grace also covers a list of objects that is late: what it does not show yet is condemned, not deleted, and a
 //!   node that was seen before and is not now counts as silent.
+//! - A pack whose writer is gone and whose time is not over is listed by a few others, which the round's nodes and the
+//!   pack's name pick: what a node wrote outlives it. See [`inherits`].
 //! - How long a round lasts is each collector's own affair, measured on its own clock since it first saw the last one.
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -212,6 +214,24 @@ pub fn may_keep(round: &Round, honoured: u64, id: &PackId) -> bool {
         .is_none_or(|since| *since > honoured && since.saturating_add(round.grace) > round.number)
 }
 
+/// Whether a live node keeps a condemned pack for the others, because its writer is gone and its time is not over: as
+/// many do as may be lost at once. A pack without an end goes when nobody reads it.
+pub fn inherits(round: &Round, node: &str, pack: &PackId, writer: &str, expires_at: u32, now: u32) -> bool {
+    if expires_at <= now || round.nodes.contains_key(writer) {
+        return false;
+    }
+    let rank = |node: &str| {
+        let mut hasher = blake3::Hasher::new();
+        hasher.update(&pack.0).update(node.as_bytes());
+        *hasher.finalize().as_bytes()
+    };
+    let own = rank(node);
+    round.nodes.keys().filter(|other| rank(other) > own).count() < HEIRS
+}
+
+/// Nodes that keep a pack whose writer is gone.
+const HEIRS: usize = 3;
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -320,6 +340,26 @@ mod tests {
         round = next_round(Some(&round), 3, &listed, &lost);
         assert!(round.number >= 4 && round.nodes.contains_key("b"));
         assert_eq!(deletable(&round, &lost), [], "nobody knows what it says");
+    }
+
+    #[test]
+    fn a_few_keep_what_a_node_wrote_that_is_gone() {
+        let nodes = |count: u8| {
+            let seen = NodeSeen { epoch: Epoch(1), generation: 1, silent: 0 };
+            Round { nodes: (0..count).map(|n| (format!("n{n}"), seen)).collect(), ..Round::default() }
+        };
+        let heirs = |count: u8, pack: u8, writer: &str, expires_at| {
+            let round = nodes(count);
+            let all =
+                round.nodes.keys().filter(|node| inherits(&round, node, &id(pack), writer, expires_at, 100));
+            all.cloned().collect::<Vec<_>>()
+        };
+        assert_eq!(heirs(2, 1, "gone", 101), ["n0", "n1"], "all, where there are few");
+        assert_eq!(heirs(9, 1, "gone", 101).len(), HEIRS);
+        assert_ne!(heirs(9, 1, "gone", 101), heirs(9, 2, "gone", 101), "not always the same ones");
+        assert!(heirs(9, 1, "n4", 101).is_empty(), "who wrote it is there, and does not list it");
+        assert!(heirs(9, 1, "gone", 100).is_empty(), "its time is over");
+        assert!(heirs(9, 1, "gone", 0).is_empty(), "it has no end");
     }
 
     #[test]

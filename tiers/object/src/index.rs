@@ -112,6 +112,8 @@ pub struct Index {
     numbers: HashMap<PackId, u32>,
     table: HashTable<Spot>,
     bytes: u64,
+    /// What blocks were stored under, and how many packs have such.
+    bindings: HashMap<BindingTag, (Binding, usize)>,
 }
 
 /// A key is a digest already.
@@ -155,6 +157,11 @@ impl Index {
         self.bytes
     }
 
+    /// What blocks were stored under, over all packs.
+    pub fn bindings(&self) -> impl Iterator<Item = &Binding> {
+        self.bindings.values().map(|(binding, _)| binding)
+    }
+
     /// What is known about a pack.
     pub fn pack(&self, id: &PackId) -> Option<&Known> {
         self.packs[*self.numbers.get(id)? as usize].as_ref()
@@ -188,6 +195,9 @@ impl Index {
             self.packs.push(None);
             u32::try_from(self.packs.len() - 1).expect("fewer packs than numbers")
         });
+        for (tag, binding) in known.tags.iter().zip(&known.bindings) {
+            self.bindings.entry(*tag).or_insert_with(|| (binding.clone(), 0)).1 += 1;
+        }
         let count = known.entries.len() as u32;
         self.packs[number as usize] = Some(known);
         self.numbers.insert(id, number);
@@ -209,6 +219,14 @@ impl Index {
         let known = self.packs[number as usize].take()?;
         self.free.push(number);
         self.bytes -= known.pack_bytes;
+        for tag in &known.tags {
+            if let Some((_, packs)) = self.bindings.get_mut(tag) {
+                *packs -= 1;
+                if *packs == 0 {
+                    self.bindings.remove(tag);
+                }
+            }
+        }
         Some(known)
     }
 

@@ -372,6 +372,11 @@ impl Tier {
         })
     }
 
+    /// What blocks were stored under, over all packs that can be read.
+    pub fn bindings(&self) -> Vec<Binding> {
+        self.with(|state| state.index.bindings().cloned().collect())
+    }
+
     /// Every pack that can be read.
     pub fn packs(&self) -> Vec<Known> {
         self.with(|state| state.index.packs().cloned().collect())

@@ -344,6 +344,31 @@ async fn a_node_that_sleeps_through_the_grace_is_fenced_and_comes_back_with_a_hi
 }
 
 #[tokio::test(start_paused = true)]
+async fn what_a_node_wrote_outlives_it_until_its_time_is_over() {
+    let store = Arc::new(Memory::new());
+    let (one, two) = (open(&store, config("a", 1)).await, open(&store, config("b", 1)).await);
+    // b wrote them, and is not heard of again.
+    let offers = vec![offer(1, 4000, None, NOW + 86_400), offer(2, 4000, None, 0)];
+    two.put(NOW, offers).await.unwrap();
+    two.flush(true).await.unwrap();
+    two.refresh(NOW).await.unwrap();
+    one.refresh(NOW).await.unwrap();
+    assert_eq!(pack_names(&store).len(), 2);
+    for _ in 0..12 {
+        round(&one).await;
+        one.refresh(NOW).await.unwrap();
+    }
+    assert_eq!((pack_names(&store).len(), one.report().packs_listed), (1, 1), "what has no end is gone");
+    assert_eq!(hits(&one, &[1]).await, 1);
+    // A day later.
+    for _ in 0..8 {
+        one.refresh(NOW + 86_400).await.unwrap();
+        round(&one).await;
+    }
+    assert!(pack_names(&store).is_empty());
+}
+
+#[tokio::test(start_paused = true)]
 async fn a_round_that_cannot_be_read_stops_collection_and_nothing_else() {
     let store = Arc::new(Memory::new());
     let one = open(&store, config("a", 1)).await;

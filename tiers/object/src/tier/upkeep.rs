@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use bytes::Bytes;
 use kv_block::BlockKey;
 
-use crate::collect::{Round, deletable, may_keep, next_round};
+use crate::collect::{Round, deletable, inherits, may_keep, next_round};
 use crate::manifest::{self, Manifest, ManifestName, PackRef};
 use crate::pack::{self, PackError, PackId, Tail};
 use crate::requests::{Kind, RequestError, attempts};
@@ -156,7 +156,10 @@ impl Tier {
             }
             for id in round.condemned.keys() {
                 // What is read here is worth keeping, whoever wrote it.
-                let used = state.mine.contains_key(id) || state.touched.contains(id);
+                let inherited = state.index.pack(id).is_some_and(|pack| {
+                    inherits(&round, &self.config.node, id, &pack.writer.node, pack.expires_at, now)
+                });
+                let used = inherited || state.mine.contains_key(id) || state.touched.contains(id);
                 match state.index.pack(id).map(PackRef::of).or_else(|| state.mine.get(id).copied()) {
                     Some(pack) if used && may_keep(&round, state.honoured, id) => {
                         state.mine.insert(*id, pack);
