@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context as _, ensure};
 use clap::Args;
 use kv_client::{Client, Tier, WorkerOptions, v1};
-use kvd::config::units::{Admission, Policy, Size, Text};
+use kvd::config::units::{Admission, Policy, Size, StoreAt, Text};
 
 use crate::audit::Audit;
 use crate::daemon::{Daemon, Setup};
@@ -18,7 +18,7 @@ use crate::nodes::{self, NODES_MAX};
 use crate::places::{Places, Wishes, share};
 use crate::progress::Progress;
 use crate::replay::{Patience, Plan, Replay, Seat, scope, slice};
-use crate::report::{Moved, NodeReport, Report, Restart};
+use crate::report::{Moved, NodeReport, ObjectReport, Report, Restart};
 use crate::stop::Stop;
 use crate::tally::Tally;
 use crate::trace;
@@ -82,6 +82,10 @@ pub struct Options {
     /// Which block goes when room is needed: sieve, s3fifo or lru
     #[arg(long, value_name = "POLICY", default_value = "sieve", value_parser = text::<Policy>)]
     pub policy: Policy,
+    /// Share blocks in an object store as well: a directory, s3://BUCKET[/PREFIX] or az://ACCOUNT/CONTAINER[/PREFIX] with
+    /// keys from the environment; without a value a directory that is removed at the end
+    #[arg(long, value_name = "STORE", num_args = 0..=1, default_missing_value = "")]
+    pub object: Option<String>,
     /// A tmpfs for the host tier [default: /dev/shm]
     #[arg(long, value_name = "DIR")]
     pub memory_dir: Option<PathBuf>,
@@ -141,7 +145,8 @@ pub fn run(options: &Options, stop: &Stop) -> anyhow::Result<Report> {
     );
     places.notes.iter().for_each(|note| eprintln!("note: {note}"));
 
-    let settings = [
+    let store = options.object.as_ref().map(|store| object_store(store, &places)).transpose()?;
+    let mut settings = vec![
         "listen.http=off".to_owned(),
         format!("disk.admission={}", options.admission),
         format!("host.policy={}", options.policy),
@@ -149,6 +154,11 @@ pub fn run(options: &Options, stop: &Stop) -> anyhow::Result<Report> {
         // block that it was, so none may be forgotten.
         format!("catalog.ghosts_max={}", trace::blocks(&requests).max(64)),
     ];
+    if let Some(store) = &store {
+        // The trace goes by a hundred times faster than it was recorded, and so does this.
+        let soon = ["age_min=0s", "pack_wait=500ms", "refresh=500ms"].map(|pair| format!("object.{pair}"));
+        settings.extend(soon.into_iter().chain([format!("object.store={store}")]));
+    }
     let setups = nodes::setups(&places, &settings)?;
     let started: Vec<_> = setups.iter().map(Daemon::start).collect::<Result<_, _>>()?;
     let mut nodes = Vec::new();
@@ -165,6 +175,7 @@ pub fn run(options: &Options, stop: &Stop) -> anyhow::Result<Report> {
         host_bytes: places.host.0,
         disk_bytes: places.disk.0,
         admission: options.admission.to_string(),
+        object: store.clone().map(|store| ObjectReport { store, ..ObjectReport::default() }),
         ..Report::default()
     };
     let abort = Stop::default();
@@ -179,7 +190,13 @@ pub fn run(options: &Options, stop: &Stop) -> anyhow::Result<Report> {
         }
         hands.push(seats);
     }
-    let plan = Plan { requests, speed: options.speed, durable_every: DURABLE_EVERY, plant: options.plant };
+    let plan = Plan {
+        requests,
+        speed: options.speed,
+        durable_every: DURABLE_EVERY,
+        plant: options.plant,
+        object: store.is_some(),
+    };
     let gate = Director::gate(total, options.kills, 0, workers);
     let replay = Replay::new(plan, patience.clone(), gate, nodes.len());
     let mut director = Director {
@@ -217,6 +234,18 @@ pub fn run(options: &Options, stop: &Stop) -> anyhow::Result<Report> {
     drop(hands);
     director.close(stop)
     // The daemons ended; `places` removes what is left.
+}
+
+/// Where the object store of a run is. A directory may be named from where the command was typed.
+fn object_store(wish: &str, places: &Places) -> anyhow::Result<String> {
+    let store = match wish {
+        "" => places.data().join("objects").display().to_string(),
+        url if url.contains("://") => url.to_owned(),
+        dir => std::path::absolute(dir).context("--object")?.display().to_string(),
+    };
+    let known: Result<StoreAt, String> = text(&store);
+    known.map_err(anyhow::Error::msg).context("--object")?;
+    Ok(store)
 }
 
 /// A worker session and its binding.
@@ -399,6 +428,16 @@ impl Director<'_> {
         self.report.durable_undecided = audit.undecided;
     }
 
+    /// Enters what a node has to do with the object store in the last life of its daemon.
+    fn enter_object(&mut self, told: &v1::StatusResponse) {
+        let Some(object) = &mut self.report.object else { return };
+        for tier in told.tiers.iter().filter(|tier| tier.tier() == v1::Tier::Object) {
+            object.blocks = object.blocks.max(tier.blocks);
+            object.uploaded_bytes += tier.bytes_written;
+            object.downloaded_bytes += tier.bytes_read;
+        }
+    }
+
     /// Reads the whole account of every node back, ends the daemons in order, and gives the report.
     fn close(mut self, stop: &Stop) -> anyhow::Result<Report> {
         let mut undecided = 0;
@@ -414,6 +453,7 @@ impl Director<'_> {
                 self.report.disk_bytes_written += told.disk_bytes_written;
                 self.enter_fetched(at)?;
             }
+            self.enter_object(&told);
             let held = blocks(&told);
             let count = |tier: Tier| held.get(&tier).copied().unwrap_or(0);
             self.report.nodes.push(NodeReport {

@@ -72,9 +72,11 @@ impl Progress {
 fn words(live: &Live) -> String {
     let count = |of: &std::sync::atomic::AtomicU64| of.load(Ordering::Relaxed);
     let (host, disk, peer) = (count(&live.hits_host), count(&live.hits_disk), count(&live.hits_peer));
-    let (hits, misses) = (host + disk + peer, count(&live.misses));
+    let object = count(&live.hits_object);
+    let (hits, misses) = (host + disk + peer + object, count(&live.misses));
     let share = 100 * hits / (hits + misses).max(1);
-    let peer = if peer > 0 { format!(", peer {peer}") } else { String::new() };
+    let more = |name, count| if count > 0 { format!(", {name} {count}") } else { String::new() };
+    let (peer, object) = (more("peer", peer), more("object", object));
     let wrong = count(&live.wrong_bytes);
-    format!("blocks read: host {host}, disk {disk}{peer} ({share}% hits)  wrong bytes {wrong}")
+    format!("blocks read: host {host}, disk {disk}{peer}{object} ({share}% hits)  wrong bytes {wrong}")
 }

@@ -5,7 +5,8 @@
 //! away, busy or full are made again; a killed daemon costs time, not requests.
 //!
 //! Of several nodes, each request has its own: its number modulo their count, as a router without an eye for
-//! KV cache would spread them. A prefix that another node has comes from there. While a node is away, its
+//! KV cache would spread them. A prefix that another node has comes from there, and what none has from the object store,
+//! where there is one. While a node is away, its
 //! requests go to the next one.
 
 use std::collections::HashSet;
@@ -123,6 +124,8 @@ pub struct Plan {
     pub durable_every: u64,
     /// Store one byte of the first block wrong, to see that it is found.
     pub plant: bool,
+    /// There is an object store behind the nodes.
+    pub object: bool,
 }
 
 /// Counts that others may watch meanwhile.
@@ -136,6 +139,8 @@ pub struct Live {
     pub hits_disk: AtomicU64,
     /// Blocks read that came from another node.
     pub hits_peer: AtomicU64,
+    /// Blocks read that came from the object store.
+    pub hits_object: AtomicU64,
     /// Blocks that were not here.
     pub misses: AtomicU64,
     /// Wrong bytes.
@@ -345,7 +350,8 @@ impl<'a> Hand<'a> {
                 missing.push(at);
             }
         }
-        missing.into_iter().try_for_each(|at| self.store(request.blocks[at]))
+        let before = |at: usize| at.checked_sub(1).map(|before| request.blocks[before]);
+        missing.into_iter().try_for_each(|at| self.store(request.blocks[at], before(at)))
     }
 
     /// Where the blocks are: at this node without a call, or else wherever the daemon finds them.
@@ -354,7 +360,7 @@ impl<'a> Hand<'a> {
         let found = self.insist(|| worker.lookup(binding, names))?;
         let mut seen: Vec<Seen> = found.tiers.iter().map(|tier| Seen::In((*tier).into())).collect();
         let Some((first, miss)) = found.first_miss else { return Ok(seen) };
-        if self.seats.len() > 1 {
+        if self.seats.len() > 1 || self.replay.plan.object {
             let located = self.insist(|| worker.locate(binding, &names[first..]).wait())?;
             seen.extend(located.into_iter().map(Seen::from));
             return Ok(seen);
@@ -368,9 +374,10 @@ impl<'a> Hand<'a> {
         Ok(seen)
     }
 
-    /// Has blocks of other nodes come here, all at once.
+    /// Has blocks of other nodes and of the object store come here, all at once.
     fn call_in(&mut self, names: &[SequenceHash], seen: &[Seen]) -> Result<(), Error> {
-        let elsewhere = names.iter().zip(seen).filter(|(_, seen)| **seen == Seen::In(Source::Peer));
+        let elsewhere = |seen: &Seen| matches!(seen, Seen::In(Source::Peer | Source::Object));
+        let elsewhere = names.iter().zip(seen).filter(|(_, seen)| elsewhere(seen));
         let elsewhere: Vec<SequenceHash> = elsewhere.map(|(name, _)| *name).collect();
         if elsewhere.is_empty() {
             return Ok(());
@@ -409,7 +416,7 @@ impl<'a> Hand<'a> {
             Err(error) if error.kind() == FaultKind::Corrupt => return Ok(Some(MissReason::Corrupt)),
             Err(error) => return Err(error),
         };
-        if source == Source::Peer {
+        if matches!(source, Source::Peer | Source::Object) {
             took = self.called.elapsed();
         }
         let live = &self.replay.live;
@@ -418,6 +425,7 @@ impl<'a> Hand<'a> {
             Source::Host => &live.hits_host,
             Source::Disk => &live.hits_disk,
             Source::Peer => &live.hits_peer,
+            Source::Object => &live.hits_object,
         };
         hits.fetch_add(1, Ordering::Relaxed);
         let key = binding.key(name);
@@ -427,8 +435,8 @@ impl<'a> Hand<'a> {
         Ok(None)
     }
 
-    /// Stores one block.
-    fn store(&mut self, hash: u64) -> Result<(), Error> {
+    /// Stores one block, which stands behind another in its prefix.
+    fn store(&mut self, hash: u64, before: Option<u64>) -> Result<(), Error> {
         let plan = &self.replay.plan;
         let name = SequenceHash::from(hash);
         let mut buffer = std::mem::take(&mut self.buffer);
@@ -439,7 +447,8 @@ impl<'a> Hand<'a> {
             buffer[0] ^= 1;
         }
         let durable = plan.durable_every > 0 && hash.is_multiple_of(plan.durable_every);
-        let options = PutOptions { durable, ..PutOptions::default() };
+        let after = before.map(SequenceHash::from);
+        let options = PutOptions { durable, after, ..PutOptions::default() };
         let mut took = Duration::ZERO;
         let stored = self.insist(|| {
             let asked = Instant::now();
@@ -468,7 +477,8 @@ mod tests {
 
     fn replay(count: u64, speed: Option<f64>, gate: usize) -> Replay {
         let requests = (0..count).map(|at| Request { timestamp_ms: at * 3_600_000, blocks: vec![at] });
-        let plan = Plan { requests: requests.collect(), speed, durable_every: 1, plant: false };
+        let plan =
+            Plan { requests: requests.collect(), speed, durable_every: 1, plant: false, object: false };
         Replay::new(plan, Patience { limit: Duration::ZERO, stop: Stop::default() }, gate, 2)
     }
 

@@ -37,7 +37,8 @@ pub struct Report {
     pub wrong_bytes: u64,
     /// The first wrong block, in words.
     pub first_wrong: Option<String>,
-    /// Blocks read, by the tier that had them; `peer` for those of another node, where there are several.
+    /// Blocks read, by the tier that had them; `peer` for those of another node, where there are several; `object`
+    /// where there is an object store.
     pub hits: BTreeMap<&'static str, u64>,
     /// Blocks that were not here, by reason.
     pub misses: BTreeMap<&'static str, u64>,
@@ -70,6 +71,8 @@ pub struct Report {
     /// Reading a block of another node: from asking for all that a request wants of others until this one was
     /// here and its turn.
     pub read_peer_us: Quantiles,
+    /// Reading a block of the object store, measured in the same way.
+    pub read_object_us: Quantiles,
     /// Storing a block in host memory.
     pub put_us: Quantiles,
     /// Storing a block durably.
@@ -86,8 +89,23 @@ pub struct Report {
     pub fetched_bytes: u64,
     /// Requests that went to another node while their own was away.
     pub rerouted: u64,
+    /// The object store, where there is one.
+    pub object: Option<ObjectReport>,
     /// The nodes.
     pub nodes: Vec<NodeReport>,
+}
+
+/// The object store at the end.
+#[derive(Clone, Debug, Default, Serialize)]
+pub struct ObjectReport {
+    /// Where it is.
+    pub store: String,
+    /// Blocks that can be found in it.
+    pub blocks: u64,
+    /// Bytes that nodes sent up. What a node sent before it was killed is not in it.
+    pub uploaded_bytes: u64,
+    /// Bytes that came from it. What came before a kill is not in it.
+    pub downloaded_bytes: u64,
 }
 
 /// One node at the end, and what it had from the others and gave to them.
@@ -191,6 +209,9 @@ impl Report {
         if self.is_many() {
             self.hits.insert("peer", tally.hits_peer);
         }
+        if self.object.is_some() {
+            self.hits.insert("object", tally.hits_object);
+        }
         self.misses.clone_from(&tally.misses);
         self.behind_gap = tally.behind_gap;
         self.put_blocks = tally.put_blocks;
@@ -199,10 +220,12 @@ impl Report {
         let mut read = tally.read_host.clone();
         read.merge(&tally.read_disk);
         read.merge(&tally.read_peer);
+        read.merge(&tally.read_object);
         self.read_us = (&read).into();
         self.read_host_us = (&tally.read_host).into();
         self.read_disk_us = (&tally.read_disk).into();
         self.read_peer_us = (&tally.read_peer).into();
+        self.read_object_us = (&tally.read_object).into();
         self.put_us = (&tally.put).into();
         self.put_durable_us = (&tally.put_durable).into();
         let bytes_hit = self.blocks_read * u64::from(self.block_bytes);
@@ -214,11 +237,13 @@ impl Report {
         self.nodes.len() > 1
     }
 
-    /// Whether every promise was kept. That several nodes had blocks of each other is one, unless somebody
-    /// stopped them.
+    /// Whether every promise was kept. That several nodes had blocks of each other is one, and that an object store has
+    /// some, unless somebody stopped them.
     pub fn is_right(&self) -> bool {
         let fetched = !self.is_many() || self.fetched_blocks > 0 || self.ended == "signal";
-        self.wrong_bytes == 0 && self.lost_durable_blocks == 0 && fetched
+        let stopped = self.ended == "signal";
+        let sent_up = self.object.as_ref().is_none_or(|object| object.blocks > 0 || stopped);
+        self.wrong_bytes == 0 && self.lost_durable_blocks == 0 && fetched && sent_up
     }
 
     /// One line of JSON.
@@ -262,9 +287,12 @@ impl fmt::Display for Report {
             writeln!(f, "           {} were here, but behind one that was not", grouped(self.behind_gap))?;
         }
         write!(f, "read       host {}; disk {}", self.read_host_us, self.read_disk_us)?;
-        match self.is_many() {
-            true => writeln!(f, "; peer {}", self.read_peer_us)?,
-            false => writeln!(f)?,
+        if self.is_many() {
+            write!(f, "; peer {}", self.read_peer_us)?;
+        }
+        writeln!(f)?;
+        if self.object.is_some() {
+            writeln!(f, "           object {}", self.read_object_us)?;
         }
         writeln!(
             f,
@@ -279,6 +307,15 @@ impl fmt::Display for Report {
             size(self.disk_bytes_written),
             self.bytes_written_per_byte_hit
         )?;
+        if let Some(ObjectReport { store, blocks, uploaded_bytes, downloaded_bytes }) = &self.object {
+            writeln!(
+                f,
+                "object     {} blocks in {store};\n           {} went up, {} came down",
+                grouped(*blocks),
+                size(*uploaded_bytes),
+                size(*downloaded_bytes),
+            )?;
+        }
         if self.is_many() {
             writeln!(
                 f,
@@ -456,6 +493,24 @@ mod tests {
         for word in ["peer", "node", " each,"] {
             assert!(!report().to_string().contains(word), "{word}");
         }
+    }
+
+    #[test]
+    fn an_object_store_is_told_of_and_nothing_in_it_is_not_right() {
+        let object =
+            ObjectReport { store: "s3://b".into(), blocks: 12, uploaded_bytes: 4096, ..Default::default() };
+        let mut with = Report { object: Some(object.clone()), ..report() };
+        let mut tally = Tally::default();
+        tally.hit(Source::Object, Duration::from_millis(20));
+        with.take(&tally);
+        let table = with.to_string();
+        for part in ["object 1 (", "object 20.0 ms", "12 blocks in s3://b", "4KiB went up"] {
+            assert!(table.replace("p50 ", "").contains(part), "{part}: {table}");
+        }
+        assert!(with.is_right() && !report().to_string().contains("object"));
+        let empty = Some(ObjectReport { blocks: 0, ..object });
+        assert!(!Report { object: empty.clone(), ..report() }.is_right());
+        assert!(Report { object: empty, ended: "signal", ..report() }.is_right());
     }
 
     #[test]

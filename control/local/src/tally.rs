@@ -52,6 +52,8 @@ pub enum Source {
     Disk,
     /// Another node.
     Peer,
+    /// The object store.
+    Object,
 }
 
 impl Source {
@@ -61,13 +63,18 @@ impl Source {
             Self::Host => "host",
             Self::Disk => "disk",
             Self::Peer => "peer",
+            Self::Object => "object",
         }
     }
 }
 
 impl From<Tier> for Source {
     fn from(tier: Tier) -> Self {
-        if tier == Tier::Disk { Self::Disk } else { Self::Host }
+        match tier {
+            Tier::Device | Tier::Host => Self::Host,
+            Tier::Disk => Self::Disk,
+            Tier::Object => Self::Object,
+        }
     }
 }
 
@@ -92,6 +99,8 @@ pub struct Tally {
     pub hits_disk: u64,
     /// Blocks of prefixes that had to come from another node.
     pub hits_peer: u64,
+    /// Blocks of prefixes that had to come from the object store.
+    pub hits_object: u64,
     /// Blocks that were here, but behind one that was not: of no use to the request, and not read.
     pub behind_gap: u64,
     /// Blocks that were not here, by reason.
@@ -109,6 +118,8 @@ pub struct Tally {
     /// Reading one block of another node: from asking for all that a request wants of others until this one was
     /// here and its turn.
     pub read_peer: Times,
+    /// Reading one block of the object store, measured in the same way.
+    pub read_object: Times,
     /// Storing one block in host memory.
     pub put: Times,
     /// Storing one block durably.
@@ -122,6 +133,7 @@ impl Tally {
             Source::Host => (&mut self.hits_host, &mut self.read_host),
             Source::Disk => (&mut self.hits_disk, &mut self.read_disk),
             Source::Peer => (&mut self.hits_peer, &mut self.read_peer),
+            Source::Object => (&mut self.hits_object, &mut self.read_object),
         };
         *hits += 1;
         times.record(took);
@@ -143,7 +155,7 @@ impl Tally {
 
     /// Blocks read.
     pub fn blocks_read(&self) -> u64 {
-        self.hits_host + self.hits_disk + self.hits_peer
+        self.hits_host + self.hits_disk + self.hits_peer + self.hits_object
     }
 
     /// Blocks that were not here.
@@ -164,6 +176,7 @@ impl Tally {
         self.hits_host += other.hits_host;
         self.hits_disk += other.hits_disk;
         self.hits_peer += other.hits_peer;
+        self.hits_object += other.hits_object;
         self.behind_gap += other.behind_gap;
         for (reason, count) in other.misses {
             *self.misses.entry(reason).or_default() += count;
@@ -174,6 +187,7 @@ impl Tally {
         self.read_host.merge(&other.read_host);
         self.read_disk.merge(&other.read_disk);
         self.read_peer.merge(&other.read_peer);
+        self.read_object.merge(&other.read_object);
         self.put.merge(&other.put);
         self.put_durable.merge(&other.put_durable);
     }
@@ -192,11 +206,13 @@ mod tests {
         let mut two = one.clone();
         two.hit(Tier::Disk.into(), Duration::from_micros(300));
         two.hit(Source::Peer, Duration::from_micros(900));
+        two.hit(Tier::Object.into(), Duration::from_micros(9000));
         two.served.insert(2, 1);
         two.checked(10, 3, || "block b".into());
         one.merge(two);
-        assert_eq!((one.hits_host, one.hits_disk, one.missed(), one.blocks_read()), (2, 1, 2, 4));
-        assert_eq!((one.hits_peer, one.served), (1, BTreeMap::from([(0, 6), (2, 1)])));
+        assert_eq!((one.hits_host, one.hits_disk, one.missed(), one.blocks_read()), (2, 1, 2, 5));
+        assert_eq!((one.hits_peer, one.hits_object), (1, 1));
+        assert_eq!(one.served, BTreeMap::from([(0, 6), (2, 1)]));
         assert_eq!((one.bytes_read, one.wrong_bytes, one.first_wrong.as_deref()), (30, 3, Some("block b")));
         assert!((one.read_disk.quantile_us(0.5) - 300.0).abs() < 1.0);
         assert!((one.read_host.quantile_us(0.99) - 1.0).abs() < 0.01);
