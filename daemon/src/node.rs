@@ -12,7 +12,7 @@ use bytes::Bytes;
 use kv_api::convert::Names;
 use kv_arena::Held;
 use kv_block::code::Code;
-use kv_block::{BlockKey, Epoch, Fault, MissReason, SessionId, ShardId, Tier};
+use kv_block::{BlockKey, Epoch, Fault, MissReason, Scope, SessionId, ShardId, Slice, Tier};
 use kv_node::{BlockReport, Event, Found, Grant, Op, Reach, Reply, ShardReport, Step};
 use kv_wire::message::Sight;
 
@@ -274,6 +274,12 @@ impl std::ops::Deref for View<'_> {
 }
 
 impl<'a> View<'a> {
+    /// The principal whose shards are seen; of several, the first.
+    pub fn principal(&self) -> usize {
+        let first = self.shards.first().map_or(0, |shard| usize::from(shard.id.0));
+        self.node.principals.iter().position(|principal| principal.shards.contains(&first)).unwrap_or(0)
+    }
+
     /// The shards that are seen.
     pub fn shards(&self) -> &'a [ShardHandle] {
         self.shards
@@ -481,7 +487,7 @@ impl<'a> View<'a> {
             if report.tiers.is_empty() {
                 continue;
             }
-            let fields = differing(&asked, other);
+            let fields = differing(&asked, &other.kept.scope, (&other.kept.slice, other.kept.block_bytes));
             if nearest.as_ref().is_none_or(|known| fields.len() < known.len()) {
                 nearest = Some(fields);
             }
@@ -497,15 +503,16 @@ pub fn quota_share(whole: u64, at: usize, count: usize) -> u64 {
 }
 
 /// Scopes of a tenant that an explanation compares with.
-const SCOPES_COMPARED_MAX: usize = 64;
+pub(crate) const SCOPES_COMPARED_MAX: usize = 64;
 
-fn differing(asked: &Bound, other: &Bound) -> Vec<String> {
+/// The fields in which what is asked for and another scope, slice and block length differ; never none.
+pub(crate) fn differing(asked: &Bound, scope: &Scope, (slice, block_bytes): (&Slice, u32)) -> Vec<String> {
     let mut fields: Vec<String> =
-        asked.kept.scope.differing_fields(&other.kept.scope).into_iter().map(str::to_owned).collect();
-    if asked.kept.slice != other.kept.slice {
+        asked.kept.scope.differing_fields(scope).into_iter().map(str::to_owned).collect();
+    if asked.kept.slice != *slice {
         fields.push("slice".into());
     }
-    if asked.kept.block_bytes != other.kept.block_bytes {
+    if asked.kept.block_bytes != block_bytes {
         fields.push("block_bytes".into());
     }
     // Equal in all that is kept, and yet another scope: the salt, which is not.

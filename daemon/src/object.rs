@@ -17,7 +17,7 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 use anyhow::Context as _;
 use kv_arena::Held;
 use kv_block::code::Code;
-use kv_block::{BindingId, BlockKey, Fault, ShardId};
+use kv_block::{BindingId, BlockKey, Fault, Scope, SequenceHash, ShardId};
 use kv_node::{FetchOp, UploadToken};
 use kv_object::Tier;
 use kv_object::circuit::Standing;
@@ -27,7 +27,8 @@ use tokio::sync::{Notify, mpsc, watch};
 use tokio::task::JoinSet;
 
 use crate::config::Config;
-use crate::node::Node;
+use crate::node::{Node, SCOPES_COMPARED_MAX, differing};
+use crate::registry::Bound;
 
 mod keeper;
 mod reads;
@@ -164,6 +165,24 @@ impl Principal {
     /// The tier, once it is open.
     pub fn tier(&self) -> Option<Arc<Tier>> {
         self.tier.read().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// The fields in which the nearest scope of the same tenant differs that has a block of this hash in the store.
+    pub fn scope_difference(&self, asked: &Bound, hash: &SequenceHash) -> Option<Vec<String>> {
+        let tier = self.tier()?;
+        let others = tier.bindings().into_iter().filter_map(|other| {
+            let scope: Scope = serde_json::from_str(&other.about).ok()?;
+            let other_tenant = scope.tenant != asked.kept.scope.tenant;
+            let same = other.tag().0 == asked.kept.tag;
+            (!other_tenant && !same).then_some((other, scope))
+        });
+        let now = unix_now();
+        let there = others.take(SCOPES_COMPARED_MAX).filter(|(other, _)| {
+            let key = other.scope.namer(&other.slice).key(hash);
+            tier.find(now, &[key]).first().is_some_and(Result::is_ok)
+        });
+        let fields = there.map(|(other, scope)| differing(asked, &scope, (&other.slice, other.block_bytes)));
+        fields.min_by_key(Vec::len)
     }
 
     fn set_tier(&self, tier: Option<Arc<Tier>>) {

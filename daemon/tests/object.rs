@@ -6,9 +6,10 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use kv_api::v1;
-use kv_block::SequenceHash;
+use kv_block::{BlockKey, Scope, SequenceHash};
+use kv_client::{Binding, Client, ClientOptions, PutOptions, Sighting, Tier, Worker, WorkerOptions};
 use support::among::{get, until};
-use support::{Door, Home, scope};
+use support::{Door, Home, scope, slice};
 
 const BLOCK: u32 = 64 << 10;
 
@@ -61,6 +62,19 @@ fn found(door: &Door, binding: u32, numbers: std::ops::Range<u64>, peers: bool) 
         _ => None,
     });
     (answer.prefix, tiers.collect())
+}
+
+fn worker(home: &Home) -> (Worker, Binding) {
+    let client = Client::connect(ClientOptions::socket(home.run_dir())).wait().expect("connect");
+    let worker = client.worker(WorkerOptions::default()).wait().expect("a session");
+    let binding = worker.register(scope("t"), slice(), BLOCK).wait().expect("register");
+    (worker, binding)
+}
+
+fn body(key: &BlockKey) -> Vec<u8> {
+    let mut bytes = vec![0; BLOCK as usize];
+    kv_block::payload::fill(key, &mut bytes);
+    bytes
 }
 
 fn packs(store: &Path) -> Vec<PathBuf> {
@@ -121,6 +135,56 @@ fn share_as(store: &str, story: &str, keys: &[(&str, &str)]) {
     assert_eq!(tier.bytes_read, 64 * u64::from(BLOCK), "each once");
     // What was never stored is a miss, and soon.
     assert_eq!(get(&at_b, binding, 999, 5_000, "").0, Err(v1::MissReason::NeverStored));
+}
+
+#[test]
+fn whoever_reads_the_head_of_a_prefix_gets_the_rest_with_it() {
+    let dir = directory();
+    let store = dir.path().display().to_string();
+    let (a, b) = (node("ahead", "a", &store).set("object.reads_min=0"), node("ahead", "b", &store));
+    let (_a, _b) = (a.start(), b.start());
+    let (writer, binding) = worker(&a);
+    // Two prefixes, handed over side by side.
+    let chain = |first: u64| -> Vec<SequenceHash> { (first..first + 16).map(SequenceHash::from).collect() };
+    for hashes in [chain(0), chain(100)] {
+        let bodies: Vec<_> = hashes.iter().map(|hash| (*hash, body(&binding.key(hash)))).collect();
+        let blocks: Vec<_> = bodies.iter().map(|(hash, bytes)| (*hash, &bytes[..])).collect();
+        for stored in writer.put_many(&binding, &blocks, &PutOptions::default()).expect("put") {
+            stored.expect("put");
+        }
+    }
+    let at_b = Door::of(&b);
+    until("the other node hears of them", || tier(&at_b).filter(|tier| tier.blocks == 32));
+    let (reader, binding) = worker(&b);
+    let head =
+        reader.acquire_wait(&binding, &SequenceHash::from(0), Duration::from_secs(5)).expect("acquire");
+    assert_eq!(head.block().expect("a block")[..], body(&binding.key(&SequenceHash::from(0)))[..]);
+    // Without being asked for, and nothing of the other prefix.
+    until("the rest comes", || {
+        (reader.lookup(&binding, &chain(0)).expect("lookup").prefix() == 16).then_some(())
+    });
+    assert_eq!(reader.lookup(&binding, &chain(100)).expect("lookup").prefix(), 0);
+    assert_eq!(tier(&at_b).expect("an object tier").bytes_read, 16 * u64::from(BLOCK));
+    let located = reader.locate(&binding, &chain(100)).wait().expect("locate");
+    assert_eq!(located, vec![Sighting::Here(Tier::Object); 16]);
+}
+
+#[test]
+fn a_reader_of_another_layout_misses_and_hears_why() {
+    let dir = directory();
+    let store = dir.path().display().to_string();
+    let (a, b) = (node("layout", "a", &store), node("layout", "b", &store));
+    let (_a, _b) = (a.start(), b.start());
+    send_up(&Door::of(&a), 0..4);
+    let door = Door::of(&b);
+    until("the other node hears of them", || tier(&door).filter(|tier| tier.blocks == 4));
+    let other = Scope { layout: "layer,kv,token,head,dim".into(), ..scope("t") };
+    let binding = door.register(&other, BLOCK);
+    let request = v1::ExplainRequest { names: names(binding, 0..1), ..v1::ExplainRequest::default() };
+    let told = door.runtime.block_on(async { door.blocks().explain(request).await }).expect("explain");
+    let miss = told.into_inner().miss.expect("a miss");
+    assert_eq!(miss.reason(), v1::MissReason::ScopeDiffers, "{miss:?}");
+    assert_eq!(miss.fields, ["layout"]);
 }
 
 #[test]

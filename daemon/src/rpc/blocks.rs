@@ -101,9 +101,18 @@ impl BlocksService {
     ) -> v1::Miss {
         if let (MissReason::NeverStored, convert::Names::Hashes { binding, hashes }) = (reason, names)
             && let Some(hash) = hashes.get(at)
-            && let Ok(Some(fields)) = view.scope_difference(*binding, hash, until).await
         {
-            return convert::miss_message(MissReason::ScopeDiffers, fields);
+            let mut fields = view.scope_difference(*binding, hash, until).await.ok().flatten();
+            if fields.is_none()
+                && let Some(objects) = &self.0.objects
+                && let (Some(principal), Ok(asked)) =
+                    (objects.of(view.principal()), self.node().binding(*binding))
+            {
+                fields = principal.scope_difference(&asked, hash);
+            }
+            if let Some(fields) = fields {
+                return convert::miss_message(MissReason::ScopeDiffers, fields);
+            }
         }
         convert::miss_message(reason, Vec::new())
     }
