@@ -187,6 +187,7 @@ impl Keeper {
             }
             Ok(_) => {}
             Err(TierError::Fenced { found, .. }) => return Some(Over::Fenced(found)),
+            Err(error @ TierError::Overwrites) => tracing::debug!(%error),
             Err(error) => tracing::warn!(%error, "nothing is collected in the object store"),
         }
         None

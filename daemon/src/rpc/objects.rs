@@ -62,5 +62,13 @@ pub(super) fn warnings(views: &[ObjectView]) -> Vec<v1::Warning> {
         );
         Some(v1::Warning { code: Code::TierDegraded.to_string(), text })
     };
-    views.iter().flat_map(|view| [warn(view), unreadable(view)]).flatten().collect()
+    let overwrites = |view: &ObjectView| {
+        view.report.as_ref().filter(|report| report.overwrites)?;
+        let text = format!(
+            "{} writes over what is there: nothing is collected there; have a rule of the bucket expire objects",
+            view.place
+        );
+        Some(v1::Warning { code: Code::TierDegraded.to_string(), text })
+    };
+    views.iter().flat_map(|view| [warn(view), unreadable(view), overwrites(view)]).flatten().collect()
 }

@@ -115,6 +115,9 @@ pub enum TierError {
         /// Which.
         number: u64,
     },
+    /// The store writes over what is there, whatever it is told: of two collectors both would think that they were first.
+    #[error("the store does not honour `If-None-Match: *`; nothing is collected there")]
+    Overwrites,
     /// There is no such pack.
     #[error("pack {id} is not known")]
     Unknown {
@@ -229,6 +232,8 @@ pub struct TierReport {
     pub round: u64,
     /// A round that cannot be read: nothing is collected until it is removed.
     pub round_unreadable: Option<u64>,
+    /// The store writes over what is there, whatever it is told: nothing is collected.
+    pub overwrites: bool,
     /// How the store is asked, and answers.
     pub requests: RequestReport,
     /// What was done so far.
@@ -287,6 +292,8 @@ struct State {
     round: Option<Round>,
     round_since: Duration,
     round_unreadable: Option<u64>,
+    /// The store writes over what is there.
+    overwrites: bool,
     /// Packs that were read from since the last round.
     touched: BTreeSet<PackId>,
     /// The newest manifest read of each node.
@@ -367,6 +374,7 @@ impl Tier {
             writing_bytes: state.writing_bytes,
             round: state.honoured,
             round_unreadable: state.round_unreadable,
+            overwrites: state.overwrites,
             requests,
             totals: state.totals,
         })

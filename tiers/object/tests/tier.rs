@@ -517,3 +517,51 @@ fn a_node_needs_a_name() {
     assert_eq!(opened.err(), Some(TierError::Node { node: "../a".into() }));
     assert_eq!(binding().tag(), offer(1, 10, None, 0).record.tag);
 }
+
+/// Writes over what is there, as some servers do.
+struct Careless(Memory);
+
+impl Store for Careless {
+    fn describe(&self) -> String {
+        "careless".to_owned()
+    }
+
+    fn put<'a>(&'a self, name: &'a str, body: Bytes) -> Reply<'a, ()> {
+        Box::pin(async move {
+            self.0.with(|objects| objects.insert(name.to_owned(), body));
+            Ok(())
+        })
+    }
+
+    fn get<'a>(&'a self, name: &'a str, from: u64, landing: &'a mut Landing<'_>) -> Reply<'a, ()> {
+        self.0.get(name, from, landing)
+    }
+
+    fn head<'a>(&'a self, name: &'a str) -> Reply<'a, u64> {
+        self.0.head(name)
+    }
+
+    fn list<'a>(&'a self, prefix: &'a str, after: Option<&'a str>, limit: usize) -> Reply<'a, Page> {
+        self.0.list(prefix, after, limit)
+    }
+
+    fn delete<'a>(&'a self, name: &'a str) -> Reply<'a, ()> {
+        self.0.delete(name)
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn where_a_store_writes_over_what_is_there_nothing_is_collected() {
+    let store = Arc::new(Careless(Memory::new()));
+    let (tier, opened) = Tier::open(store.clone(), config("a", 1), NOW).await.unwrap();
+    assert!(opened.overwrites && tier.report().overwrites);
+    fill(&tier, 0..9).await;
+    tokio::time::sleep(Duration::from_secs(61)).await;
+    assert_eq!(tier.collect(false).await, Err(TierError::Overwrites));
+    // The rest goes on.
+    let two = Tier::open(store.clone(), config("b", 1), NOW).await.unwrap().0;
+    assert_eq!(hits(&two, &[0, 8]).await, 2);
+    store.0.with(|objects| assert!(objects.keys().all(|name| !name.starts_with("probes/"))));
+    let (_, opened) = Tier::open(Arc::new(Memory::new()), config("a", 1), NOW).await.unwrap();
+    assert!(!opened.overwrites);
+}

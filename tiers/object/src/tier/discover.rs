@@ -33,6 +33,8 @@ pub struct Opened {
     pub incompatible: usize,
     /// Packs that are damaged.
     pub broken: usize,
+    /// The store writes over what is there, whatever it is told: nothing will be collected.
+    pub overwrites: bool,
     /// Packs whose footers could not be read now; [`Tier::refresh`] tries again.
     pub unread: usize,
 }
@@ -104,6 +106,8 @@ impl Tier {
             }
         });
         tier.publish().await?;
+        let overwrites = tier.overwrites().await?;
+        tier.with(|state| state.overwrites = overwrites);
         let opened = tier.with(|state| {
             let incompatible = |aside: &&SetAside| matches!(aside, SetAside::Incompatible { .. });
             let incompatible = state.set_aside.values().filter(incompatible).count();
@@ -114,6 +118,7 @@ impl Tier {
                 adopted: state.mine.len(),
                 incompatible,
                 broken: state.set_aside.len() - incompatible,
+                overwrites: state.overwrites,
                 unread: state.unread.len(),
             }
         });

@@ -14,6 +14,8 @@ use crate::store::StoreError;
 use super::discover::Newest;
 use super::{Tier, TierError, pack_name};
 
+/// Where it is found out whether a store heeds "if absent".
+const PROBES: &str = "probes/";
 /// Rounds that stay, so that a list that is late still leads to one.
 const ROUNDS_KEPT: u64 = 4;
 
@@ -85,6 +87,22 @@ impl Tier {
             }
             Err(error) => Err(error),
         }
+    }
+
+    /// Whether the store writes over what is there although it is told not to.
+    pub(super) async fn overwrites(&self) -> Result<bool, TierError> {
+        let name = format!("{PROBES}{}/{:016x}", self.config.node, self.config.epoch.0);
+        let mut overwrites = false;
+        for body in ["first", "second"] {
+            let (deadline, body) = (self.upkeep_deadline(), Bytes::from(body));
+            match attempts!(self.requests, Kind::Put, deadline, self.store.put(&name, body.clone())) {
+                Ok(()) => overwrites = body == "second",
+                Err(RequestError::Store(StoreError::Exists)) => overwrites = false,
+                Err(error) => return Err(error.into()),
+            }
+        }
+        self.delete(&name).await?;
+        Ok(overwrites)
     }
 
     /// Says what this node uses. The manifests before the last one go.
@@ -192,6 +210,9 @@ impl Tier {
     /// Writes the next round of collection and deletes what it allows. Any node may, all may; too early it does
     /// nothing. `dry_run` writes and deletes nothing, and does not wait. See [`crate::collect`].
     pub async fn collect(&self, dry_run: bool) -> Result<Collected, TierError> {
+        if self.with(|state| state.overwrites) {
+            return Err(TierError::Overwrites);
+        }
         // A round that this node has just heard of begins now, by its own clock.
         let last = match self.newest_round().await? {
             Newest::Known(round) => Some(round),
