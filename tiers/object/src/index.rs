@@ -4,11 +4,12 @@
 
 use std::collections::HashMap;
 use std::ops::Range;
+use std::sync::Arc;
 
 use hashbrown::HashTable;
 use kv_block::{BindingTag, BlockKey, Checksum, Priority, Record};
 
-use crate::pack::{Binding, Footer, PackId, Writer};
+use crate::pack::{Binding, Entry, Footer, PackId, Writer};
 use crate::reach::Step;
 
 /// Where a block lies.
@@ -46,7 +47,7 @@ pub struct Known {
     /// Unix time in seconds after which no block of it counts; 0 when some never expire.
     pub expires_at: u32,
     /// What its blocks were stored under.
-    pub bindings: Vec<Binding>,
+    pub bindings: Arc<[Binding]>,
     tags: Vec<BindingTag>,
     entries: Box<[Line]>,
     /// Blocks whose bytes turned out not to be theirs.
@@ -66,7 +67,16 @@ impl Known {
 
     /// What every block of it is, in order.
     pub fn records(&self) -> impl Iterator<Item = Record> + '_ {
-        self.entries.iter().map(|line| line.record(&self.tags))
+        self.entries().map(|entry| entry.record)
+    }
+
+    /// Every block of it, in order.
+    pub fn entries(&self) -> impl Iterator<Item = Entry> + '_ {
+        self.entries.iter().map(|line| Entry {
+            record: line.record(&self.tags),
+            offset: line.offset,
+            follows: line.follows,
+        })
     }
 }
 
@@ -186,7 +196,7 @@ impl Index {
             pack_bytes,
             footer_bytes,
             expires_at: footer.expires_at(),
-            bindings: footer.bindings.clone(),
+            bindings: footer.bindings.as_slice().into(),
             entries: entries.collect(),
             tags,
             spoilt: 0,
@@ -195,7 +205,7 @@ impl Index {
             self.packs.push(None);
             u32::try_from(self.packs.len() - 1).expect("fewer packs than numbers")
         });
-        for (tag, binding) in known.tags.iter().zip(&known.bindings) {
+        for (tag, binding) in known.tags.iter().zip(known.bindings.iter()) {
             self.bindings.entry(*tag).or_insert_with(|| (binding.clone(), 0)).1 += 1;
         }
         let count = known.entries.len() as u32;

@@ -92,6 +92,8 @@ pub struct Count {
     pub requests: u64,
     /// Attempts that were not the first.
     pub retries: u64,
+    /// Attempts that went well.
+    pub well: u64,
     /// Bytes of bodies, of attempts that went well.
     pub bytes: u64,
     /// How attempts ended that did not go well, by [`StoreError::name`].
@@ -276,6 +278,7 @@ impl<'a> Operation<'a> {
             let error = match result {
                 Ok(value) => {
                     state.budget.earn();
+                    state.counts.entry(self.kind).or_default().well += 1;
                     return Some(Ok(value));
                 }
                 Err(error) => error,

@@ -5,6 +5,7 @@
 //!  find -> index                   read ----> spans --> Get ranges --> every checksum --> the caller's slots
 //!  open, refresh: manifests and rounds of everybody, footers of packs not known yet      tier/discover.rs
 //!  publish, collect: what this node uses; what nobody uses any more                      tier/upkeep.rs
+//!  inventory: which packs there are, for people                                           tier/inventory.rs
 //! ```
 //! Nothing runs by itself: the owner calls [`Tier::flush`] when [`Tier::due_in`] says so, [`Tier::refresh`] every few
 //! seconds and [`Tier::collect`] now and then. All of it can be called at any time from any task, and a future may be
@@ -31,9 +32,11 @@ use crate::requests::{Kind, RequestError, RequestLimits, RequestReport, Requests
 use crate::store::{Store, StoreError};
 
 mod discover;
+mod inventory;
 mod upkeep;
 
 pub use discover::Opened;
+pub use inventory::{Inside, PackView};
 pub use upkeep::{Collected, Verified};
 
 /// Where packs lie.
@@ -300,7 +303,8 @@ struct State {
     heard: BTreeMap<String, (Epoch, u64)>,
     /// Packs that are there and not known yet: their length, and that of their footer if somebody said so.
     unread: BTreeMap<PackId, (u64, Option<u32>)>,
-    set_aside: BTreeMap<PackId, SetAside>,
+    /// Packs that are not used: their length, and why.
+    set_aside: BTreeMap<PackId, (u64, SetAside)>,
     fenced: Option<Epoch>,
     totals: Totals,
 }
@@ -369,7 +373,7 @@ impl Tier {
             blocks: state.index.blocks(),
             packs_listed: state.mine.len(),
             packs_unread: state.unread.len(),
-            set_aside: state.set_aside.clone(),
+            set_aside: state.set_aside.iter().map(|(id, (_, why))| (*id, why.clone())).collect(),
             waiting_bytes: state.packer().bytes(),
             writing_bytes: state.writing_bytes,
             round: state.honoured,

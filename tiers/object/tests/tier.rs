@@ -12,11 +12,13 @@ use kv_object::circuit::Standing;
 use kv_object::dir::Dir;
 use kv_object::landing::Landing;
 use kv_object::memory::Memory;
-use kv_object::pack::PackError;
+use kv_object::pack::{PackError, PackId};
 use kv_object::packer::PackerLimits;
 use kv_object::requests::{Kind, RequestError};
 use kv_object::store::{Page, Reply, Store, StoreError};
-use kv_object::tier::{Got, PACKS, SetAside, Stored, Tier, TierConfig, TierError, Verified};
+use kv_object::tier::{
+    Got, Inside, PACKS, PackView, SetAside, Stored, Tier, TierConfig, TierError, Verified,
+};
 use kv_object::unreliable::{Rates, Unreliable};
 
 async fn open(store: &Arc<Memory>, config: TierConfig) -> Tier {
@@ -196,6 +198,11 @@ async fn another_version_is_incompatible_and_a_miss() {
     assert_eq!(read(&tier, NOW, LONG, &[0]).await, [Got::Missed(MissReason::NeverStored)]);
     let id = name.strip_prefix(PACKS).unwrap().parse().unwrap();
     assert_eq!(tier.report().set_aside[&id], SetAside::Incompatible { version: 2 });
+    let pack_bytes = store.with(|objects| objects[&name].len()) as u64;
+    let inside = Inside::Aside(SetAside::Incompatible { version: 2 });
+    let seen = tier.inventory(PackId([0; 32])..=PackId([0xff; 32]), 9);
+    assert_eq!(seen, [PackView { id, pack_bytes, listed: false, inside }]);
+    assert!(tier.pack(&id).is_none());
     assert_eq!(tier.verify(&id).await, Ok(Verified::Incompatible));
 }
 

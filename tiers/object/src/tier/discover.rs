@@ -109,7 +109,7 @@ impl Tier {
         let overwrites = tier.overwrites().await?;
         tier.with(|state| state.overwrites = overwrites);
         let opened = tier.with(|state| {
-            let incompatible = |aside: &&SetAside| matches!(aside, SetAside::Incompatible { .. });
+            let incompatible = |(_, why): &&(u64, SetAside)| matches!(why, SetAside::Incompatible { .. });
             let incompatible = state.set_aside.values().filter(incompatible).count();
             Opened {
                 nodes: manifests.len(),
@@ -194,7 +194,7 @@ impl Tier {
                             state.index.insert(*id, *bytes, footer_bytes, &footer);
                         }
                         Loaded::Aside(why) => {
-                            state.set_aside.insert(*id, why);
+                            state.set_aside.insert(*id, (*bytes, why));
                         }
                         Loaded::Gone => {
                             state.forget(id);
