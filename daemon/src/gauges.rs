@@ -1,15 +1,18 @@
 //! Carries the numbers of the shards to the metrics, once a second.
 
+use std::collections::HashMap;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use kv_node::ShardReport;
+use kv_object::circuit::Standing;
 use kv_transport::health::Circuit;
 use metrics_exporter_prometheus::PrometheusHandle;
 
 use crate::beats::Beats;
 use crate::metrics as m;
 use crate::node::Node;
+use crate::object::{ObjectView, Objects};
 use crate::peers::{PeerView, Peers};
 use crate::sessions::Door;
 use crate::shard::ShardHandle;
@@ -17,10 +20,15 @@ use crate::shard::ShardHandle;
 const PERIOD: Duration = Duration::from_secs(1);
 
 /// Keeps the metrics up to date for as long as the runtime lives.
-pub async fn follow(node: Arc<Node>, peers: Option<Peers>, recorder: PrometheusHandle) {
+pub async fn follow(
+    node: Arc<Node>,
+    (peers, objects): (Option<Peers>, Option<Objects>),
+    recorder: PrometheusHandle,
+) {
     let mut beat = tokio::time::interval(PERIOD);
     beat.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
     let mut beats = Beats::default();
+    let mut seen = Seen::default();
     loop {
         beat.tick().await;
         recorder.run_upkeep();
@@ -36,6 +44,9 @@ pub async fn follow(node: Arc<Node>, peers: Option<Peers>, recorder: PrometheusH
             && let Ok(views) = peers.views().await
         {
             of_peers(&views);
+        }
+        for principal in objects.iter().flat_map(Objects::all) {
+            of_objects(&principal.view(), &mut seen);
         }
     }
 }
@@ -132,6 +143,59 @@ fn of_peers(views: &[PeerView]) {
     }
 }
 
+/// Counts that begin again at 0 when a store is opened again, as they were the last time. What is published only grows.
+#[derive(Default)]
+struct Seen(HashMap<(&'static str, String, String, String), u64>);
+
+impl Seen {
+    /// `labels` are the values of the metric's labels; three at most.
+    fn count(&mut self, metric: &m::Metric, labels: &[&str], now: u64) {
+        let label = |at: usize| labels.get(at).copied().unwrap_or_default().to_owned();
+        let before = self.0.insert((metric.name, label(0), label(1), label(2)), now).unwrap_or(0);
+        let more = if now < before { now } else { now - before };
+        metric.counter(labels).increment(more);
+    }
+}
+
+/// How the object tier of a principal does.
+fn of_objects(view: &ObjectView, seen: &mut Seen) {
+    let principal = &view.principal[..];
+    let set = |metric: &m::Metric, labels: &[&str], value: u64| metric.gauge(labels).set(value as f64);
+    let closed = |report: &kv_object::tier::TierReport| report.requests.circuit == Standing::Closed;
+    set(&m::OBJECT_SERVING, &[principal], view.report.as_ref().is_some_and(closed).into());
+    let (blocks, bytes, tokens) = view.served;
+    m::OBJECT_SERVED_BLOCKS.counter(&[principal]).absolute(blocks);
+    m::OBJECT_SERVED_BYTES.counter(&[principal]).absolute(bytes);
+    m::OBJECT_SERVED_TOKENS.counter(&[principal]).absolute(tokens);
+    let Some(report) = &view.report else { return };
+    set(&m::OBJECT_PACKS, &[principal, "ok"], report.packs as u64);
+    set(&m::OBJECT_PACKS, &[principal, "set_aside"], report.set_aside.len() as u64);
+    set(&m::OBJECT_PACKS, &[principal, "unread"], report.packs_unread as u64);
+    set(&m::OBJECT_PACK_BYTES, &[principal], report.pack_bytes);
+    set(&m::OBJECT_BLOCKS, &[principal], report.blocks as u64);
+    set(&m::OBJECT_WAITING, &[principal], report.waiting_bytes + report.writing_bytes);
+    for (kind, count) in &report.requests.counts {
+        let kind = kind.name();
+        seen.count(&m::OBJECT_REQUESTS, &[principal, kind, "ok"], count.well);
+        for (error, count) in &count.errors {
+            seen.count(&m::OBJECT_REQUESTS, &[principal, kind, error], *count);
+        }
+        seen.count(&m::OBJECT_RETRIES, &[principal, kind], count.retries);
+        seen.count(&m::OBJECT_BYTES, &[principal, kind], count.bytes);
+    }
+    let totals = &report.totals;
+    for (metric, count) in [
+        (&m::OBJECT_CIRCUIT_OPENED, report.requests.circuit_opened),
+        (&m::OBJECT_CHECKSUM_FAILURES, totals.checksum_failures),
+        (&m::OBJECT_PACKS_WRITTEN, totals.packs_written),
+        (&m::OBJECT_BLOCKS_WRITTEN, totals.blocks_written),
+        (&m::OBJECT_BLOCKS_LOST, totals.blocks_lost),
+        (&m::OBJECT_PACKS_GONE, totals.packs_gone),
+    ] {
+        seen.count(metric, &[principal], count);
+    }
+}
+
 /// The tenants with the most bytes by name, the others together.
 fn tenants(reports: &[ShardReport]) {
     let mut all: std::collections::BTreeMap<&str, (u64, u64, u64)> = std::collections::BTreeMap::new();
@@ -154,5 +218,22 @@ fn tenants(reports: &[ShardReport]) {
         m::TENANT_HOST_BYTES.gauge(&["other"]).set(other.0 as f64);
         m::TENANT_HITS.counter(&["other"]).absolute(other.1);
         m::TENANT_MISSES.counter(&["other"]).absolute(other.2);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_count_that_begins_again_goes_on_from_where_it_was() {
+        let handle = m::install("node-7");
+        let mut seen = Seen::default();
+        for (now, wanted) in [(5, 5), (7, 7), (7, 7), (2, 9), (3, 10)] {
+            seen.count(&m::OBJECT_RETRIES, &["again", "put"], now);
+            let line = format!("kvd_object_retries_total{{principal=\"again\",kind=\"put\"}} {wanted}");
+            let text = handle.render();
+            assert!(text.lines().any(|found| found == line), "no `{line}` in\n{text}");
+        }
     }
 }

@@ -115,6 +115,41 @@ metrics! {
     SERVE_HELD = "kvd_serve_held_bytes", Gauge, Bytes, ["peer"],
         "Bytes of blocks held for a peer";
 
+    OBJECT_SERVING = "kvd_object_serving", Gauge, Count, ["principal"],
+        "1 while the object store is open and its circuit closed; else its blocks miss";
+    OBJECT_PACKS = "kvd_object_packs", Gauge, Count, ["principal", "state"],
+        "Packs in the object store by what they are to this node: ok, set aside or unread";
+    OBJECT_PACK_BYTES = "kvd_object_pack_bytes", Gauge, Bytes, ["principal"],
+        "Length of the packs that can be read, whoever wrote them";
+    OBJECT_BLOCKS = "kvd_object_blocks", Gauge, Count, ["principal"],
+        "Blocks in those packs";
+    OBJECT_WAITING = "kvd_object_waiting_bytes", Gauge, Bytes, ["principal"],
+        "Bytes of blocks that wait to be packed or are being written";
+    OBJECT_REQUESTS = "kvd_object_requests_total", Counter, Count, ["principal", "kind", "result"],
+        "Requests to the object store, retries included, by what they do and how they ended";
+    OBJECT_RETRIES = "kvd_object_retries_total", Counter, Count, ["principal", "kind"],
+        "Requests to the object store that repeated one that had failed";
+    OBJECT_BYTES = "kvd_object_bytes_total", Counter, Bytes, ["principal", "kind"],
+        "Bytes of bodies that went to the object store or came from it";
+    OBJECT_CIRCUIT_OPENED = "kvd_object_circuit_opened_total", Counter, Count, ["principal"],
+        "Times that the object store was given up for a while";
+    OBJECT_CHECKSUM_FAILURES = "kvd_object_checksum_failures_total", Counter, Count, ["principal"],
+        "Blocks from the object store that were not what had been sealed; none of them was served";
+    OBJECT_PACKS_WRITTEN = "kvd_object_packs_written_total", Counter, Count, ["principal"],
+        "Packs that this node wrote";
+    OBJECT_BLOCKS_WRITTEN = "kvd_object_blocks_written_total", Counter, Count, ["principal"],
+        "Blocks in the packs that this node wrote";
+    OBJECT_BLOCKS_LOST = "kvd_object_blocks_lost_total", Counter, Count, ["principal"],
+        "Blocks of packs that the object store did not take; they may be offered again";
+    OBJECT_PACKS_GONE = "kvd_object_packs_gone_total", Counter, Count, ["principal"],
+        "Packs that were gone when a block of them was to be read";
+    OBJECT_SERVED_BLOCKS = "kvd_object_served_blocks_total", Counter, Count, ["principal"],
+        "Blocks that came from the object store for callers";
+    OBJECT_SERVED_BYTES = "kvd_object_served_bytes_total", Counter, Bytes, ["principal"],
+        "Bytes of those";
+    OBJECT_SERVED_TOKENS = "kvd_object_served_tokens_total", Counter, Count, ["principal"],
+        "Tokens of those, which nobody had to compute";
+
     TIER_CAPACITY = "kvd_tier_capacity_bytes", Gauge, Bytes, ["shard", "tier"],
         "Room of a tier; of host memory, what is allocated";
     TIER_CONFIGURED = "kvd_tier_configured_bytes", Gauge, Bytes, ["shard", "tier"],

@@ -194,7 +194,7 @@ async fn serve(
         let router = http::router(Arc::clone(&source) as Arc<dyn HealthSource>, recorder.clone());
         tokio::spawn(http::serve(http, router, end(stopped.clone())));
     }
-    tokio::spawn(gauges::follow(Arc::clone(&node), peers, recorder));
+    tokio::spawn(gauges::follow(Arc::clone(&node), (peers, objects), recorder));
     tokio::spawn(watchdog(Arc::clone(&source)));
     let recovered = &node.recovered;
     tracing::info!(
