@@ -19,12 +19,14 @@ use kv_arena::Held;
 use kv_block::code::Code;
 use kv_block::{BindingId, BlockKey, Fault, Scope, SequenceHash, ShardId};
 use kv_node::{FetchOp, UploadToken};
-use kv_object::Tier;
 use kv_object::circuit::Standing;
 use kv_object::place::Place;
+use kv_object::requests::RequestError;
 use kv_object::tier::TierReport;
+use kv_object::{Tier, TierError};
+use tokio::runtime::Handle;
 use tokio::sync::{Notify, mpsc, watch};
-use tokio::task::JoinSet;
+use tokio::task::{JoinHandle, JoinSet};
 
 use crate::config::Config;
 use crate::node::{Node, SCOPES_COMPARED_MAX, differing};
@@ -98,6 +100,7 @@ impl ObjectDoor {
 #[derive(Clone)]
 pub struct Objects {
     all: Arc<[Arc<Principal>]>,
+    runtime: Handle,
 }
 
 /// The object tier of one principal.
@@ -239,6 +242,20 @@ impl Objects {
         };
         self.all.iter().map(|one| Ok((&**one, opened(one)?))).collect()
     }
+
+    /// Does something where the tiers live: connections to a store end with the runtime that made them.
+    pub fn spawn<T: Send + 'static>(&self, work: impl Future<Output = T> + Send + 'static) -> JoinHandle<T> {
+        self.runtime.spawn(work)
+    }
+
+    /// The same, and waits for it. It goes on when the caller does not wait any more.
+    pub async fn run<T: Send + 'static>(
+        &self,
+        work: impl Future<Output = Result<T, TierError>> + Send + 'static,
+    ) -> Result<T, TierError> {
+        // The runtime ends with the daemon.
+        self.spawn(work).await.unwrap_or(Err(TierError::Request(RequestError::Degraded)))
+    }
 }
 
 /// The runtime that it all runs on.
@@ -264,7 +281,7 @@ pub fn start(node: &Arc<Node>, config: &Config, orders: ObjectOrders) -> anyhow:
         Arc::new(Principal::new(name.to_owned(), place))
     };
     let all: Vec<_> = config.principal_names().enumerate().map(one).collect();
-    let objects = Objects { all: all.into() };
+    let objects = Objects { all: all.into(), runtime: runtime.handle().clone() };
     let (stop, stopped) = watch::channel(false);
     let mut keepers = JoinSet::new();
     for (number, principal) in objects.all().iter().enumerate() {

@@ -299,3 +299,317 @@ fn a_wrong_store_is_refused_at_the_start_and_keys_are_not_repeated() {
         assert!(log.contains(words) && !log.contains("hunter2"), "{log}");
     }
 }
+
+/// The answer of one call to the administrators' service.
+fn ask<T>(
+    door: &Door,
+    call: impl AsyncFnOnce(
+        v1::admin_client::AdminClient<tonic::transport::Channel>,
+    ) -> Result<tonic::Response<T>, tonic::Status>,
+) -> Result<T, kv_block::Fault> {
+    let answer = door.runtime.block_on(call(door.admin()));
+    answer.map(tonic::Response::into_inner).map_err(|status| kv_api::fault::from_status(&status))
+}
+
+fn list_packs(door: &Door, id_prefix: &str, rescan: bool) -> Vec<v1::PackInfo> {
+    let mut request =
+        v1::ListPacksRequest { id_prefix: id_prefix.into(), rescan, page_size: 1, ..Default::default() };
+    let mut all = Vec::new();
+    loop {
+        let page = ask(door, async |mut admin| admin.list_packs(request.clone()).await).expect("packs");
+        assert!(page.packs.len() <= 1);
+        all.extend(page.packs);
+        if page.next_page_token.is_empty() {
+            return all;
+        }
+        request.page_token = page.next_page_token;
+    }
+}
+
+fn object_tier(door: &Door) -> v1::ObjectTierInfo {
+    let request = v1::ListObjectTiersRequest {};
+    let answer = ask(door, async |mut admin| admin.list_object_tiers(request).await);
+    answer.expect("object tiers").tiers.remove(0)
+}
+
+/// The last word of a verification of the object tier.
+fn verify(door: &Door) -> v1::Progress {
+    door.runtime.block_on(async {
+        let request = v1::VerifyRequest { tier: v1::Tier::Object.into() };
+        let mut stream = door.admin().verify(request).await.expect("verify").into_inner();
+        let mut last = v1::Progress::default();
+        while let Some(progress) = stream.message().await.expect("progress") {
+            last = progress;
+        }
+        last
+    })
+}
+
+fn explain(door: &Door, binding: u32, number: u64) -> v1::ExplainResponse {
+    let request = v1::ExplainRequest { names: names(binding, number..number + 1), session: 0 };
+    door.runtime.block_on(async { door.blocks().explain(request).await }).expect("explain").into_inner()
+}
+
+fn evict(
+    door: &Door,
+    binding: u32,
+    numbers: std::ops::Range<u64>,
+    tier: v1::Tier,
+) -> Result<u32, kv_block::Fault> {
+    let request =
+        v1::EvictRequest { names: names(binding, numbers), tier: tier.into(), ..Default::default() };
+    let answer = door.runtime.block_on(async { door.blocks().evict(request).await });
+    answer.map(|answer| answer.into_inner().evicted).map_err(|status| kv_api::fault::from_status(&status))
+}
+
+/// Puts a pack into the store that no living node wrote. What it says of its scope is no JSON.
+fn ghost(store: &Path, number: u8) -> (PathBuf, kv_object::pack::PackId) {
+    use kv_object::pack::{Binding, Block, Writer, encode};
+    let scope = kv_block::ScopeId([number; 32]);
+    let slice = kv_block::Slice::whole(1, 1);
+    let binding = Binding { scope, slice, block_bytes: 4096, about: "of an other make".into() };
+    let (key, bytes) = (kv_block::BlockKey([number; 16]), vec![number; 4096]);
+    let record = kv_block::Record {
+        key,
+        checksum: kv_block::Checksum::of(&key, &bytes),
+        bytes: 4096,
+        tag: binding.tag(),
+        priority: kv_block::Priority::Normal,
+        expires_at: 0,
+    };
+    let writer = Writer { node: "ghost".into(), epoch: kv_block::Epoch(3), sequence: 9 };
+    let block = Block { record, follows: false, bytes: &bytes };
+    let pack = encode(writer, vec![binding], &[block]).expect("a pack");
+    let path = store.join("packs").join(pack.id.to_string());
+    std::fs::write(&path, &pack.bytes).expect("written");
+    (path, pack.id)
+}
+
+/// Makes it a pack of a later version, sound otherwise.
+fn of_another_version(pack: &Path) {
+    let mut bytes = std::fs::read(pack).expect("a pack");
+    let at = bytes.len() - kv_object::pack::TRAILER_BYTES;
+    bytes[at + 8] = 7;
+    let crc = crc32fast::hash(&bytes[at..at + 28]);
+    bytes[at + 28..].copy_from_slice(&crc.to_le_bytes());
+    std::fs::write(pack, bytes).expect("written over");
+}
+
+#[test]
+fn operators_see_every_pack_and_what_is_in_it() {
+    let dir = directory();
+    let home = node("packs", "a", &dir.path().display().to_string());
+    let _running = home.start();
+    let door = Door::of(&home);
+    let binding = send_up(&door, 0..16);
+    let tier = object_tier(&door);
+    assert_eq!(
+        (&tier.principal[..], &tier.state[..], &tier.circuit[..]),
+        ("default", "ok", "closed"),
+        "{tier:?}"
+    );
+    assert_eq!((tier.blocks, tier.blocks_written, tier.packs_set_aside), (16, 16, 0), "{tier:?}");
+    assert_eq!((tier.packs, tier.packs_listed), (tier.packs_written, tier.packs), "{tier:?}");
+    let puts = tier.requests.iter().find(|asked| asked.kind == "put").expect("puts");
+    assert!(puts.well >= tier.packs && puts.bytes > 16 * u64::from(BLOCK), "{puts:?}");
+    // What others left, which no manifest names: found when the store is listed.
+    let (_, other) = ghost(dir.path(), 1);
+    let (newer, newer_id) = ghost(dir.path(), 2);
+    of_another_version(&newer);
+    let nonsense = "5".repeat(64);
+    std::fs::write(dir.path().join("packs").join(&nonsense), vec![0; 5000]).expect("written");
+    let own = list_packs(&door, "", false);
+    assert_eq!(own.len() as u64, tier.packs);
+    for pack in &own {
+        assert_eq!((&pack.state[..], &pack.writer[..], pack.listed), ("ok", "a", true), "{pack:?}");
+        assert_eq!(pack.tenants, ["t"], "{pack:?}");
+        assert!(pack.expires_at > 0, "{pack:?}");
+    }
+    let all = list_packs(&door, "", true);
+    assert_eq!(all.len(), own.len() + 3, "{all:?}");
+    assert!(all.is_sorted_by(|a, b| a.id < b.id), "{all:?}");
+    let one = |id: &str| {
+        let found = list_packs(&door, &id[..16], false);
+        let [pack] = &found[..] else { panic!("{found:?}") };
+        pack.clone()
+    };
+    let pack = one(&newer_id.to_string());
+    assert_eq!((&pack.state[..], pack.blocks, pack.listed), ("incompatible", 0, false), "{pack:?}");
+    assert!(pack.reason.contains("version 7") && pack.bytes > 4096, "{pack:?}");
+    assert_eq!(one(&nonsense).state, "broken");
+    let pack = one(&other.to_string());
+    assert_eq!((&pack.writer[..], pack.epoch, pack.sequence), ("ghost", 3, 9), "{pack:?}");
+    assert_eq!((&pack.state[..], pack.expires_at, pack.tenants.len()), ("ok", 0, 0), "{pack:?}");
+    let tier = object_tier(&door);
+    assert_eq!((tier.packs_set_aside, tier.set_aside.len()), (2, 2), "{tier:?}");
+    // One in full.
+    let describe = |id: &bytes::Bytes, first_block| {
+        let request = v1::DescribePackRequest { id: id.clone(), first_block };
+        ask(&door, async |mut admin| admin.describe_pack(request).await)
+    };
+    let described = describe(&own[0].id, 0).expect("described");
+    let pack = described.pack.expect("a pack");
+    assert_eq!(pack, own[0]);
+    assert_eq!(described.blocks.len() as u64, pack.blocks);
+    assert_eq!((described.blocks[0].offset, described.blocks[0].bytes), (16, BLOCK));
+    let [under] = &described.bindings[..] else { panic!("{:?}", described.bindings) };
+    let said = scope("t");
+    assert_eq!((&under.tenant, &under.model, &under.dtype), (&said.tenant, &said.model, &said.dtype));
+    assert_eq!((under.block_tokens, under.block_bytes), (said.block_tokens, BLOCK));
+    assert_eq!((under.blocks, &under.scope_id[..]), (pack.blocks, &said.id().as_bytes()[..]));
+    let rest = describe(&own[0].id, 1).expect("described");
+    assert_eq!((rest.blocks.len() as u64, rest.bindings.len()), (pack.blocks - 1, 0));
+    assert!(describe(&pack.id.slice(1..), 0).unwrap_err().message.contains("32 bytes"));
+    assert!(describe(&vec![9; 32].into(), 0).unwrap_err().message.contains("is known here"));
+    // A block that is not here any more.
+    assert_eq!(evict(&door, binding, 0..16, v1::Tier::Unspecified), Ok(16));
+    let explained = explain(&door, binding, 3);
+    assert!(own.iter().any(|pack| pack.id == explained.pack), "{explained:?}");
+    assert!(explained.miss.is_some(), "{explained:?}");
+    assert_eq!(explained.block.expect("remembered").tiers, [i32::from(v1::Tier::Object)]);
+    assert!(explain(&door, binding, 99).pack.is_empty());
+    assert_eq!(get(&door, binding, 3, 5_000, "").0, Ok(()));
+    let explained = explain(&door, binding, 3);
+    assert!(explained.miss.is_none() && !explained.pack.is_empty(), "{explained:?}");
+    let tier = object_tier(&door);
+    let tokens = tier.served_blocks * u64::from(said.block_tokens);
+    assert!(tier.served_blocks > 0 && tier.blocks_read >= tier.served_blocks, "{tier:?}");
+    assert_eq!(tier.served_tokens, tokens, "{tier:?}");
+    // The same in the status and in the metrics.
+    assert_eq!(door.status().object_tiers.len(), 1);
+    until("the metrics tell of it", || {
+        let text = metrics(&home);
+        let has = |line: &str| text.lines().any(|found| found == line);
+        let blocks =
+            format!("kvd_object_blocks_written_total{{principal=\"default\"}} {}", tier.blocks_written);
+        let aside = "kvd_object_packs{principal=\"default\",state=\"set_aside\"} 2";
+        let asked = "kvd_object_requests_total{principal=\"default\",kind=\"put\",result=\"ok\"} ";
+        let served = "kvd_object_served_blocks_total{principal=\"default\"} ";
+        let begins = |line: &str| text.lines().any(|found| found.starts_with(line) && !found.ends_with(" 0"));
+        (has(&blocks) && has(aside) && begins(asked) && begins(served)).then_some(())
+    });
+}
+
+fn metrics(home: &Home) -> String {
+    use std::io::{Read as _, Write as _};
+    let address = home.logged_address("health and metrics over HTTP");
+    let mut stream = std::net::TcpStream::connect(address).expect("connect");
+    let request = "GET /metrics HTTP/1.1\r\nHost: kvd\r\nConnection: close\r\n\r\n";
+    stream.write_all(request.as_bytes()).expect("asked");
+    let mut text = String::new();
+    stream.read_to_string(&mut text).expect("an answer");
+    text
+}
+
+#[test]
+fn verification_reads_every_pack_and_counts_what_is_damaged() {
+    let dir = directory();
+    let home = node("verify", "a", &dir.path().display().to_string());
+    let _running = home.start();
+    let door = Door::of(&home);
+    send_up(&door, 0..16);
+    let bytes = object_tier(&door).pack_bytes;
+    let sound = verify(&door);
+    assert_eq!((sound.done, sound.total, sound.failed, sound.finished), (16, 16, 0, true), "{sound:?}");
+    assert_eq!(sound.bytes, bytes);
+    let path = packs(dir.path()).remove(0);
+    let mut body = std::fs::read(&path).expect("a pack");
+    body[100] ^= 1;
+    std::fs::write(&path, body).expect("written over");
+    let damaged = verify(&door);
+    assert_eq!((damaged.done, damaged.failed, damaged.finished), (16, 1, true), "{damaged:?}");
+    let id = path.file_name().unwrap().to_str().unwrap().to_owned();
+    let pack = list_packs(&door, &id, false).remove(0);
+    assert_eq!((&pack.state[..], pack.damaged_blocks), ("damaged", 1), "{pack:?}");
+    // What lies around the blocks: whoever starts now can read none of them.
+    let mut body = std::fs::read(&path).expect("a pack");
+    let end = body.len();
+    body[end - 1] ^= 1;
+    body[100] ^= 1;
+    std::fs::write(&path, body).expect("written over");
+    assert_eq!(verify(&door).failed, pack.blocks);
+    // A pack that is gone is not damaged.
+    std::fs::remove_file(&path).expect("removed");
+    let gone = verify(&door);
+    assert_eq!((gone.failed, gone.total, gone.finished), (0, 16 - pack.blocks, true), "{gone:?}");
+}
+
+#[test]
+fn packs_that_nobody_lists_are_collected_when_an_operator_says_so() {
+    let dir = directory();
+    let home = node("collect", "a", &dir.path().display().to_string())
+        .set("object.collect=false")
+        .set("object.collect_every=1s");
+    let _running = home.start();
+    let door = Door::of(&home);
+    send_up(&door, 0..4);
+    let own = packs(dir.path());
+    let (path, id) = ghost(dir.path(), 1);
+    let collect = |dry_run| {
+        let request = v1::CollectObjectsRequest { dry_run };
+        let answer = ask(&door, async |mut admin| admin.collect_objects(request).await).expect("collected");
+        answer.collected.into_iter().next().expect("one for the only principal")
+    };
+    let said = |dry: &v1::Collected| dry.condemned == 1;
+    let dry = until("this node has said what is its own", || Some(collect(true)).filter(said));
+    assert_eq!((dry.round, dry.packs, dry.deleted), (1, own.len() as u64 + 1, 0), "{dry:?}");
+    assert_eq!(collect(true), dry, "nothing came of it");
+    let deleted = until("it is collected", || {
+        // Too early, most of the time.
+        let round = collect(false);
+        (round.deleted > 0).then_some(round)
+    });
+    assert_eq!(deleted.deleted_ids, [bytes::Bytes::copy_from_slice(&id.0)], "{deleted:?}");
+    assert!(deleted.round > 3 && deleted.deleted_bytes > 4096, "{deleted:?}");
+    assert!(!path.exists() && own.iter().all(|own| own.exists()));
+    assert_eq!(collect(false).round, 0, "it is too early for another");
+}
+
+#[test]
+fn single_blocks_are_not_taken_from_packs() {
+    let dir = directory();
+    let home = node("whole", "a", &dir.path().display().to_string());
+    let _running = home.start();
+    let door = Door::of(&home);
+    let binding = send_up(&door, 0..4);
+    let refused = evict(&door, binding, 0..4, v1::Tier::Object).unwrap_err();
+    assert_eq!(refused.code, kv_block::code::Code::BadRequest);
+    assert!(refused.message.contains("as a whole"), "{refused:?}");
+    let purge = v1::PurgeRequest { tier: v1::Tier::Object.into(), all: true, ..Default::default() };
+    let refused = ask(&door, async |mut admin| admin.purge(purge).await).map(|_| ()).unwrap_err();
+    assert!(refused.message.contains("kvctl object gc"), "{refused:?}");
+    // Everywhere is host memory and disk.
+    let purge = v1::PurgeRequest { all: true, ..Default::default() };
+    ask(&door, async |mut admin| {
+        let mut stream = admin.purge(purge).await?.into_inner();
+        while stream.message().await?.is_some() {}
+        Ok(tonic::Response::new(()))
+    })
+    .expect("purge");
+    assert_eq!(tier(&door).expect("an object tier").blocks, 4);
+    assert_eq!(get(&door, binding, 0, 5_000, "").0, Ok(()));
+}
+
+#[test]
+fn without_a_store_it_is_said_what_to_set() {
+    let home = Home::sized("none", "64MiB", None);
+    let _running = home.start();
+    let door = Door::of(&home);
+    let none = ask(&door, async |mut admin| admin.list_object_tiers(v1::ListObjectTiersRequest {}).await);
+    assert!(none.expect("object tiers").tiers.is_empty());
+    let says = |fault: kv_block::Fault| {
+        assert_eq!(fault.code, kv_block::code::Code::BadRequest);
+        assert!(fault.message.contains("set object.store"), "{fault:?}");
+    };
+    says(ask(&door, async |mut admin| admin.list_packs(v1::ListPacksRequest::default()).await).unwrap_err());
+    says(
+        ask(&door, async |mut admin| admin.describe_pack(v1::DescribePackRequest::default()).await)
+            .unwrap_err(),
+    );
+    says(
+        ask(&door, async |mut admin| admin.collect_objects(v1::CollectObjectsRequest::default()).await)
+            .unwrap_err(),
+    );
+    let request = v1::VerifyRequest { tier: v1::Tier::Object.into() };
+    says(ask(&door, async |mut admin| admin.verify(request).await).map(|_| ()).unwrap_err());
+}

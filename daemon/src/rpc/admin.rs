@@ -345,6 +345,7 @@ impl v1::admin_server::Admin for AdminService {
             fetched_bytes: total(|report| report.counters.fetch_bytes),
             peers: views.len() as u32,
             peers_down,
+            object_tiers: self.shared.object_tiers(),
         }))
     }
 
@@ -500,6 +501,10 @@ impl v1::admin_server::Admin for AdminService {
     async fn purge(&self, request: Request<v1::PurgeRequest>) -> Result<Response<Self::PurgeStream>, Status> {
         let (until, soon) = (deadline_asked(&request), deadline(&request));
         let request = request.into_inner();
+        let tier = convert::tier(request.tier).map_err(status)?;
+        if tier == Some(Tier::Object) {
+            return Err(objects::refuse_to_remove());
+        }
         if request.tenant.is_empty() != request.all {
             let text = "name a `tenant`, or say `all`, not both";
             return Err(status(Fault::new(Code::BadRequest, text)));
@@ -514,7 +519,6 @@ impl v1::admin_server::Admin for AdminService {
                 return Err(status(Fault::new(Code::UnknownTenant, text)));
             }
         }
-        let tier = convert::tier(request.tier).map_err(status)?;
         let filter = Filter { tenant: (!request.all).then_some(request.tenant), tier, ..Filter::default() };
         let dry_run = request.dry_run;
         self.run_job(until, move || Op::Purge { filter: filter.clone(), tier, dry_run }).map(Response::new)
@@ -528,11 +532,16 @@ impl v1::admin_server::Admin for AdminService {
     ) -> Result<Response<Self::VerifyStream>, Status> {
         let until = deadline_asked(&request);
         let tier = convert::tier(request.into_inner().tier).map_err(status)?;
-        let Some(tier @ (Tier::Host | Tier::Disk)) = tier else {
-            let text = "field `tier` is host or disk";
-            return Err(status(Fault::new(Code::BadRequest, text)));
-        };
-        self.run_job(until, move || Op::Verify { tier }).map(Response::new)
+        match tier {
+            Some(tier @ (Tier::Host | Tier::Disk)) => {
+                self.run_job(until, move || Op::Verify { tier }).map(Response::new)
+            }
+            Some(Tier::Object) => self.shared.verify_objects(until).map(Response::new),
+            Some(Tier::Device) | None => {
+                let text = "field `tier` is host, disk or object";
+                Err(status(Fault::new(Code::BadRequest, text)))
+            }
+        }
     }
 
     async fn drain(&self, request: Request<v1::DrainRequest>) -> Result<Response<v1::DrainResponse>, Status> {
@@ -610,6 +619,34 @@ impl v1::admin_server::Admin for AdminService {
         };
         let taken = taken.taken.min(count);
         Ok(Response::new(v1::OfferResponse { taken, left: count - taken }))
+    }
+
+    async fn list_object_tiers(
+        &self,
+        _: Request<v1::ListObjectTiersRequest>,
+    ) -> Result<Response<v1::ListObjectTiersResponse>, Status> {
+        Ok(Response::new(v1::ListObjectTiersResponse { tiers: self.shared.object_tiers() }))
+    }
+
+    async fn list_packs(
+        &self,
+        request: Request<v1::ListPacksRequest>,
+    ) -> Result<Response<v1::ListPacksResponse>, Status> {
+        self.shared.list_packs(request.into_inner()).await.map(Response::new)
+    }
+
+    async fn describe_pack(
+        &self,
+        request: Request<v1::DescribePackRequest>,
+    ) -> Result<Response<v1::DescribePackResponse>, Status> {
+        self.shared.describe_pack(request.get_ref()).map(Response::new)
+    }
+
+    async fn collect_objects(
+        &self,
+        request: Request<v1::CollectObjectsRequest>,
+    ) -> Result<Response<v1::CollectObjectsResponse>, Status> {
+        self.shared.collect_objects(request.get_ref().dry_run).await.map(Response::new)
     }
 }
 

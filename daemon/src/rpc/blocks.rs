@@ -1,5 +1,6 @@
 //! Blocks over gRPC: the complete and canonical door. Bytes are copied; workers on shared memory do better.
 
+use std::ops::Range;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use bytes::{Bytes, BytesMut};
@@ -11,7 +12,7 @@ use kv_node::{BlockReport, BlockState, Found, Keep, Micros, Op, PeerId, Reach, R
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Request, Response, Status, Streaming};
 
-use super::{Shared, deadline, status, too_late, wait_until, who};
+use super::{Shared, deadline, objects, status, too_late, wait_until, who};
 use crate::node::{Node, View, unexpected};
 use crate::peercred::Who;
 
@@ -88,6 +89,16 @@ impl BlocksService {
             return Ok(self.0.view(who));
         }
         Ok(self.session(who, session)?.1)
+    }
+
+    /// The principals whose object tiers the same question goes to.
+    fn principals(&self, who: Who, session: u64) -> Result<Range<usize>, Status> {
+        let one = match session {
+            0 if who.rights.admin => return Ok(0..self.node().principals.len()),
+            0 => who.principal,
+            session => self.node().sessions.check(SessionId(session), who.caller).map_err(status)?,
+        };
+        Ok(one..one + 1)
     }
 
     /// Why a block is missing, with the scope fields that differ when that is why.
@@ -470,6 +481,9 @@ impl v1::blocks_server::Blocks for BlocksService {
         let view = self.view(who, request.session)?;
         let keys = self.keys(request.names.as_ref())?;
         let tier = convert::tier(request.tier).map_err(status)?;
+        if tier == Some(Tier::Object) {
+            return Err(objects::refuse_to_remove());
+        }
         let op = || Op::Evict { keys: keys.clone(), tier, dry_run: request.dry_run };
         let (evicted, in_use, absent) = view.count(SessionId(0), until, op).await.map_err(status)?;
         let number = |count: u64| count as u32;
@@ -506,8 +520,18 @@ impl v1::blocks_server::Blocks for BlocksService {
             Some(reason) => Some(self.miss(view, &names, 0, reason, until).await),
             None => None,
         };
-        let block = known.map(|(shard, report)| block_info(self.node(), shard, &report));
-        Ok(Response::new(v1::ExplainResponse { key: Bytes::copy_from_slice(key.as_bytes()), miss, block }))
+        let pack = self.0.pack_of(self.principals(who, request.session)?, &key);
+        let mut block = known.map(|(shard, report)| block_info(self.node(), shard, &report));
+        if let (Some(block), Some(_)) = (&mut block, pack) {
+            block.tiers.push(v1::Tier::Object.into());
+        }
+        let pack = pack.map_or_else(Bytes::new, |id| Bytes::copy_from_slice(&id.0));
+        Ok(Response::new(v1::ExplainResponse {
+            key: Bytes::copy_from_slice(key.as_bytes()),
+            miss,
+            block,
+            pack,
+        }))
     }
 }
 

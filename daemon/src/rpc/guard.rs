@@ -67,6 +67,10 @@ pub const METHODS: &[(&str, Needs)] = &[
     ("Admin/DescribePeer", Needs::Admin),
     ("Admin/ListTransfers", Needs::Admin),
     ("Admin/Offer", Needs::Admin),
+    ("Admin/ListObjectTiers", Needs::Admin),
+    ("Admin/ListPacks", Needs::Admin),
+    ("Admin/DescribePack", Needs::Admin),
+    ("Admin/CollectObjects", Needs::Admin),
 ];
 
 /// What stands before the names of our own services.

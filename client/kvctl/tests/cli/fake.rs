@@ -426,6 +426,28 @@ impl admin_server::Admin for Service {
         peer.extend(before);
         Ok(Response::new(v1::OfferResponse { taken, left: keys.len() as u32 - taken }))
     }
+
+    async fn list_object_tiers(
+        &self,
+        _: Request<v1::ListObjectTiersRequest>,
+    ) -> Answer<v1::ListObjectTiersResponse> {
+        not_here()
+    }
+
+    async fn list_packs(&self, _: Request<v1::ListPacksRequest>) -> Answer<v1::ListPacksResponse> {
+        not_here()
+    }
+
+    async fn describe_pack(&self, _: Request<v1::DescribePackRequest>) -> Answer<v1::DescribePackResponse> {
+        not_here()
+    }
+
+    async fn collect_objects(
+        &self,
+        _: Request<v1::CollectObjectsRequest>,
+    ) -> Answer<v1::CollectObjectsResponse> {
+        not_here()
+    }
 }
 
 #[tonic::async_trait]
@@ -584,6 +606,11 @@ impl blocks_server::Blocks for Service {
             (None, true) => Some(convert::miss_message(MissReason::NeverStored, Vec::new())),
             (None, false) => Some(convert::miss_message(MissReason::ScopeDiffers, vec!["dtype".into()])),
         };
-        Ok(Response::new(v1::ExplainResponse { key: key.as_bytes().to_vec().into(), miss, block: here }))
+        Ok(Response::new(v1::ExplainResponse {
+            key: key.as_bytes().to_vec().into(),
+            miss,
+            block: here,
+            ..Default::default()
+        }))
     }
 }
