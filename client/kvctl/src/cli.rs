@@ -59,24 +59,27 @@ pub(crate) struct Global {
 pub(crate) enum Command {
     /// Health of the daemon, on one screen
     Status(cmd::status::Arguments),
-    /// List tiers, blocks, clients, leases, tenants, peers or transfers
+    /// List tiers, blocks, clients, leases, tenants, peers, packs, ...
     Get(cmd::get::Arguments),
-    /// Everything about one tier, block, client, tenant or peer
+    /// Everything about one tier, block, client, tenant, peer or pack
     Describe(cmd::describe::Arguments),
     /// Why a block is here, or why it is not
     Why(cmd::why::Arguments),
     /// What a code (KVD-3001) or a miss reason means
     Explain(cmd::explain::Arguments),
-    /// Keep blocks from being evicted, for a time and until kvd restarts
+    /// Keep blocks for a time, or until kvd restarts; `unpin` ends it
     Pin(cmd::pin::Arguments),
     /// Let pinned blocks go again
+    #[command(hide = true)]
     Unpin(cmd::unpin::Arguments),
-    /// Remove blocks from a tier or from everywhere
+    /// Remove blocks from host memory, from disk or from both
     Evict(cmd::evict::Arguments),
-    /// Remove everything of a tenant or a tier
+    /// Remove everything of a tenant or a tier from this node
     Purge(cmd::purge::Arguments),
     /// Read and check every block
     Verify(cmd::verify::Arguments),
+    /// The object store: list its packs, collect, what it costs
+    Object(cmd::object::Arguments),
     /// Set a tenant's quota until the next restart
     Quota(cmd::quota::Arguments),
     /// Take no new work, move blocks to peers; `undrain` ends it

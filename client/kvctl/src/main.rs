@@ -59,6 +59,7 @@ async fn dispatch(Cli { global, command }: Cli) -> Result<Exit, Failure> {
         Command::Purge(arguments) => cmd::purge::run(&global, arguments).await,
         Command::Verify(arguments) => cmd::verify::run(&global, arguments).await,
         Command::Quota(arguments) => cmd::quota::run(&global, arguments).await,
+        Command::Object(arguments) => cmd::object::run(&global, arguments).await,
         Command::Drain(arguments) => cmd::drain::run(&global, arguments).await,
         Command::Undrain => cmd::drain::undo(&global).await,
         Command::Bench(arguments) => cmd::bench::run(&global, arguments).await,

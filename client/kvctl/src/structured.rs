@@ -32,7 +32,8 @@ named! {
     StatusResponse ListTiersResponse ListClientsResponse ListLeasesResponse ListTenantsResponse
     ListBlocksResponse GetConfigResponse SetQuotaResponse Progress DrainResponse TierInfo ClientInfo
     TenantInfo BlockInfo ExplainResponse PinResponse UnpinResponse EvictResponse DescribeResponse Found
-    ListPeersResponse DescribePeerResponse ListTransfersResponse
+    ListPeersResponse DescribePeerResponse ListTransfersResponse ListObjectTiersResponse ListPacksResponse
+    DescribePackResponse CollectObjectsResponse
 }
 
 static POOL: LazyLock<DescriptorPool> =

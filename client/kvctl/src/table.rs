@@ -79,8 +79,9 @@ impl Cell {
 pub(crate) fn ink_of(state: &str) -> Ink {
     match state {
         "ok" | "present" | "up" => Ink::Good,
-        "warn" | "degraded" | "pending" | "connecting" | "leaving" => Ink::Warn,
-        "error" | "off" | "quarantined" | "down" => Ink::Bad,
+        "warn" | "degraded" | "pending" | "connecting" | "leaving" | "opening" | "incompatible"
+        | "unread" => Ink::Warn,
+        "error" | "off" | "quarantined" | "down" | "damaged" | "broken" => Ink::Bad,
         _ => Ink::Plain,
     }
 }

@@ -5,7 +5,8 @@ use kv_api::v1;
 use kv_block::Tier;
 
 use crate::cli::{Format, Global, Show};
-use crate::cmd::get::{priority_name, tier_name, tier_names};
+use crate::cmd::get::{TIERS, is_object, part, priority_name, tier_name, tier_names};
+use crate::cmd::object;
 use crate::cmd::peers::{self, round_trip};
 use crate::connect;
 use crate::exit::{Exit, Failure, printable};
@@ -26,7 +27,7 @@ pub(crate) struct Arguments {
 enum What {
     /// A tier, of one shard or of all: state, reason, what it runs on
     Tier {
-        /// host, disk, ... or with the shard: host/0
+        /// host, disk, object; or with the shard: host/0
         name: String,
         #[command(flatten)]
         show: Show,
@@ -59,27 +60,40 @@ enum What {
         #[command(flatten)]
         show: Show,
     },
+    /// A pack in the object store: who wrote it, what is in it
+    Pack {
+        /// Id, or its first digits, as in `kvctl get packs`
+        id: String,
+        #[command(flatten)]
+        show: Show,
+    },
 }
 
 pub(crate) async fn run(global: &Global, arguments: Arguments) -> Result<Exit, Failure> {
     match arguments.what {
         What::Tier { name, show } => {
-            let (tier, shard) = parse_tier(&name)?;
+            let (tier, wanted) = parse_tier(&name)?;
             let daemon = connect::connect(global).await?;
             let mut answer =
                 daemon.within(daemon.admin().list_tiers(daemon.request(v1::ListTiersRequest {}))).await?;
             let number = i32::from(kv_api::convert::tier_message(tier));
-            answer.tiers.retain(|info| info.tier == number && shard.is_none_or(|shard| info.shard == shard));
+            let is_wanted = |info: &v1::TierInfo| wanted.as_ref().is_none_or(|wanted| part(info) == *wanted);
+            answer.tiers.retain(|info| info.tier == number && is_wanted(info));
             if answer.tiers.is_empty() {
                 return Err(missing("tier", &name, "kvctl get tiers"));
             }
+            let stores = if tier == Tier::Object { object::tiers(&daemon).await? } else { Vec::new() };
             let now = out::now();
             let text = structured::text(show.output, false, || structured::json(&answer));
-            let names =
-                || answer.tiers.iter().map(|t| format!("tier/{}/{}\n", tier_name(t.tier), t.shard)).collect();
-            let pages =
-                || answer.tiers.iter().map(|info| tier_fields(info, now)).collect::<Vec<_>>().join("\n");
-            out::print(&text.unwrap_or_else(|| if show.output == Format::Name { names() } else { pages() }))?;
+            let page = |info: &v1::TierInfo| {
+                let store = stores.iter().find(|store| store.principal == info.principal);
+                tier_page(info, store, now)
+            };
+            let pages = || answer.tiers.iter().map(page).collect::<Vec<_>>().join("\n");
+            out::print(&text.unwrap_or_else(|| match show.output {
+                Format::Name => TIERS.names(&answer.tiers),
+                _ => pages(),
+            }))?;
         }
         What::Block { key, show } => {
             let daemon = connect::connect(global).await?;
@@ -132,6 +146,14 @@ pub(crate) async fn run(global: &Global, arguments: Arguments) -> Result<Exit, F
             let text = peer_page(answer.peer.as_ref().unwrap_or(&peer), &answer.paths, Paint::stdout());
             print(show.output, &answer, &format!("peer/{}", peer.node), text)?;
         }
+        What::Pack { id, show } => {
+            let daemon = connect::connect(global).await?;
+            let answer = object::described(&daemon, &id).await?;
+            let name = answer.pack.as_ref().map_or_else(String::new, |pack| hex(&pack.id));
+            let blocks = if show.output == Format::Wide { usize::MAX } else { object::BLOCKS_SHOWN };
+            let text = object::pack_page(&answer, blocks, out::now(), Paint::stdout());
+            print(show.output, &answer, &format!("pack/{name}"), text)?;
+        }
     }
     Ok(Exit::Ok)
 }
@@ -144,45 +166,56 @@ pub(crate) fn missing(noun: &str, name: &str, list: &str) -> Failure {
     Failure::new(Exit::NotFound, format!("no {noun} is called `{name}`")).help(format!("`{list}` lists them"))
 }
 
-/// `host`, `host/0` or `tier/host/0`.
-fn parse_tier(text: &str) -> Result<(Tier, Option<u32>), Failure> {
+/// `host`, `host/0` or `tier/host/0`; behind `object` a principal.
+fn parse_tier(text: &str) -> Result<(Tier, Option<String>), Failure> {
     let name = text.strip_prefix("tier/").unwrap_or(text);
-    let (name, shard) = name.split_once('/').map_or((name, None), |(name, shard)| (name, Some(shard)));
+    let (name, part) = name.split_once('/').map_or((name, None), |(name, part)| (name, Some(part)));
     let tier = Tier::ALL.into_iter().find(|tier| tier.name() == name);
-    match (tier, shard.map(str::parse).transpose()) {
-        (Some(tier), Ok(shard)) => Ok((tier, shard)),
-        _ => Err(Failure::usage(format!("`{text}` is not a tier"))
-            .help("tiers are device, host, disk and object; a shard goes behind a slash: disk/0")),
+    match (tier, part, part.map(str::parse::<u32>).transpose()) {
+        (Some(Tier::Object), part, _) => Ok((Tier::Object, part.map(str::to_owned))),
+        (Some(tier), _, Ok(shard)) => Ok((tier, shard.map(|shard| shard.to_string()))),
+        _ => Err(Failure::usage(format!("`{text}` is not a tier")).help(
+            "tiers are device, host, disk and object; a shard goes behind a slash: disk/0, for object a principal",
+        )),
     }
 }
 
-fn tier_fields(tier: &v1::TierInfo, now: u64) -> String {
+/// A tier; of an object tier also how its store does.
+fn tier_page(tier: &v1::TierInfo, store: Option<&v1::ObjectTierInfo>, now: u64) -> String {
     let since = match tier.since {
         0 => String::new(),
         since => format!("{} ago", seconds(now.saturating_sub(since))),
     };
-    let used = format!(
-        "{} of {} ({})",
-        bytes(tier.bytes_used),
-        bytes(tier.bytes_max),
-        percent(tier.bytes_used, tier.bytes_max)
-    );
-    fields(&[
+    // What is shared with other nodes has no shard here, and no bound.
+    let own = |text: String| if is_object(tier) { "-".to_owned() } else { text };
+    let used = if is_object(tier) {
+        bytes(tier.bytes_used)
+    } else {
+        format!(
+            "{} of {} ({})",
+            bytes(tier.bytes_used),
+            bytes(tier.bytes_max),
+            percent(tier.bytes_used, tier.bytes_max)
+        )
+    };
+    let mut pairs = vec![
         ("Tier", tier_name(tier.tier).into()),
-        ("Shard", tier.shard.to_string()),
+        ("Shard", own(tier.shard.to_string())),
         ("Principal", tier.principal.clone()),
-        ("NUMA node", tier.numa_node.to_string()),
+        ("NUMA node", own(tier.numa_node.to_string())),
         ("State", tier.state.clone()),
         ("Reason", tier.reason.clone()),
         ("Since", since),
         ("Used", used),
-        ("Pinned", bytes(tier.bytes_pinned)),
+        ("Pinned", own(bytes(tier.bytes_pinned))),
         ("Blocks", count(tier.blocks)),
-        ("Evicted", count(tier.evicted_blocks)),
+        ("Evicted", own(count(tier.evicted_blocks))),
         ("Read", bytes(tier.bytes_read)),
         ("Written", bytes(tier.bytes_written)),
         ("Notes", tier.notes.join("; ")),
-    ])
+    ];
+    pairs.extend(store.into_iter().flat_map(object::tier_fields));
+    fields(&pairs) + &store.map_or_else(String::new, object::unusable)
 }
 
 /// All that is known of a block.
@@ -333,7 +366,8 @@ mod tests {
     #[test]
     fn tiers_are_named_with_or_without_shard() {
         assert_eq!(parse_tier("host"), Ok((Tier::Host, None)));
-        assert_eq!(parse_tier("tier/disk/3"), Ok((Tier::Disk, Some(3))));
+        assert_eq!(parse_tier("tier/disk/3"), Ok((Tier::Disk, Some("3".into()))));
+        assert_eq!(parse_tier("tier/object/team-a"), Ok((Tier::Object, Some("team-a".into()))));
         for wrong in ["", "dram", "host/x", "host/0/1"] {
             assert_eq!(parse_tier(wrong).unwrap_err().exit, Exit::Usage, "{wrong}");
         }

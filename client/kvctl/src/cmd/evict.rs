@@ -1,4 +1,4 @@
-//! `kvctl evict`: removes blocks from one tier or from everywhere. What is pinned or in use stays.
+//! `kvctl evict`: removes blocks from host memory, from disk or from both. What is pinned or in use stays.
 
 use clap::Args;
 use kv_api::v1;
@@ -6,17 +6,24 @@ use kv_block::Tier;
 
 use crate::ask;
 use crate::cli::{Global, Show, tier_parser};
+use crate::cmd::object;
 use crate::connect;
 use crate::exit::{Exit, Failure};
 use crate::names::{self, Blocks};
 use crate::out;
 use crate::units::{count, counted};
 
+/// What the object store has to do with it.
+pub(crate) const STAYS: &str = "\
+Without --tier they go from host memory and disk of this node. What lies in the
+object store goes in whole packs: when they expire, or with `kvctl object gc`.";
+
 #[derive(Debug, Args)]
+#[command(after_help = STAYS)]
 pub(crate) struct Arguments {
     #[command(flatten)]
     blocks: Blocks,
-    /// From this tier only
+    /// From this tier only: host or disk
     #[arg(long, value_parser = tier_parser())]
     tier: Option<Tier>,
     /// Say what would go, remove nothing
@@ -33,7 +40,7 @@ pub(crate) async fn run(global: &Global, arguments: Arguments) -> Result<Exit, F
     let daemon = connect::connect(global).await?;
     let keys = arguments.blocks.keys(&daemon).await?;
     if !arguments.dry_run {
-        let from = arguments.tier.map_or("every tier", Tier::name);
+        let from = arguments.tier.map_or("host memory and disk", Tier::name);
         ask::confirm(&format!("evict {} from {from}", counted(keys.len() as u64, "block")), arguments.yes)?;
     }
     let tier = arguments.tier.map_or(v1::Tier::Unspecified, kv_api::convert::tier_message).into();
@@ -46,6 +53,9 @@ pub(crate) async fn run(global: &Global, arguments: Arguments) -> Result<Exit, F
         total.absent += answer.absent;
     }
     out::answer(arguments.show.output, &total, || text(&total, arguments.dry_run))?;
+    if arguments.tier.is_none() {
+        object::say_what_stays(&daemon).await;
+    }
     Ok(exit(&total, arguments.dry_run))
 }
 

@@ -86,7 +86,7 @@ pub(crate) fn reason_page(reason: MissReason) -> (&'static str, &'static str) {
         ),
         MissReason::TierDegraded => (
             "It is on a tier that is out of service for now.",
-            "See `kvctl describe tier disk` for the cause; the tier is probed and heals by itself.",
+            "See `kvctl describe tier disk`, or `object`, for the cause; the tier is probed and heals by itself.",
         ),
         MissReason::NotComplete => (
             "It was announced and its bytes have not all arrived.",

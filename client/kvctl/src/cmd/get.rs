@@ -5,7 +5,7 @@ use kv_api::v1;
 use kv_block::Tier;
 
 use crate::cli::{Format, Global, Listing, parse_key_prefix, parse_tenant, tier_parser};
-use crate::cmd::peers;
+use crate::cmd::{object, peers};
 use crate::connect::{self, Daemon};
 use crate::exit::{Exit, Failure};
 use crate::out;
@@ -45,6 +45,22 @@ enum What {
     /// Blocks on their way from and to peers
     #[command(visible_alias = "transfer")]
     Transfers(Listing),
+    /// Packs in the object store that this node knows
+    #[command(visible_alias = "pack")]
+    Packs(Packs),
+}
+
+#[derive(Debug, Args)]
+struct Packs {
+    #[command(flatten)]
+    listing: Listing,
+    /// Only ids that begin so (hex digits)
+    #[arg(long, value_name = "HEX", default_value = "", hide_default_value = true)]
+    #[arg(value_parser = object::parse_pack_prefix)]
+    prefix: String,
+    /// Most packs listed; 0 for all
+    #[arg(long, value_name = "COUNT", default_value_t = 100)]
+    limit: u64,
 }
 
 #[derive(Debug, Args)]
@@ -157,6 +173,24 @@ pub(crate) async fn run(global: &Global, arguments: Arguments) -> Result<Exit, F
             )
             .await
         }
+        What::Packs(Packs { listing, prefix, limit }) => {
+            list(
+                &listing,
+                &object::PACKS,
+                |r: &mut v1::ListPacksResponse| &mut r.packs,
+                async || {
+                    let answer = object::packs(&daemon, &prefix, limit, false).await?;
+                    say_when(answer.packs.is_empty(), &listing, object::NO_PACKS);
+                    let more = !answer.next_page_token.is_empty();
+                    if more && std::io::IsTerminal::is_terminal(&std::io::stdout()) {
+                        let listed = answer.packs.len();
+                        out::note(&format!("the first {listed} are listed; --limit 0 lists all"));
+                    }
+                    Ok(answer)
+                },
+            )
+            .await
+        }
         What::Blocks(arguments) => blocks(&daemon, &arguments).await,
     }
 }
@@ -183,7 +217,7 @@ fn say_when(empty: bool, listing: &Listing, why: &str) {
 }
 
 /// The text of a list, sorted and in the format wanted.
-fn listed<M: Named, T>(
+pub(crate) fn listed<M: Named, T>(
     listing: &Listing,
     kind: &Kind<T>,
     items: impl Fn(&mut M) -> &mut Vec<T>,
@@ -294,21 +328,36 @@ fn share(part: u64, whole: u64) -> Cell {
     Cell::number(thousandths as u64, crate::units::percent(part, whole))
 }
 
+/// Which part of its tier it is: a shard, or the object tier of a principal.
+pub(crate) fn part(tier: &v1::TierInfo) -> String {
+    if is_object(tier) { tier.principal.clone() } else { tier.shard.to_string() }
+}
+
+/// Whether it is shared with other nodes: then no shard has it, and nothing here bounds it.
+pub(crate) fn is_object(tier: &v1::TierInfo) -> bool {
+    tier.tier() == v1::Tier::Object
+}
+
+/// What only a tier of this node has.
+fn own(tier: &v1::TierInfo, cell: Cell) -> Cell {
+    if is_object(tier) { Cell::number(0, "-".into()) } else { cell }
+}
+
 pub(crate) const TIERS: Kind<v1::TierInfo> = Kind {
     noun: "tier",
-    name: |tier| format!("{}/{}", tier_name(tier.tier), tier.shard),
+    name: |tier| format!("{}/{}", tier_name(tier.tier), part(tier)),
     columns: &[
         column("TIER", |tier, _| Cell::text(tier_name(tier.tier))),
-        column("SHARD", |tier, _| Cell::count(tier.shard)),
+        column("SHARD", |tier, _| own(tier, Cell::count(tier.shard))),
         column("STATE", |tier, _| Cell::state(&tier.state)),
         column("USED", |tier, _| Cell::bytes(tier.bytes_used)),
-        column("MAX", |tier, _| Cell::bytes(tier.bytes_max)),
+        column("MAX", |tier, _| own(tier, Cell::bytes(tier.bytes_max))),
         column("USE%", |tier, _| share(tier.bytes_used, tier.bytes_max)),
-        column("PINNED", |tier, _| Cell::bytes(tier.bytes_pinned)),
+        column("PINNED", |tier, _| own(tier, Cell::bytes(tier.bytes_pinned))),
         column("BLOCKS", |tier, _| Cell::count(tier.blocks)),
-        column("EVICTED", |tier, _| Cell::count(tier.evicted_blocks)),
+        column("EVICTED", |tier, _| own(tier, Cell::count(tier.evicted_blocks))),
         wide("PRINCIPAL", |tier, _| Cell::text(&tier.principal)),
-        wide("NUMA", |tier, _| Cell::count(tier.numa_node)),
+        wide("NUMA", |tier, _| own(tier, Cell::count(tier.numa_node))),
         wide("READ", |tier, _| Cell::bytes(tier.bytes_read)),
         wide("WRITTEN", |tier, _| Cell::bytes(tier.bytes_written)),
         wide("SINCE", |tier, now| match tier.since {
@@ -429,7 +478,16 @@ mod tests {
             bytes_used: 10 << 40,
             ..host.clone()
         };
-        v1::ListTiersResponse { tiers: vec![host, disk] }
+        let object = v1::TierInfo {
+            tier: v1::Tier::Object.into(),
+            state: "ok".into(),
+            bytes_used: 3 << 30,
+            blocks: 49_152,
+            principal: "default".into(),
+            notes: vec!["s3://bucket".into()],
+            ..Default::default()
+        };
+        v1::ListTiersResponse { tiers: vec![host, disk, object] }
     }
 
     fn shown(line: &str) -> Result<String, Failure> {
@@ -448,9 +506,10 @@ mod tests {
     #[test]
     fn tiers_read_so() {
         let wanted = "\
-TIER   SHARD   STATE         USED       MAX    USE%    PINNED   BLOCKS   EVICTED
-host       0   ok          1.0GiB    2.0GiB   50.0%   64.0MiB    16384         7
-disk       0   degraded   10.0TiB   30.0TiB   33.3%   64.0MiB    16384         7
+TIER     SHARD   STATE         USED       MAX    USE%    PINNED   BLOCKS   EVICTED
+host         0   ok          1.0GiB    2.0GiB   50.0%   64.0MiB    16384         7
+disk         0   degraded   10.0TiB   30.0TiB   33.3%   64.0MiB    16384         7
+object       -   ok          3.0GiB         -       -         -    49152         -
 ";
         assert_eq!(shown("get").unwrap(), wanted);
     }
@@ -459,7 +518,7 @@ disk       0   degraded   10.0TiB   30.0TiB   33.3%   64.0MiB    16384         7
     fn order_headers_and_formats_follow_the_flags() {
         let text = shown("get --sort-by -used --no-headers").unwrap();
         assert!(text.starts_with("disk"), "{text}");
-        assert_eq!(shown("get -o name").unwrap(), "tier/host/0\ntier/disk/0\n");
+        assert_eq!(shown("get -o name").unwrap(), "tier/host/0\ntier/disk/0\ntier/object/default\n");
         let wide = shown("get -o wide").unwrap();
         assert!(wide.contains("41s") && wide.contains("write p99 2.1s"), "{wide}");
         let json: serde_json::Value =

@@ -1,4 +1,4 @@
-//! `kvctl purge`: removes everything of a tenant, of a tier, or all there is.
+//! `kvctl purge`: removes everything of a tenant, of a tier, or all that this node has.
 
 use clap::Args;
 use kv_api::v1;
@@ -6,6 +6,8 @@ use kv_block::Tier;
 
 use crate::ask;
 use crate::cli::{Global, Show, parse_tenant, tier_parser};
+use crate::cmd::evict::STAYS;
+use crate::cmd::object;
 use crate::connect;
 use crate::exit::{Exit, Failure};
 use crate::out;
@@ -13,15 +15,16 @@ use crate::progress;
 use crate::units::{bytes, count, counted};
 
 #[derive(Debug, Args)]
+#[command(after_help = STAYS)]
 #[command(group = clap::ArgGroup::new("what").required(true).multiple(true).args(["tenant", "tier", "all"]))]
 pub(crate) struct Arguments {
     /// Everything of this tenant
     #[arg(long, conflicts_with = "all", value_parser = parse_tenant)]
     tenant: Option<String>,
-    /// Everything on this tier; with --tenant: the tenant's share of it
+    /// Everything on this tier, host or disk; with --tenant: its share of it
     #[arg(long, conflicts_with = "all", value_parser = tier_parser())]
     tier: Option<Tier>,
-    /// Everything
+    /// Everything on this node
     #[arg(long)]
     all: bool,
     /// Say what would go, remove nothing
@@ -50,6 +53,9 @@ pub(crate) async fn run(global: &Global, arguments: Arguments) -> Result<Exit, F
     let stream = daemon.within(daemon.admin().purge(request)).await?;
     let last = progress::follow("purging", stream, global.timeout).await?;
     out::answer(arguments.show.output, &last, || text(&last, arguments.dry_run))?;
+    if arguments.tier.is_none() {
+        object::say_what_stays(&daemon).await;
+    }
     stayed(&last, arguments.dry_run)
 }
 

@@ -83,7 +83,7 @@ impl Line {
 
 /// The page. Warnings get the lines that the rest leaves.
 fn page(status: &v1::StatusResponse, lines_max: usize, columns: usize, paint: Paint) -> String {
-    let mut rest = tiers(&status.tiers);
+    let mut rest = tiers(&status.tiers, &status.object_tiers);
     rest.push(Line::new(
         "blocks",
         format!(
@@ -112,10 +112,17 @@ fn page(status: &v1::StatusResponse, lines_max: usize, columns: usize, paint: Pa
         let text = format!("{} written, {} read in hits: {each} written per hit", bytes(written), bytes(hit));
         rest.push(Line::new("disk", text));
     }
+    let at = rest.len();
     rest.extend(peers(status));
     rest.push(checks(status));
     rest.extend(status.recovery.as_ref().map(recovery));
     let mut page = vec![head(status)];
+    // It may be left out where a warning has no other line: its tier has one already.
+    if page.len() + rest.len() + 1 < lines_max
+        && let Some(line) = object(&status.object_tiers)
+    {
+        rest.insert(at, line);
+    }
     let room = lines_max.saturating_sub(page.len() + rest.len());
     page.extend(warnings(&status.warnings, room));
     page.extend(rest);
@@ -155,7 +162,7 @@ fn warnings(warnings: &[v1::Warning], room: usize) -> Vec<Line> {
 }
 
 /// One line a tier, its shards summed up; the state is that of the worst shard.
-fn tiers(infos: &[v1::TierInfo]) -> Vec<Line> {
+fn tiers(infos: &[v1::TierInfo], objects: &[v1::ObjectTierInfo]) -> Vec<Line> {
     let mut lines = Vec::new();
     for tier in Tier::ALL {
         let number = i32::from(kv_api::convert::tier_message(tier));
@@ -165,8 +172,13 @@ fn tiers(infos: &[v1::TierInfo]) -> Vec<Line> {
         let (used, max) = (sum(|info| info.bytes_used), sum(|info| info.bytes_max));
         let worst =
             shards.iter().map(|info| &info.state).find(|state| *state != "ok").unwrap_or(&first.state);
-        let filled =
-            format!("{:7}{:>9} of {:<9}{:>6}  ", tier.name(), bytes(used), bytes(max), percent(used, max));
+        let filled = if tier == Tier::Object {
+            let packs = objects.iter().map(|object| object.packs).sum();
+            let packs = format!("in {}", counted(packs, "pack"));
+            format!("{:7}{:>9} {packs:18}  ", tier.name(), bytes(used))
+        } else {
+            format!("{:7}{:>9} of {:<9}{:>6}  ", tier.name(), bytes(used), bytes(max), percent(used, max))
+        };
         let more = format!("{:>14}", counted(sum(|info| info.blocks), "block"));
         let label = if lines.is_empty() { "tiers" } else { "" };
         let words = vec![(Ink::Plain, filled), (ink_of(worst), format!("{worst:9}")), (Ink::Plain, more)];
@@ -187,6 +199,22 @@ fn lookups(status: &v1::StatusResponse) -> [Line; 2] {
     };
     let misses = format!("of what kvd was asked: {}", by(&status.misses, 3));
     [Line::new("hits", by(&status.hits, 4)), Line::new("misses", misses)]
+}
+
+/// One line for the stores of all principals: what was asked of them, what came from them. The place last, since it may be
+/// long.
+fn object(tiers: &[v1::ObjectTierInfo]) -> Option<Line> {
+    let first = tiers.first()?;
+    let requests = tiers.iter().flat_map(|tier| &tier.requests).map(|asked| asked.requests).sum();
+    let served = tiers.iter().map(|tier| tier.served_blocks).sum();
+    let more = if tiers.len() > 1 { format!(" (+{})", tiers.len() - 1) } else { String::new() };
+    let text = format!(
+        "{}, {} served; {}{more}",
+        counted(requests, "request"),
+        counted(served, "block"),
+        first.store
+    );
+    Some(Line::new("object", text))
 }
 
 /// One line for all of them. Why one is down stands in the warnings.
@@ -257,7 +285,18 @@ pub(crate) mod tests {
                 tier(v1::Tier::Host, 1, "ok", 1_900 << 20, 2 << 30),
                 tier(v1::Tier::Disk, 0, "ok", 1 << 40, 4 << 40),
                 tier(v1::Tier::Disk, 1, "degraded", 1 << 40, 4 << 40),
+                tier(v1::Tier::Object, 0, "ok", 40 << 30, 0),
             ],
+            object_tiers: vec![v1::ObjectTierInfo {
+                store: "s3://kv-blocks/gpu-a?region=eu-central-1".into(),
+                packs: 1_280,
+                requests: vec![
+                    v1::StoreRequests { kind: "put".into(), requests: 1_300, ..Default::default() },
+                    v1::StoreRequests { kind: "get".into(), requests: 2_900, ..Default::default() },
+                ],
+                served_blocks: 9_031,
+                ..Default::default()
+            }],
             shards: 2,
             clients: 4,
             leases: 1,
@@ -294,12 +333,14 @@ node     gpu-a  WARN  kvd 0.1.0, up 3d4h, epoch 7, 2 shards, rss 90.0MiB
          KVD-3001 disk of shard 1: circuit open for 41s; reads are recomputed
 tiers    host      3.7GiB of 4.0GiB    92.8%  ok        12,034 blocks
          disk      2.0TiB of 8.0TiB    25.0%  degraded  12,034 blocks
+         object   40.0GiB in 1,280 packs      ok         6,017 blocks
 blocks   24,068 here, 3 arriving; pinned 64.0MiB
 workers  4 clients with 1 lease and 12 blocks open; 3 operations in flight
 hits     host 610  disk 221
 misses   of what kvd was asked: never_stored 121  evicted_capacity 48
 puts     30,000 blocks, 15.0GiB
 disk     3.0GiB written, 12.0GiB read in hits: 0.25 written per hit
+object   4,200 requests, 9,031 blocks served; s3://kv-blocks/gpu-a?region=eu-ce…
 peers    3, 1 down  in 1.2GiB (5,321 blocks)
 checks   0 checksum failures, 0 quarantined; none was served
 start    brought back 12,034 host and 400,000 disk blocks in 1.4s; shard-1.meta…
@@ -333,5 +374,6 @@ start    brought back 12,034 host and 400,000 disk blocks in 1.4s; shard-1.meta�
         let page = page(&v1::StatusResponse::default(), LINES_MAX, COLUMNS_MAX, Paint::plain());
         assert!(page.contains("hits     none\nmisses   of what kvd was asked: none\n"), "{page}");
         assert!(!page.contains("peers"), "nor does it speak of peers that it has not: {page}");
+        assert!(!page.contains("object"), "nor of a store: {page}");
     }
 }

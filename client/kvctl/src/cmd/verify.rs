@@ -1,4 +1,4 @@
-//! `kvctl verify`: reads every block of a tier, or of all, and checks it.
+//! `kvctl verify`: reads every block of a tier, or of those of this node, and checks it.
 
 use std::time::{Duration, Instant};
 
@@ -7,15 +7,21 @@ use kv_api::v1;
 use kv_block::Tier;
 
 use crate::cli::{Global, Show, tier_parser};
+use crate::cmd::object;
 use crate::connect;
 use crate::exit::{Exit, Failure};
 use crate::out;
 use crate::progress;
 use crate::units::{bytes, counted, milliseconds, rate};
 
+const MORE: &str = "\
+Of the object tier every pack is read, whoever wrote it: that takes long, costs
+requests, and is done only when the tier is named.";
+
 #[derive(Debug, Args)]
+#[command(after_help = MORE)]
 pub(crate) struct Arguments {
-    /// Only this tier
+    /// Only this tier [host and disk]
     #[arg(long, value_parser = tier_parser())]
     tier: Option<Tier>,
     #[command(flatten)]
@@ -25,6 +31,10 @@ pub(crate) struct Arguments {
 pub(crate) async fn run(global: &Global, arguments: Arguments) -> Result<Exit, Failure> {
     let daemon = connect::connect(global).await?;
     let tiers = match arguments.tier {
+        Some(Tier::Object) => {
+            object::tiers(&daemon).await?;
+            vec![Tier::Object]
+        }
         Some(tier) => vec![tier],
         None => {
             let listed =
@@ -48,7 +58,7 @@ pub(crate) async fn run(global: &Global, arguments: Arguments) -> Result<Exit, F
     out::answer(arguments.show.output, &total, || text(&total, started.elapsed()))?;
     if total.failed > 0 {
         let message =
-            format!("{} failed the checksum and went into quarantine", counted(total.failed, "block"));
+            format!("{} failed the checksum and went out of service", counted(total.failed, "block"));
         return Err(Failure::new(Exit::Failure, message).help(help(&damaged)));
     }
     Ok(Exit::Ok)
@@ -58,16 +68,17 @@ pub(crate) async fn run(global: &Global, arguments: Arguments) -> Result<Exit, F
 fn help(damaged: &[Tier]) -> String {
     let look = damaged.iter().map(|tier| match tier {
         Tier::Host => "`kvctl explain KVD-2001` and the machine's memory errors",
+        Tier::Object => "`kvctl get packs` for the packs, and the daemon's log",
         _ => "`kvctl explain KVD-2002` and the kernel log of the device",
     });
     format!("none was served; see {}", look.collect::<Vec<_>>().join("; "))
 }
 
-/// The tiers that there is something to read on.
+/// The tiers of this node that there is something to read on.
 fn there(infos: &[v1::TierInfo]) -> Vec<Tier> {
     let has = |tier: &Tier| {
         let number = i32::from(kv_api::convert::tier_message(*tier));
-        infos.iter().any(|info| info.tier == number && info.state != "off")
+        *tier != Tier::Object && infos.iter().any(|info| info.tier == number && info.state != "off")
     };
     Tier::ALL.into_iter().filter(has).collect()
 }
@@ -94,8 +105,13 @@ mod tests {
             state: state.into(),
             ..Default::default()
         };
-        let infos = [info(v1::Tier::Disk, "off"), info(v1::Tier::Host, "ok"), info(v1::Tier::Host, "ok")];
-        assert_eq!(there(&infos), [Tier::Host]);
+        let infos = [
+            info(v1::Tier::Disk, "off"),
+            info(v1::Tier::Host, "ok"),
+            info(v1::Tier::Host, "ok"),
+            info(v1::Tier::Object, "ok"),
+        ];
+        assert_eq!(there(&infos), [Tier::Host], "nor is what others share unasked");
     }
 
     #[test]

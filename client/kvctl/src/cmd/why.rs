@@ -12,7 +12,7 @@ use crate::connect::{self, Daemon};
 use crate::exit::{Exit, Failure, printable};
 use crate::names::{self, Blocks, Named};
 use crate::out;
-use crate::structured;
+use crate::structured::{self, hex};
 
 #[derive(Debug, Args)]
 pub(crate) struct Arguments {
@@ -115,12 +115,24 @@ fn page(
 ) -> String {
     let Some(miss) = &answer.miss else {
         let known = answer.block.as_ref().map_or(String::new(), |block| indented(&block_fields(block, now)));
-        return format!("{key} is here\n{known}");
+        let pack = match hex(&answer.pack) {
+            id if id.is_empty() => id,
+            id => format!("  The object store has it, too, in pack {id}.\n"),
+        };
+        return format!("{key} is here\n{known}{pack}");
     };
     let reason = kv_api::convert::miss_reason(miss);
     let (cause, action) = reason_page(reason);
     let mut text = format!("{key} is not here: {reason}\n");
+    if !answer.pack.is_empty() {
+        text += &format!("  But the object store has it, in pack {}:\n", hex(&answer.pack));
+        text += "  who reads it here and waits gets it from there.\n";
+    }
     text.extend(elsewhere.and_then(on_node));
+    if !answer.pack.is_empty() {
+        // Nobody has to mend anything.
+        return text + &format!("  {cause}\n");
+    }
     text += &format!("  {cause}\n");
     for field in &miss.fields {
         text += &match named.and_then(|named| field_value(named, field)) {
@@ -195,6 +207,18 @@ mod tests {
         assert!(page.contains("differs: dtype (here asked for: bf16)\n"), "{page}");
         assert!(page.contains("differs: block_tokens (here asked for: 0)\n"), "{page}");
         assert!(page.contains("differs: salt\n") && !page.contains("secret"), "{page}");
+    }
+
+    #[test]
+    fn what_the_object_store_has_is_not_lost() {
+        let miss = kv_api::convert::miss_message(MissReason::EvictedCapacity, Vec::new());
+        let answer =
+            v1::ExplainResponse { miss: Some(miss), pack: vec![0xcd; 32].into(), ..Default::default() };
+        let gone = page(&BlockKey([1; 16]), &answer, None, None, 0);
+        let wanted = format!("  But the object store has it, in pack {}:\n", "cd".repeat(32));
+        assert!(gone.contains(&wanted) && !gone.contains("Raise host.bytes_max"), "{gone}");
+        let here = page(&BlockKey([1; 16]), &v1::ExplainResponse { miss: None, ..answer }, None, None, 0);
+        assert!(here.contains("The object store has it, too, in pack cdcd"), "{here}");
     }
 
     #[test]

@@ -36,6 +36,10 @@ pub(crate) enum Mood {
     PeersSilent,
     /// Knows nothing of peers: it is of an older version.
     Old,
+    /// Has an object store with two packs, of which one cannot be read.
+    Object,
+    /// Has an object store that is not open yet.
+    Opening,
 }
 
 /// A fake daemon; ends when dropped.
@@ -197,7 +201,45 @@ impl Service {
         };
         let state = if self.0.mood == Mood::Warn { "degraded" } else { "ok" };
         let disk = v1::TierInfo { tier: v1::Tier::Disk.into(), state: state.into(), ..host.clone() };
-        vec![host, disk]
+        let object = self.object_tiers().into_iter().map(|tier| v1::TierInfo {
+            tier: v1::Tier::Object.into(),
+            state: tier.state,
+            bytes_used: tier.pack_bytes,
+            blocks: tier.blocks,
+            principal: tier.principal,
+            ..Default::default()
+        });
+        [host, disk].into_iter().chain(object).collect()
+    }
+
+    fn object_tiers(&self) -> Vec<v1::ObjectTierInfo> {
+        let opening = v1::ObjectTierInfo {
+            principal: "default".into(),
+            store: "s3://kv-blocks".into(),
+            state: "opening".into(),
+            ..Default::default()
+        };
+        let asked =
+            |kind: &str, requests| v1::StoreRequests { kind: kind.into(), requests, ..Default::default() };
+        let open = v1::ObjectTierInfo {
+            state: "ok".into(),
+            circuit: "closed".into(),
+            packs: 1,
+            pack_bytes: 32 << 20,
+            blocks: 512,
+            packs_set_aside: 1,
+            requests: vec![asked("put", 10), asked("get", 20), asked("list", 5)],
+            blocks_written: 512,
+            blocks_read: 64,
+            served_blocks: 64,
+            served_tokens: 1_024,
+            ..opening.clone()
+        };
+        match self.0.mood {
+            Mood::Object => vec![open],
+            Mood::Opening => vec![opening],
+            _ => Vec::new(),
+        }
     }
 
     fn progress(&self) -> Messages<v1::Progress> {
@@ -249,6 +291,7 @@ impl admin_server::Admin for Service {
             fetched_bytes: self.peers().iter().map(|peer| peer.bytes_in).sum(),
             peers: self.peers().len() as u32,
             peers_down: self.peers().iter().filter(|peer| peer.state == "down").count() as u32,
+            object_tiers: self.object_tiers(),
             ..Default::default()
         }))
     }
@@ -431,22 +474,65 @@ impl admin_server::Admin for Service {
         &self,
         _: Request<v1::ListObjectTiersRequest>,
     ) -> Answer<v1::ListObjectTiersResponse> {
-        not_here()
+        self.admin()?;
+        Ok(Response::new(v1::ListObjectTiersResponse { tiers: self.object_tiers() }))
     }
 
-    async fn list_packs(&self, _: Request<v1::ListPacksRequest>) -> Answer<v1::ListPacksResponse> {
-        not_here()
+    // One pack a page. The second is found only by those who list the store.
+    async fn list_packs(&self, request: Request<v1::ListPacksRequest>) -> Answer<v1::ListPacksResponse> {
+        let request = request.into_inner();
+        if self.0.mood == Mood::Opening {
+            let fault = Fault::new(Code::TierDegraded, "the object store s3://kv-blocks is not open yet");
+            return Err(status(&fault.retry_after(std::time::Duration::from_secs(1))));
+        }
+        let first = v1::PackInfo {
+            id: vec![0xab; 32].into(),
+            bytes: 32 << 20,
+            state: "ok".into(),
+            blocks: 512,
+            writer: "node-b".into(),
+            tenants: vec!["team-a".into()],
+            ..Default::default()
+        };
+        let second = v1::PackInfo {
+            id: vec![0xac; 32].into(),
+            bytes: 1 << 20,
+            state: "incompatible".into(),
+            reason: "version 2".into(),
+            ..Default::default()
+        };
+        let (pack, next) = match (request.page_token.as_str(), request.rescan) {
+            ("", true) => (first, "second"),
+            ("", false) => (first, ""),
+            _ => (second, ""),
+        };
+        let hex: String = pack.id.iter().map(|byte| format!("{byte:02x}")).collect();
+        let packs = Some(pack).filter(|_| hex.starts_with(&request.id_prefix)).into_iter().collect();
+        Ok(Response::new(v1::ListPacksResponse { packs, next_page_token: next.into() }))
     }
 
-    async fn describe_pack(&self, _: Request<v1::DescribePackRequest>) -> Answer<v1::DescribePackResponse> {
-        not_here()
+    // Two blocks an answer, of three.
+    async fn describe_pack(
+        &self,
+        request: Request<v1::DescribePackRequest>,
+    ) -> Answer<v1::DescribePackResponse> {
+        let request = request.into_inner();
+        let pack = v1::PackInfo { id: request.id, state: "ok".into(), blocks: 3, ..Default::default() };
+        let first = request.first_block;
+        let block = |n: u64| v1::PackBlock { key: vec![n as u8; 16].into(), ..Default::default() };
+        let blocks = (first..3.min(first + 2)).map(block).collect();
+        Ok(Response::new(v1::DescribePackResponse { pack: Some(pack), bindings: Vec::new(), blocks }))
     }
 
     async fn collect_objects(
         &self,
-        _: Request<v1::CollectObjectsRequest>,
+        request: Request<v1::CollectObjectsRequest>,
     ) -> Answer<v1::CollectObjectsResponse> {
-        not_here()
+        let early = v1::Collected { store: "s3://kv-blocks".into(), ..Default::default() };
+        let deleted_ids = vec![vec![0xab; 32].into()];
+        let round = v1::Collected { round: 4, packs: 2, deleted: 1, deleted_ids, ..early.clone() };
+        let one = if request.into_inner().dry_run { round } else { early };
+        Ok(Response::new(v1::CollectObjectsResponse { collected: vec![one] }))
     }
 }
 
@@ -606,11 +692,15 @@ impl blocks_server::Blocks for Service {
             (None, true) => Some(convert::miss_message(MissReason::NeverStored, Vec::new())),
             (None, false) => Some(convert::miss_message(MissReason::ScopeDiffers, vec!["dtype".into()])),
         };
+        let pack = match self.0.mood {
+            Mood::Object => vec![0xab; 32].into(),
+            _ => Default::default(),
+        };
         Ok(Response::new(v1::ExplainResponse {
             key: key.as_bytes().to_vec().into(),
             miss,
             block: here,
-            ..Default::default()
+            pack,
         }))
     }
 }

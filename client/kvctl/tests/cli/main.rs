@@ -558,3 +558,71 @@ fn versions_are_compared() {
         format!("kvctl  {own}\nkvd    {own}\n")
     );
 }
+
+#[test]
+fn the_object_store_is_listed_described_collected_and_counted() {
+    let fake = Fake::start(Mood::Object);
+    let socket = fake.socket();
+    let id = "ab".repeat(32);
+    assert_eq!(kvctl(&socket, "get packs -o name").exits(0).out, format!("pack/{id}\n"));
+    assert_eq!(kvctl(&socket, "get packs --prefix ac").exits(0).out.lines().count(), 1);
+    let all = kvctl(&socket, "object ls").exits(0).out;
+    assert!(all.contains("version 2"), "{all}");
+    assert!(all.ends_with("2 packs, 33.0MiB, 512 blocks; 1 incompatible\n"), "{all}");
+    let json = kvctl(&socket, "object ls -o json").exits(0).out;
+    let json: serde_json::Value = serde_json::from_str(&json).unwrap();
+    assert_eq!(json["packs"][0]["id"], id);
+    assert_eq!(json["packs"][1]["state"], "incompatible");
+    for name in ["pack abab", &format!("pack/{id}")] {
+        let page = kvctl(&socket, &format!("describe {name}")).exits(0).out;
+        assert!(page.contains(&id) && page.contains(&key(2)), "{page}");
+    }
+    kvctl(&socket, "describe pack 0000").fails(3, "no pack is called `0000`", "`kvctl object ls`");
+    kvctl(&socket, "describe pack ab").fails(2, "names no pack", "an id has 64 hex digits");
+    assert!(
+        kvctl(&socket, "object gc --dry-run")
+            .exits(0)
+            .out
+            .contains(&format!("1 would be deleted, 0B\n  {id}"))
+    );
+    assert!(kvctl(&socket, "object gc").exits(0).out.contains("too early"));
+    let cost = kvctl(&socket, "object cost --put-price 1 --get-price 0.5").exits(0).out;
+    assert!(cost.contains("Per million tokens served:  34,180 requests, $24.41"), "{cost}");
+    let json = kvctl(&socket, "object cost -o json").exits(0).out;
+    let json: serde_json::Value = serde_json::from_str(&json).unwrap();
+    assert_eq!(json["tiers"][0]["requests_total"], 35);
+    let status = kvctl(&socket, "status").exits(0).out;
+    assert!(status.contains("object   35 requests, 64 blocks served; s3://kv-blocks\n"), "{status}");
+    let page = kvctl(&socket, "describe tier object").exits(0).out;
+    assert!(page.contains("put 10  get 20  list 5") && page.contains("closed; opened 0 times"), "{page}");
+    let why = kvctl(&socket, &format!("why {}", key(9))).exits(0).out;
+    assert!(why.contains(&format!("But the object store has it, in pack {id}")), "{why}");
+    kvctl(&socket, "verify --tier object").exits(0);
+}
+
+#[test]
+fn what_is_removed_here_stays_in_the_object_store_and_that_is_said() {
+    let fake = Fake::start(Mood::Object);
+    let evict = format!("evict --yes {}", key(1));
+    for line in [&evict, "purge --all --yes"] {
+        let ran = kvctl(&fake.socket(), line).exits(0);
+        assert!(ran.err.starts_with("note: what lies in the object store stays"), "{}", ran.err);
+    }
+    assert_eq!(kvctl(&fake.socket(), "purge --tier host --yes").exits(0).err, "");
+    let without = Fake::start(Mood::Well);
+    assert_eq!(kvctl(&without.socket(), &evict).exits(0).err, "");
+}
+
+#[test]
+fn without_an_object_store_it_is_said_what_to_set_and_before_it_is_open_to_wait() {
+    let (without, opening) = (Fake::start(Mood::Well), Fake::start(Mood::Opening));
+    for line in
+        ["get packs", "describe pack abab", "object ls", "object gc", "object cost", "verify --tier object"]
+    {
+        kvctl(&without.socket(), line).fails(3, "this node has no object tier", "set object.store");
+    }
+    kvctl(&opening.socket(), "object cost").fails(4, "is not open yet: it is being opened", "ask again");
+    kvctl(&opening.socket(), "get packs").fails(4, "is not open yet (again in 1.0s)", "It is probed");
+    let page = kvctl(&opening.socket(), "describe tier object").exits(0).out;
+    assert!(page.contains("opening") && page.contains("Circuit:      -\n"), "{page}");
+}
