@@ -146,7 +146,7 @@ impl Keeper {
                     let (tier, shards) = (Arc::clone(tier), self.shards.clone());
                     tokio::spawn(async move {
                         match tier.flush(false).await {
-                            Ok(stored) => tell_lost(&shards, stored),
+                            Ok(stored) => tell_lost(&shards, &stored),
                             Err(error) => tracing::debug!(%error, "packs were not written"),
                         }
                     });
@@ -214,7 +214,7 @@ async fn told(stopped: &mut watch::Receiver<bool>) {
 }
 
 /// Tells the shards which blocks are not in the store after all.
-pub(super) fn tell_lost(shards: &[ShardHandle], stored: Stored) {
+pub(super) fn tell_lost(shards: &[ShardHandle], stored: &Stored) {
     if stored.lost.is_empty() {
         return;
     }

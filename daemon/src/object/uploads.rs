@@ -66,7 +66,7 @@ impl Uploads {
             principal.taken.notify_one();
         } else {
             let shards = self.node.of(number).shards().to_vec();
-            tokio::spawn(async move { tell_lost(&shards, tier.write_full(full).await) });
+            tokio::spawn(async move { tell_lost(&shards, &tier.write_full(full).await) });
         }
         match (stored.refused.is_empty(), stored.known.is_empty()) {
             (false, _) => refused,
