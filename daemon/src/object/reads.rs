@@ -1,19 +1,19 @@
 //! Searches of the shards in the object tier, gathered into few requests.
 //!
-//! What comes within half a millisecond is read together: neighbours in a pack then cost one request. Whoever reads the
-//! head of a prefix reads the rest of it next, so that what follows in its pack is asked for in the same breath: its
-//! shards are told to prefetch it, and what they want joins the others here.
+//! What comes within half a millisecond is read together, and what follows a block in its pack is asked for with it: its
+//! shards are told to prefetch that, and what they want joins the others here. [`kv_object::gather`] decides both.
 
-use std::collections::{HashMap, HashSet};
+use std::collections::HashMap;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use kv_arena::Slot;
 use kv_block::{BlockKey, MissReason, Record, SessionId, ShardId};
 use kv_node::{
     Event, FetchDone, FetchOp, FetchToken, Micros, OfferToken, Op, Origin, Reach, RequestId, Step,
 };
+use kv_object::gather::{Ahead, Gather, GatherLimits};
 use kv_object::{Got, Tier, Want};
 use kv_wire::message::Sight;
 use tokio::sync::mpsc;
@@ -23,14 +23,8 @@ use super::{FetchOrder, Objects, Principal, principals_of, unix_now};
 use crate::node::Node;
 use crate::shard::Letter;
 
-/// How long a block that could be read waits for others.
-const GATHER: Duration = Duration::from_micros(500);
-/// With so many bytes they wait no longer.
-const GATHER_BYTES: u64 = 16 << 20;
 /// Searches taken in one turn.
 const TURN_MAX: usize = 4096;
-/// Blocks that are remembered as asked for ahead; when there are more, they are forgotten.
-const AHEAD_MAX: usize = 1 << 16;
 
 pub(super) struct Reads {
     node: Arc<Node>,
@@ -39,12 +33,9 @@ pub(super) struct Reads {
     principals: Vec<usize>,
     /// Offered, and not answered.
     offered: HashMap<(ShardId, FetchToken), Offered>,
-    /// By principal: what is read next.
-    ready: Vec<Vec<Ready>>,
-    ready_bytes: u64,
-    ready_since: Option<Instant>,
-    /// Asked for because of another: what follows them is not asked for in turn.
-    ahead: HashSet<BlockKey>,
+    ready: Gather<Ready>,
+    /// By principal.
+    ahead: Vec<Ahead>,
 }
 
 struct Offered {
@@ -68,16 +59,14 @@ impl Reads {
             objects: objects.clone(),
             principals: principals_of(node),
             offered: HashMap::new(),
-            ready: objects.all().iter().map(|_| Vec::new()).collect(),
-            ready_bytes: 0,
-            ready_since: None,
-            ahead: HashSet::new(),
+            ready: Gather::new(GatherLimits::default()),
+            ahead: objects.all().iter().map(|_| Ahead::default()).collect(),
         }
     }
 
     pub(super) async fn run(mut self, mut orders: mpsc::UnboundedReceiver<FetchOrder>) {
         loop {
-            let due = self.ready_since.map(|since| since + GATHER);
+            let due = self.ready.due_at();
             tokio::select! {
                 order = orders.recv() => {
                     let Some(order) = order else { return };
@@ -89,10 +78,8 @@ impl Reads {
                 }
                 () = sleep_until(due.unwrap_or_else(Instant::now).into()), if due.is_some() => {}
             }
-            let gathered = self.ready_since.is_some_and(|since| since.elapsed() >= GATHER);
-            if gathered || self.ready_bytes >= GATHER_BYTES {
-                self.read();
-            }
+            let ready = self.ready.take(Instant::now());
+            self.read(ready);
         }
     }
 
@@ -102,10 +89,8 @@ impl Reads {
             FetchOp::Into { fetch, into, .. } => {
                 // One that is not known was left meanwhile, and its slot goes back.
                 let Some(Offered { record, deadline }) = self.offered.remove(&(shard, fetch)) else { return };
-                self.ready_bytes += u64::from(record.bytes);
-                self.ready_since.get_or_insert_with(Instant::now);
-                let principal = self.principals[usize::from(shard.0)];
-                self.ready[principal].push(Ready { shard, fetch, record, deadline, into });
+                let ready = Ready { shard, fetch, record, deadline, into };
+                self.ready.add(Instant::now(), ready, record.bytes);
             }
             FetchOp::Decline { fetch, reason, .. } => {
                 self.offered.remove(&(shard, fetch));
@@ -114,8 +99,7 @@ impl Reads {
             FetchOp::Leave { fetch } => {
                 self.offered.remove(&(shard, fetch));
                 // What is being read comes back all the same, and nobody waits for it.
-                let principal = self.principals[usize::from(shard.0)];
-                self.ready[principal].retain(|one| (one.shard, one.fetch) != (shard, fetch));
+                self.ready.retain(|one| (one.shard, one.fetch) != (shard, fetch));
             }
         }
     }
@@ -136,27 +120,20 @@ impl Reads {
         // One offer a search: there is nobody else who could make another.
         let offer = OfferToken(fetch.0);
         self.tell(shard, FetchDone::Offered { fetch, offer, record, ttl_s });
-        if !self.ahead.remove(&key) {
-            self.look_ahead(number, &tier, now, &key);
-        }
+        self.look_ahead(number, &tier, now, &key);
     }
 
     /// Has what follows a block in its prefix fetched as well.
     fn look_ahead(&mut self, principal: usize, tier: &Tier, now: u32, key: &BlockKey) {
-        let ahead = tier.ahead(now, key).into_iter().map(|(key, _)| key);
-        let keys: Vec<BlockKey> = ahead.filter(|key| !self.ahead.contains(key)).collect();
-        if keys.is_empty() {
-            return;
-        }
-        if self.ahead.len() + keys.len() > AHEAD_MAX {
-            self.ahead.clear();
-        }
+        let Self { node, ahead, .. } = self;
+        let view = node.of(principal);
+        let behind = || tier.ahead(now, key).into_iter().map(|(key, _)| key).collect();
+        let is_absent =
+            |keys: &[BlockKey]| view.sights(keys).iter().map(|(sight, _)| *sight == Sight::Absent).collect();
+        let keys = ahead[principal].with(key, behind, is_absent);
         let mut by_shard: HashMap<ShardId, Vec<BlockKey>> = HashMap::new();
-        for (key, (sight, shard)) in keys.iter().zip(self.node.of(principal).sights(&keys)) {
-            if sight == Sight::Absent {
-                self.ahead.insert(*key);
-                by_shard.entry(shard.id).or_default().push(*key);
-            }
+        for (key, (_, shard)) in keys.iter().zip(view.sights(&keys)) {
+            by_shard.entry(shard.id).or_default().push(*key);
         }
         for (shard, keys) in by_shard {
             let from = Origin { session: SessionId(0), request: RequestId(0) };
@@ -170,11 +147,13 @@ impl Reads {
         }
     }
 
-    /// Reads what is gathered, each request by itself.
-    fn read(&mut self) {
-        (self.ready_since, self.ready_bytes) = (None, 0);
-        for number in 0..self.ready.len() {
-            let ready = std::mem::take(&mut self.ready[number]);
+    /// Reads what was gathered, each request by itself.
+    fn read(&self, ready: Vec<Ready>) {
+        let mut by_principal: Vec<Vec<Ready>> = self.objects.all().iter().map(|_| Vec::new()).collect();
+        for one in ready {
+            by_principal[self.principals[usize::from(one.shard.0)]].push(one);
+        }
+        for (number, ready) in by_principal.into_iter().enumerate() {
             let Some(principal) = self.objects.of(number).filter(|_| !ready.is_empty()) else { continue };
             let Some(tier) = principal.tier() else {
                 for one in ready {

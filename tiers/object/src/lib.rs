@@ -5,7 +5,7 @@
 //!    packer    blocks -> packs                    pack      the bytes of a pack
 //!    index     which block lies where             reach     which ranges to ask for
 //!    manifest  what a node says it uses           collect   what may be deleted, by rounds
-//!    requests  the gate: retry, pace, circuit
+//!    requests  the gate: retry, pace, circuit         gather    what is read together, and ahead
 //!  store     what an object store does            landing   where a read's bytes go
 //!    dir  s3  azure   the back ends               memory  unreliable   the model, and faults by seed
 //!    place     where a store is, in one word      open      the store that is there
@@ -24,6 +24,7 @@ pub mod circuit;
 pub mod collect;
 pub mod contract;
 pub mod dir;
+pub mod gather;
 pub mod index;
 pub mod landing;
 pub mod manifest;
