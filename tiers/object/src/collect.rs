@@ -252,7 +252,7 @@ mod tests {
         };
         let name = ManifestName { node: node.into(), epoch: Epoch(epoch), generation };
         let packs: BTreeSet<_> = packs.iter().copied().collect();
-        let manifest = Manifest { name, round, packs: packs.iter().map(pack).collect() };
+        let manifest = Manifest { name, round, packs: packs.iter().map(pack).collect(), tails: vec![] };
         ManifestSeen { epoch: Epoch(epoch), generation, manifest: Some(manifest) }
     }
 

@@ -11,14 +11,17 @@
 //! round 4                     the newest round of collection that it has honoured; 0 before the first
 //! pack <id> 33554432 18464 512 1795420800
 //!                             pack bytes, footer bytes, blocks, Unix time of expiry or 0
+//! tail <id> 6b7666...         the last bytes of a pack that is new here: its footer and trailer
 //! crc 9a3c51e0                CRC-32 of everything above
 //! ```
 //! Of one node the highest epoch counts, and of that the highest generation. What a manifest lists is not deleted
-//! (see [`crate::collect`]), and whoever reads it knows where the footers are without asking. It holds nothing that is
-//! not in the packs themselves: when it is lost, listing them and reading their footers gives it back.
+//! (see [`crate::collect`]), and whoever reads it knows where the footers are without asking, and need not ask for those
+//! of new packs at all: otherwise each node would read the footer of each pack of each other. It holds nothing that is not
+//! in the packs themselves: when it is lost, listing them and reading their footers gives it back.
 
 use std::fmt::Write as _;
 
+use bytes::Bytes;
 use kv_block::Epoch;
 
 use crate::index::Known;
@@ -89,6 +92,8 @@ pub struct Manifest {
     pub round: u64,
     /// The packs that it uses, in order of their names.
     pub packs: Vec<PackRef>,
+    /// Tails of some of them, in order of their names. Not believed before [`crate::pack::parse_tail`] does.
+    pub tails: Vec<(PackId, Bytes)>,
 }
 
 /// Why a manifest or a round is not believed.
@@ -127,6 +132,15 @@ impl Manifest {
         for PackRef { id, pack_bytes, footer_bytes, blocks, expires_at } in &self.packs {
             writeln!(text, "pack {id} {pack_bytes} {footer_bytes} {blocks} {expires_at}").expect("memory");
         }
+        for (id, tail) in &self.tails {
+            write!(text, "tail {id} ").expect("memory");
+            for byte in tail {
+                text.extend(
+                    [byte >> 4, byte & 15].map(|digit| char::from(b"0123456789abcdef"[usize::from(digit)])),
+                );
+            }
+            text.push('\n');
+        }
         sign(text)
     }
 
@@ -139,6 +153,7 @@ impl Manifest {
             name: ManifestName { node, epoch, generation },
             round: lines.number("round")?,
             packs: Vec::new(),
+            tails: Vec::new(),
         };
         while let Some([id, pack_bytes, footer_bytes, blocks, expires_at]) = lines.list("pack")? {
             manifest.packs.push(PackRef {
@@ -149,7 +164,12 @@ impl Manifest {
                 expires_at: parsed(expires_at)?,
             });
         }
-        let sorted = manifest.packs.windows(2).all(|pair| pair[0].id < pair[1].id);
+        while let Some([id, tail]) = lines.list("tail")? {
+            manifest.tails.push((parsed(id)?, bytes_of(tail)?));
+        }
+        let sorted = manifest.packs.windows(2).all(|pair| pair[0].id < pair[1].id)
+            && manifest.tails.windows(2).all(|pair| pair[0].0 < pair[1].0)
+            && manifest.tails.iter().all(|(id, _)| manifest.uses(id));
         // The one text of these values is the only one accepted: it holds the checksum too.
         let sound = sorted && is_node(&manifest.name.node) && manifest.encode().as_bytes() == bytes;
         if sound { Ok(manifest) } else { Err(TextError::Broken) }
@@ -158,6 +178,22 @@ impl Manifest {
 
 pub(crate) fn parsed<T: std::str::FromStr>(text: &str) -> Result<T, TextError> {
     text.parse().map_err(|_| TextError::Broken)
+}
+
+/// The bytes that these hexadecimal digits are.
+fn bytes_of(digits: &str) -> Result<Bytes, TextError> {
+    let digit = |byte: &u8| char::from(*byte).to_digit(16).map(|digit| digit as u8);
+    let pair = |pair: &[u8]| match pair {
+        [high, low] => Some(digit(high)? << 4 | digit(low)?),
+        _ => None,
+    };
+    digits
+        .as_bytes()
+        .chunks(2)
+        .map(pair)
+        .collect::<Option<Vec<u8>>>()
+        .map(Bytes::from)
+        .ok_or(TextError::Broken)
 }
 
 /// The text with its checksum.
@@ -217,7 +253,7 @@ pub(crate) mod tests {
             expires_at: u32::from(number),
         };
         let name = ManifestName { node: "gpu-07".into(), epoch: Epoch(3), generation: 12 };
-        Manifest { name, round: 4, packs: vec![pack(0), pack(1), pack(0xff)] }
+        Manifest { name, round: 4, packs: vec![pack(0), pack(1), pack(0xff)], tails: vec![] }
     }
 
     /// Every flipped bit and every truncation of a text is refused.
@@ -242,6 +278,15 @@ pub(crate) mod tests {
         is_tight(&sample().encode(), Manifest::parse);
         let none = Manifest { packs: vec![], ..sample() };
         assert_eq!(Manifest::parse(none.encode().as_bytes()), Ok(none));
+        let tail = |number: u8| (PackId([number; 32]), Bytes::from(vec![0x0f, 0xa0, number]));
+        let tails = Manifest { tails: vec![tail(1), tail(0xff)], ..sample() };
+        assert!(tails.encode().contains("0fa0ff\n"));
+        is_tight(&tails.encode(), Manifest::parse);
+        assert_eq!(Manifest::parse(tails.encode().as_bytes()), Ok(tails));
+        for wrong in [vec![tail(1), tail(0)], vec![tail(1), tail(1)], vec![tail(2)]] {
+            let wrong = Manifest { tails: wrong, ..sample() };
+            assert_eq!(Manifest::parse(wrong.encode().as_bytes()), Err(TextError::Broken), "{wrong:?}");
+        }
     }
 
     #[test]

@@ -25,7 +25,7 @@ use crate::index::{Expired, Found, Index, Known};
 use crate::join::join_all;
 use crate::landing::Landing;
 use crate::manifest::PackRef;
-use crate::pack::{Binding, PackId, Writer, is_node};
+use crate::pack::{Binding, PackId, TRAILER_BYTES, Writer, is_node};
 use crate::packer::{Batch, Packer, PackerLimits, Waiting};
 use crate::reach::{self, ReachLimits};
 use crate::requests::{Kind, RequestError, RequestLimits, RequestReport, Requests, attempts};
@@ -287,6 +287,8 @@ struct State {
     mine: BTreeMap<PackId, PackRef>,
     /// What it lists differs from the last one.
     changed: bool,
+    /// Tails of packs that were written lately, and after which manifest: the next two hold them.
+    fresh: Vec<(u64, PackId, Bytes)>,
     sequence: u64,
     generation: u64,
     /// The round that the last manifest honoured.
@@ -294,6 +296,8 @@ struct State {
     /// The newest round that is known, and since when.
     round: Option<Round>,
     round_since: Duration,
+    /// When rounds were listed last.
+    round_looked: Option<Duration>,
     round_unreadable: Option<u64>,
     /// The store writes over what is there.
     overwrites: bool,
@@ -541,6 +545,7 @@ impl Tier {
         // It is this node's before it is there, so that no round is honoured without it.
         self.with(|state| state.mine.insert(pack.id, pack_ref));
         let (name, body) = (pack_name(&pack.id), Bytes::from(pack.bytes));
+        let tail = body.slice(body.len() - pack.footer_bytes as usize - TRAILER_BYTES..);
         let deadline = self.upkeep_deadline();
         let result = attempts!(self.requests, Kind::Put, deadline, self.store.put(&name, body.clone()));
         let landed = match result {
@@ -558,6 +563,8 @@ impl Tier {
             if landed {
                 state.index.insert(pack.id, pack_ref.pack_bytes, pack.footer_bytes, &pack.footer);
                 state.changed = true;
+                // Its own bytes: the pack goes.
+                state.fresh.push((state.generation, pack.id, Bytes::copy_from_slice(&tail)));
                 state.totals.packs_written += 1;
                 state.totals.blocks_written += u64::from(pack_ref.blocks);
             } else {

@@ -126,7 +126,8 @@ impl Tier {
     }
 
     /// Learns what other nodes wrote and what is condemned, at `now`, Unix time in seconds; says what this node uses,
-    /// if that changed. Costs two lists, and a read for each manifest that is new and each pack that is not known.
+    /// if that changed. Costs a list, now and then two, and a read for each manifest that is new and for each pack that is
+    /// not known and whose footer no manifest repeats.
     pub async fn refresh(&self, now: u32) -> Result<(), TierError> {
         self.honour(now).await?;
         let heard = self.with(|state| state.heard.clone());
@@ -164,6 +165,21 @@ impl Tier {
                 }
                 let unread = state.unread.entry(id).or_insert((bytes, None));
                 unread.1 = unread.1.or(footer);
+            }
+            let tails = manifests.values().filter_map(|seen| seen.manifest.as_ref());
+            for (id, tail) in tails.flat_map(|manifest| &manifest.tails) {
+                let room = state.index.blocks() < self.config.blocks_max;
+                let there = listed.is_empty() || listed.contains_key(id);
+                let Some((bytes, _)) = state.unread.get(id).copied() else { continue };
+                // What is not as it should be is read from the pack.
+                if room
+                    && there
+                    && let Ok(Tail::Whole(footer)) = pack::parse_tail(id, bytes, tail)
+                {
+                    let footer_bytes = (bytes - footer.data_end()) as u32 - TRAILER_BYTES as u32;
+                    state.unread.remove(id);
+                    state.index.insert(*id, bytes, footer_bytes, &footer);
+                }
             }
             for (node, seen) in manifests {
                 // One that could not be read is read again next time.

@@ -12,10 +12,16 @@ use crate::requests::{Kind, RequestError, attempts};
 use crate::store::StoreError;
 
 use super::discover::Newest;
-use super::{Tier, TierError, pack_name};
+use super::{State, Tier, TierError, pack_name};
 
 /// Where it is found out whether a store heeds "if absent".
 const PROBES: &str = "probes/";
+/// Every so many manifests, all that are older are looked for: some may have stayed when they should have gone.
+const LIST_EVERY: u64 = 16;
+/// Tails that one manifest holds at most, in bytes. Of other packs each node reads the footer.
+const TAILS_BYTES_MAX: usize = 1 << 20;
+/// Rounds are listed so many times between two of them at most.
+const LOOKS_A_ROUND: u32 = 8;
 /// Rounds that stay, so that a list that is late still leads to one.
 const ROUNDS_KEPT: u64 = 4;
 
@@ -62,6 +68,23 @@ pub enum Verified {
 enum Wrote {
     Ours,
     Another,
+}
+
+impl State {
+    /// What the next manifest says of new packs: once more what the one before said, for whoever did not see that.
+    fn tails(&mut self) -> Vec<(PackId, Bytes)> {
+        let Self { fresh, generation, mine, .. } = self;
+        fresh.retain(|(after, id, _)| after + 2 >= *generation && mine.contains_key(id));
+        let mut room = TAILS_BYTES_MAX;
+        let newest = fresh.iter().rev().take_while(|(_, _, tail)| {
+            let fits = tail.len() <= room;
+            room -= tail.len().min(room);
+            fits
+        });
+        let mut tails: Vec<_> = newest.map(|(_, id, tail)| (*id, tail.clone())).collect();
+        tails.sort_by_key(|(id, _)| *id);
+        tails
+    }
 }
 
 impl Tier {
@@ -118,7 +141,7 @@ impl Tier {
             state.changed = false;
             let name = ManifestName { node: node.clone(), epoch, generation: state.generation };
             let packs = state.mine.values().copied().collect();
-            Ok(Manifest { name, round: state.honoured, packs })
+            Ok(Manifest { name, round: state.honoured, packs, tails: state.tails() })
         })?;
         match self.write_first(&manifest.name.object(), manifest.encode()).await {
             Ok(Wrote::Ours) => {}
@@ -133,6 +156,12 @@ impl Tier {
             }
         }
         let generation = manifest.name.generation;
+        // Its own is no news.
+        self.with(|state| state.heard.insert(node.clone(), (epoch, generation)));
+        if generation > 2 && !generation.is_multiple_of(LIST_EVERY) {
+            let old = ManifestName { node, epoch, generation: generation - 2 };
+            return Ok(self.delete(&old.object()).await?);
+        }
         for object in self.list_all(&format!("{}{node}/", manifest::PREFIX)).await? {
             let old = ManifestName::parse(&object.name).is_some_and(|name| {
                 name.epoch < epoch || (name.epoch == epoch && name.generation + 1 < generation)
@@ -154,8 +183,16 @@ impl Tier {
 
     /// Decides about every pack that the newest round condemned, and drops what has expired at `now`.
     pub(super) async fn honour(&self, now: u32) -> Result<(), TierError> {
-        let newest = self.newest_round().await?;
         let clock = self.requests.now();
+        // Rounds are seldom: to hear of one a little later holds up nothing but deletion.
+        let looked = self.with(|state| state.round_looked);
+        let newest = if looked.is_some_and(|at| clock < at + self.config.round_min / LOOKS_A_ROUND) {
+            Newest::None
+        } else {
+            let newest = self.newest_round().await?;
+            self.with(|state| state.round_looked = Some(clock));
+            newest
+        };
         self.with(|state| {
             let known = state.index.packs().map(|pack| (pack.id, pack.expires_at));
             let packs = known.chain(state.mine.values().map(|pack| (pack.id, pack.expires_at)));
