@@ -18,13 +18,13 @@ pub struct ReachLimits {
 }
 
 impl Default for ReachLimits {
-    /// Gaps up to 1 MiB and 20 % in requests up to 8 MiB; 64 blocks or 32 MiB ahead.
+    /// Gaps up to 1 MiB and 20 % in requests up to 32 MiB, which is a whole pack; 16 blocks or 32 MiB ahead.
     fn default() -> Self {
         Self {
             gap_bytes_max: 1 << 20,
             waste_percent_max: 20,
-            span_bytes_max: 8 << 20,
-            ahead_blocks_max: 64,
+            span_bytes_max: 32 << 20,
+            ahead_blocks_max: 16,
             ahead_bytes_max: 32 << 20,
         }
     }
