@@ -225,7 +225,8 @@ section! {
         /// Where the packs are: a directory, `s3://BUCKET[/PREFIX]` or `az://ACCOUNT/CONTAINER[/PREFIX]`; behind a `?`
         /// what has to be said besides, as in `?endpoint=http://127.0.0.1:9000&path_style=true` or `?region=eu-central-1`.
         store: OrOff<StoreAt> = OrOff::Off,
-        /// Reads that a block needs before it is uploaded, 0 to 3. 0: whatever is old enough goes. Pinned blocks and
+        /// Reads that a block needs before it is uploaded, 0 to 3. 0: whatever is old enough goes; for nodes among which
+        /// requests are spread without regard to what each has. Pinned blocks and
         /// those of high priority go at once.
         reads_min: u32 = 1,
         /// How long after its first read a block is uploaded, unless it leaves host memory before that.
@@ -236,11 +237,14 @@ section! {
         /// nothing stays for ever.
         ttl: OrOff<Span> = OrOff::Set(Span::seconds(7 * 86400)),
         /// Bytes of blocks that make a pack.
-        pack_bytes: Size = Size::mib(32),
+        pack_bytes: Size = Size::mib(48),
         /// How long the first block of a pack waits for others.
         pack_wait: Span = Span::seconds(10),
         /// Bytes of blocks that wait to be written or are being written. Beyond that blocks stay where they are.
-        waiting_bytes_max: Size = Size::mib(128),
+        waiting_bytes_max: Size = Size::mib(192),
+        /// Bytes of one read, at most. Longer reads are fewer; shorter ones go side by side, and their blocks are here
+        /// sooner.
+        request_bytes_max: Size = Size::mib(32),
         /// How long a block may be on its way from the store.
         fetch_limit: Span = Span::seconds(10),
         /// How often this node looks for what others wrote. Each look costs two lists.

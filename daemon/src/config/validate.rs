@@ -31,13 +31,14 @@ pub(super) fn problems(config: &Config) -> Vec<(String, String)> {
     for (key, value, range) in numbers {
         outside(value, range).into_iter().for_each(|message| refuse(key, message));
     }
-    let sizes: [(&str, Size, RangeInclusive<Size>); 8] = [
+    let sizes: [(&str, Size, RangeInclusive<Size>); 9] = [
         ("workers.staging_bytes_max", workers.staging_bytes_max, Size::kib(4)..=Size::gib(64)),
         ("disk.segment_bytes", disk.segment_bytes, Size::mib(4)..=Size::gib(4)),
         ("limits.message_bytes_max", limits.message_bytes_max, Size::kib(64)..=Size::mib(256)),
         ("limits.in_flight_bytes_max", limits.in_flight_bytes_max, Size::mib(1)..=Size::gib(1024)),
         ("lmcache.pool_bytes", lmcache.pool_bytes, Size::kib(64)..=Size::gib(1024)),
         ("object.pack_bytes", object.pack_bytes, Size::mib(1)..=Size::mib(512)),
+        ("object.request_bytes_max", object.request_bytes_max, Size::mib(1)..=Size::mib(512)),
         ("object.waiting_bytes_max", object.waiting_bytes_max, Size::mib(2)..=Size::gib(64)),
         ("peers.held_bytes_max", peers.held_bytes_max, Size::mib(1)..=Size::gib(1024)),
     ];

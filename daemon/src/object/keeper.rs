@@ -52,6 +52,7 @@ impl Keeper {
             waiting_bytes_max: object.waiting_bytes_max.0,
             ..PackerLimits::default()
         };
+        tier.reach.span_bytes_max = object.request_bytes_max.0;
         tier.requests.pace = PaceLimits { requests_max: object.requests_max, ..PaceLimits::default() };
         tier.ttl_s = object.ttl.get().map(|ttl| u32::try_from(ttl.0.as_secs()).unwrap_or(u32::MAX));
         tier.round_min = object.collect_every.0;

@@ -6,7 +6,7 @@
 use std::collections::HashMap;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use kv_arena::Slot;
 use kv_block::{BlockKey, MissReason, Record, SessionId, ShardId};
@@ -23,6 +23,8 @@ use super::{FetchOrder, Objects, Principal, principals_of, unix_now};
 use crate::node::Node;
 use crate::shard::Letter;
 
+/// How often it is looked for searches that have waited too long for room.
+const SWEEP: Duration = Duration::from_millis(250);
 /// Searches taken in one turn.
 const TURN_MAX: usize = 4096;
 
@@ -65,6 +67,7 @@ impl Reads {
     }
 
     pub(super) async fn run(mut self, mut orders: mpsc::UnboundedReceiver<FetchOrder>) {
+        let mut sweep = tokio::time::interval(SWEEP);
         loop {
             let due = self.ready.due_at();
             tokio::select! {
@@ -77,9 +80,18 @@ impl Reads {
                     turn.into_iter().for_each(|order| self.take(order));
                 }
                 () = sleep_until(due.unwrap_or_else(Instant::now).into()), if due.is_some() => {}
+                _ = sweep.tick(), if !self.offered.is_empty() => self.end_late(Instant::now()),
             }
             let ready = self.ready.take(Instant::now());
             self.read(ready);
+        }
+    }
+
+    /// Ends what waits for room in host memory beyond its time.
+    fn end_late(&mut self, now: Instant) {
+        let late: Vec<_> = self.offered.extract_if(|_, offered| offered.deadline <= now).collect();
+        for ((shard, fetch), _) in late {
+            self.tell(shard, FetchDone::Missed { fetch, reason: MissReason::TierTimeout });
         }
     }
 

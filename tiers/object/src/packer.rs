@@ -25,13 +25,13 @@ pub struct PackerLimits {
 }
 
 impl Default for PackerLimits {
-    /// 32 MiB, 10 s, 1 hour, 128 MiB.
+    /// 48 MiB, 10 s, 1 hour, 192 MiB.
     fn default() -> Self {
         Self {
-            pack_bytes: 32 << 20,
+            pack_bytes: 48 << 20,
             age_max: Duration::from_secs(10),
             expiry_span: Duration::from_secs(3600),
-            waiting_bytes_max: 128 << 20,
+            waiting_bytes_max: 192 << 20,
         }
     }
 }

@@ -18,7 +18,7 @@ pub struct ReachLimits {
 }
 
 impl Default for ReachLimits {
-    /// Gaps up to 1 MiB and 20 % in requests up to 32 MiB, which is a whole pack; 16 blocks or 32 MiB ahead.
+    /// Gaps up to 1 MiB and 20 % in requests up to 32 MiB; 16 blocks or 32 MiB ahead.
     fn default() -> Self {
         Self {
             gap_bytes_max: 1 << 20,
