@@ -63,6 +63,8 @@ pub struct Description {
     pub message_bytes_max: u64,
     /// Names of the nodes that it fetches blocks from.
     pub peers: Vec<String>,
+    /// Whether it has an object tier, which it shares with other nodes.
+    pub object: bool,
 }
 
 impl Client {
@@ -137,6 +139,7 @@ impl Client {
             message_bytes_max: answer.message_bytes_max,
             principal: answer.principal,
             peers: answer.peers,
+            object: answer.object,
         })
     }
 

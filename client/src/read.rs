@@ -41,7 +41,7 @@ impl Lookup {
 /// Where a block is, as far as this node and its peers know.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Sighting {
-    /// In a tier of this node.
+    /// In a tier of this node; [`Tier::Object`]: in no faster one, and with no peer that answered.
     Here(Tier),
     /// In a tier of a peer.
     At {
@@ -238,8 +238,8 @@ impl Worker {
         ask.wait()
     }
 
-    /// Where each of these blocks is: here, or at a peer that the daemon asks. Nothing moves; what a peer has comes
-    /// with [`Worker::prefetch`], or when an acquire waits for it.
+    /// Where each of these blocks is: here, at a peer that the daemon asks, or in the object store. Nothing moves; what is
+    /// not on this node comes with [`Worker::prefetch`], or when an acquire waits for it.
     pub fn locate(&self, binding: &Binding, hashes: &[SequenceHash]) -> Call<Vec<Sighting>> {
         self.locate_keys(&binding.keys(hashes), "")
     }
@@ -273,8 +273,8 @@ impl Worker {
         self.acquire_wait(binding, hash, Duration::ZERO)
     }
 
-    /// [`Worker::acquire`] that waits up to `wait` for a block that is announced, on disk, or with a peer of the
-    /// node.
+    /// [`Worker::acquire`] that waits up to `wait` for a block that is announced, on disk, with a peer of the node, or
+    /// in the object store.
     pub fn acquire_wait(&self, binding: &Binding, hash: &SequenceHash, wait: Duration) -> Result<Got, Error> {
         let mut got = self.acquire_keys(&[binding.key(hash)], wait)?;
         got.pop().ok_or_else(|| bug("one block asked for, none answered"))

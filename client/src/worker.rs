@@ -213,7 +213,7 @@ impl Worker {
         })
     }
 
-    /// Starts bringing blocks up to host memory, from disk or from whichever peer has them.
+    /// Starts bringing blocks up to host memory: from disk, from whichever peer has them, or from the object store.
     ///
     /// In the order of their prefix, where they have one: a tier below may keep them together; nothing else depends
     /// on it.

@@ -123,6 +123,8 @@ fn share_as(store: &str, story: &str, keys: &[(&str, &str)]) {
     until("the other node hears of them", || (found(&at_b, binding, 0..64, true).0 == 64).then_some(()));
     assert_eq!(found(&at_b, binding, 0..1, true).1, [v1::Tier::Object]);
     assert_eq!(found(&at_b, binding, 0..64, false).0, 0, "nobody asked for more than what is here");
+    let described = at_b.runtime.block_on(async { at_b.worker().describe(v1::DescribeRequest {}).await });
+    assert!(described.expect("describe").into_inner().object, "workers are told whom to ask");
     // The writer is gone for good.
     running_a.kill();
     for number in 0..64 {

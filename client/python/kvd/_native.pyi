@@ -121,6 +121,10 @@ class Description:
     def peers(self) -> list[str]:
         """The nodes that it fetches blocks from."""
 
+    @property
+    def object(self) -> bool:
+        """Whether it has an object tier, which it shares with other nodes."""
+
 
 @final
 class Scope:
@@ -223,12 +227,12 @@ class Sighting:
 
     @property
     def node(self) -> str | None:
-        """The peer that has it, or expects it; ``None`` when it is here, or nowhere."""
+        """The peer that has it, or expects it; ``None`` when it is here, in the object store, or nowhere."""
 
     @property
     def tier(self) -> _Tier | None:
-        """The fastest tier that has it; ``None`` when nobody has it. With a :attr:`node` that one expects it then:
-        somebody there is about to store it."""
+        """The fastest tier that has it, ``object`` when only the object store does; ``None`` when nobody has it. With a
+        :attr:`node` that one expects it then: somebody there is about to store it."""
 
     @property
     def miss(self) -> Miss | None:
@@ -369,8 +373,8 @@ class Session:
         """What is here, from the first block on. Holds nothing; wakes nobody up where there is shared memory."""
 
     def locate(self, binding: Binding, hashes: Sequence[_Hash], *, node: str | None = None) -> list[Sighting]:
-        """Where each block is: here, or with a peer, which the daemon asks. Nothing moves: that is for :meth:`prefetch`,
-        or for :meth:`acquire` with time to wait.
+        """Where each block is: here, with a peer, which the daemon asks, or in the object store. Nothing moves: that is for
+        :meth:`prefetch`, or for :meth:`acquire` with time to wait.
 
         ``node`` is a peer to ask in any case, where there are more than are asked for one block.
         """
@@ -379,8 +383,8 @@ class Session:
         self, binding: Binding, hashes: Sequence[_Hash], *, wait: float = 0.0
     ) -> list[Block | Miss]:
         """Open blocks for reading, one answer for each, in order: those in host memory at once; those on slower tiers, with
-        peers of the node, or announced by others and not stored yet, if they are there within ``wait`` seconds (else
-        they are misses, such as ``tier_timeout`` and ``not_complete``).
+        peers of the node, in the object store, or announced by others and not stored yet, if they are there within
+        ``wait`` seconds (else they are misses, such as ``tier_timeout`` and ``not_complete``).
 
         In the order of their prefix, where they have one: a tier below may keep them together; nothing else depends on
         it.
@@ -442,7 +446,7 @@ class Session:
     def prefetch(
         self, binding: Binding, hashes: Sequence[_Hash], *, node: str | None = None
     ) -> Prefetched:
-        """Start to bring blocks up to host memory, from disk or from a peer, and return at once.
+        """Start to bring blocks up to host memory, from disk, from a peer or from the object store, and return at once.
 
         ``node`` is the peer to ask first for what is not here.
 

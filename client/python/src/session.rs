@@ -90,6 +90,7 @@ impl PyClient {
             block_bytes_max: told.block_bytes_max,
             principal: told.principal,
             peers: told.peers,
+            object: told.object,
         })
     }
 
@@ -137,6 +138,7 @@ record! {
         block_bytes_max: u32,
         principal: String,
         peers: Vec<String>,
+        object: bool,
     }
 }
 record! {

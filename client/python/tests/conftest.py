@@ -125,6 +125,22 @@ def nodes(request: pytest.FixtureRequest):
         yield a, b
 
 
+@pytest.fixture
+def sharing(tmp_path: Path, request: pytest.FixtureRequest):
+    """Node ``a``, and node ``b`` with further settings, which share an object store and nothing else. What comes in goes up
+    at once."""
+    store = f"object.store={tmp_path / 'objects'}"
+    at_once = ("object.reads_min=0", "object.age_min=0s", "object.pack_wait=200ms", "object.refresh=200ms")
+
+    def node(name: str, *more: str):
+        return running(f"node.name={name}", store, *at_once, *more)
+
+    with node("a") as a, node("b", *getattr(request, "param", ())) as b:
+        # What is offered before that is offered again only after half a minute.
+        soon(lambda: all("the object store is open" in (one.root / "log").read_text() for one in (a, b)))
+        yield a, b
+
+
 @pytest.fixture(params=["shared memory", "gRPC"])
 def session(request: pytest.FixtureRequest, daemon: Daemon) -> kvd.Session:
     session = daemon.client().session("test", grpc_only=request.param == "gRPC")

@@ -202,7 +202,28 @@ def test_a_block_is_located_at_a_peer_and_fetched(nodes):
     assert block.tobytes() == body(1)
     with pytest.raises(kvd.Invalid, match="peers.members"):
         here.locate(near, [absent], node="elsewhere")
-    assert b.client().describe().peers == ["a"]
+    told = b.client().describe()
+    assert (told.peers, told.object) == (["a"], False)
+
+
+def test_a_block_is_located_in_the_object_store_and_fetched(sharing):
+    a, b = sharing
+    there, here = a.client().session("there"), b.client().session("here")
+    far, near = there.register(scope(), BLOCK_BYTES), here.register(scope(), BLOCK_BYTES)
+    stored, also, absent = hashes(range(3))
+    there.put_many(far, [(stored, body(0)), (also, body(1))])
+    soon(lambda: all(one.tier for one in here.locate(near, [stored, also])))
+    a.kill()
+    first, _, third = here.locate(near, [stored, also, absent])
+    assert (first.node, first.tier, first.miss) == (None, "object", None)
+    assert (third.node, third.tier, third.miss.reason) == (None, None, "never_stored")
+    assert here.lookup(near, [stored]).prefix == 0, "nothing has moved"
+    assert here.prefetch(near, [stored]).started == 1
+    soon(lambda: here.lookup(near, [stored]).tiers == ["host"])
+    (block,) = here.acquire(near, [also], wait=20)
+    assert block.tobytes() == body(1)
+    told = b.client().describe()
+    assert (told.peers, told.object) == ([], True)
 
 
 def test_many_blocks_are_waited_for_together(session, binding):

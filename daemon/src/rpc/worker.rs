@@ -134,6 +134,7 @@ impl v1::worker_server::Worker for WorkerService {
             block_bytes_max: node.block_bytes_max.min(u64::from(u32::MAX)) as u32,
             principal: node.principals[who.principal].name.clone(),
             peers: config.peers().map(|member| member.name.clone()).collect(),
+            object: config.object_store().is_some(),
         }))
     }
 }
