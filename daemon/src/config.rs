@@ -345,7 +345,7 @@ section! {
         uint8_as: OrOff<Label> = OrOff::Off,
         /// How long a lookup waits for chunks that another engine has announced and not stored yet.
         pending_wait: Span = Span::seconds(1),
-        /// How long a lookup waits for chunks that peers of this node have. 0s: they are not asked.
+        /// How long a lookup waits for chunks that peers of this node or its object store have. 0s: neither is asked.
         peer_wait: Span = Span::seconds(2),
         /// How long chunks that a lookup found are held for the engine to load them.
         hold_ttl: Span = Span::seconds(300),

@@ -53,7 +53,7 @@ pub async fn open(
         tenant: lmcache.tenant.clone(),
         uint8_as: lmcache.uint8_as.get().map(|label| label.0.clone()),
         pending_wait: lmcache.pending_wait.0,
-        peer_wait: if config.peers().next().is_some() { lmcache.peer_wait.0 } else { Duration::ZERO },
+        peer_wait: if config.looks_further() { lmcache.peer_wait.0 } else { Duration::ZERO },
         hold_ttl: lmcache.hold_ttl.0,
         // A block lies in one region of the arena.
         block_bytes_max: plan.region_bytes,

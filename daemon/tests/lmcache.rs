@@ -17,7 +17,7 @@ use kv_lmcache::wire::lm_cache_driven_service_client::LmCacheDrivenServiceClient
 use kv_lmcache::wire::lookup_service_client::LookupServiceClient;
 use kv_lmcache::wire::observability_service_client::ObservabilityServiceClient;
 use prost::Message as _;
-use support::among::{nodes, peer};
+use support::among::{self, nodes, peer};
 use support::{Door, Home};
 use tonic::transport::Channel;
 use tonic::{Code, Status};
@@ -797,6 +797,39 @@ fn a_node_that_is_gone_or_stands_still_is_a_miss_and_holds_no_engine_up() {
     first.kill();
     assert_eq!(decode.lookup(&key("gone", 0, 8)), 3);
     assert_eq!(decode.load(&decode_pool, 1, &key("gone", 0, 3), 3), Some(3));
+}
+
+#[test]
+fn an_engine_finds_what_one_of_another_node_has_sent_to_the_object_store() {
+    let store = tempfile::Builder::new().prefix("kvd-story-").tempdir().expect("a temporary directory");
+    let [a, b] = ["shared-a", "shared-b"].map(|name| {
+        let home = Home::sized(name, "64MiB", None)
+            .set(&format!("node.name={name}"))
+            .set(&format!("object.store={}", store.path().display()))
+            .set("object.reads_min=0")
+            .set("object.age_min=0s")
+            .set("object.pack_wait=200ms")
+            .set("object.refresh=200ms");
+        with_door(home, name)
+    });
+    let (first, _b) = (a.start(), b.start());
+    let (at_a, at_b) = (Door::of(&a), Door::of(&b));
+    let object = |door: &Door| door.status().tiers.into_iter().find(|tier| tier.tier() == v1::Tier::Object);
+    // What is offered before that is offered again only after half a minute.
+    until("the store is open", || object(&at_a).is_some_and(|tier| tier.state == "ok"));
+    let (prefill, decode) = (Engine::of(&a), Engine::of(&b));
+    let pool = prefill.register(registration(1)).unwrap();
+    let decode_pool = decode.register(registration(1)).unwrap();
+    assert_eq!(prefill.store(&pool, 1, &key("p", 0, 8), 3).len(), 8);
+    // Longer than half a minute, for what is offered again.
+    among::until("the other node knows of all of them", || object(&at_b).filter(|tier| tier.blocks == 8));
+    // The first ones are here, the next ones in the store, and the last ones nowhere.
+    assert_eq!(decode.store(&decode_pool, 1, &key("first", 0, 2), 3), [0, 1]);
+    // Who stored them is gone for good.
+    first.kill();
+    assert_eq!(decode.lookup(&key("d", 0, 11)), 8);
+    assert_eq!(decode.load(&decode_pool, 1, &key("d", 0, 8), 3), Some(8));
+    assert!(at_b.status().hits["object"] > 0);
 }
 
 #[test]

@@ -78,7 +78,7 @@ pub struct Options {
     pub uint8_as: Option<String>,
     /// How long a lookup waits for blocks that are announced.
     pub pending_wait: Duration,
-    /// How long a lookup waits for blocks that other nodes have; zero: they are not asked.
+    /// How long a lookup waits for blocks that other nodes or the object store have; zero: nobody is asked.
     pub peer_wait: Duration,
     /// How long a lookup's blocks are held at most.
     pub hold_ttl: Duration,

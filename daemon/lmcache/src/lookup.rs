@@ -5,7 +5,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use kv_client::{Binding, BlockGuard, BlockKey, Error, Got, MissReason, Sighting, Worker};
+use kv_client::{Binding, BlockGuard, BlockKey, Error, Got, MissReason, Sighting, Tier, Worker};
 use tokio::sync::{OwnedSemaphorePermit, watch};
 
 use crate::instance::Instance;
@@ -54,11 +54,11 @@ pub(crate) struct Place {
 /// How far a prefix goes.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
 pub(crate) struct Extent {
-    /// Blocks from the first on that are here, on disk, with a peer or announced.
+    /// Blocks from the first on that are here, on disk, with a peer, in the object store or announced.
     pub(crate) blocks: usize,
     /// Some of them are announced.
     pub(crate) pending: bool,
-    /// Some of them are on another node.
+    /// Some of them are on another node, or in the object store.
     pub(crate) abroad: bool,
 }
 
@@ -78,16 +78,16 @@ pub(crate) fn extent(worker: &Worker, keys: &[BlockKey], pending: bool) -> Resul
     }
 }
 
-/// How much further the peers take it. Those who do not answer have nothing.
+/// How much further the peers and the object store take it. Those who do not answer have nothing.
 pub(crate) fn further(worker: &Worker, keys: &[BlockKey], pending: bool, mut extent: Extent) -> Extent {
     let sightings = worker.locate_keys(&keys[extent.blocks..], "").wait().unwrap_or_else(|error| {
-        tracing::debug!(%error, "the peers were not asked for chunks");
+        tracing::debug!(%error, "nobody beyond this node was asked for chunks");
         Vec::new()
     });
     for sighting in sightings {
         match sighting {
+            Sighting::Here(Tier::Object) | Sighting::At { .. } => extent.abroad = true,
             Sighting::Here(_) => {}
-            Sighting::At { .. } => extent.abroad = true,
             Sighting::Expected { .. } if pending => (extent.pending, extent.abroad) = (true, true),
             Sighting::Absent(miss) if pending && miss.reason == MissReason::NotComplete => {
                 extent.pending = true;
