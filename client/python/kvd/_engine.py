@@ -119,9 +119,10 @@ class Link:
     def sightings(
         self, session: kvd.Session, binding: kvd.Binding, names: Sequence[bytes | str], node: str | None = None
     ) -> list[kvd.Sighting]:
-        """Where blocks are that are not here; none where the daemon has no peers, or they do not answer in time."""
+        """Where blocks are that are not here; none where the daemon has neither peers nor an object store, or they do not
+        answer in time."""
         daemon = self.daemon()
-        if daemon is None or not daemon.peers or not names:
+        if daemon is None or not (daemon.peers or daemon.object) or not names:
             return []
         try:
             return session.locate(binding, names, node=node)
@@ -156,8 +157,8 @@ def held(
     seconds: float,
     peers: bool,
 ) -> list[bool]:
-    """For each block whether it is here, beyond gaps too, or with one of the ``peers``. What was not asked within
-    ``seconds`` counts as absent."""
+    """For each block whether it is here, beyond gaps too, or with one of the ``peers`` or in the object store, which counts
+    as one. What was not asked within ``seconds`` counts as absent."""
     until = time.monotonic() + seconds
     found: list[bool] = []
     while len(found) < len(names) and time.monotonic() < until:
@@ -179,7 +180,8 @@ def checked(
 ) -> list[kvd.Block | None]:
     """Blocks open for reading, of which every byte has been checked; ``None`` where one is absent or damaged.
 
-    Waits for the disk, for peers, and for who has announced a block and is about to store it, as long as a call may take.
+    Waits for the disk, for peers, for the object store, and for who has announced a block and is about to store it, as long
+    as a call may take.
     """
     try:
         answers = session.acquire(binding, names, wait=session.deadline)

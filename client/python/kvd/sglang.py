@@ -109,7 +109,8 @@ class Settings:
     call_seconds: float = number(5.0, least=0.001, most=WAIT_SECONDS)
     """Seconds after which a call of SGLang begins nothing more: the pages left are misses, or not stored."""
     peers: bool = True
-    """Whether pages count that only peers of the daemon have. A read fetches them, within ``deadline``."""
+    """Whether pages count that only peers of the daemon or its object store have. A read fetches them, within
+    ``deadline``."""
 
 
 @dataclass(frozen=True)

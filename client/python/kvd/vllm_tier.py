@@ -100,7 +100,8 @@ class Settings:
     staging_bytes: int = number(64 << 20, least=1, most=STAGING_BYTES)
     """What may be on its way into the daemon at once; four rows at least."""
     peers: bool = True
-    """Whether chunks count that only peers of the daemon have. A load fetches them, within ``deadline``."""
+    """Whether chunks count that only peers of the daemon or its object store have. A load fetches them, within
+    ``deadline``."""
 
 
 @dataclass
@@ -115,7 +116,7 @@ class KvdTier(SecondaryTierManager):
     """See the top of the file. Raises ``ValueError`` when vLLM starts with what is not supported, naming it."""
 
     medium = None
-    """Host memory and disk: which of them a chunk comes from is the daemon's business."""
+    """Host memory, disk and beyond: which of them a chunk comes from is the daemon's business."""
 
     def __init__(
         self,
@@ -279,7 +280,7 @@ class KvdTier(SecondaryTierManager):
         return self._link.binding(session, scope, self._row_bytes, (1, 1, 0, 1))
 
     def _held(self, keys: list[OffloadKey]) -> list[bool]:
-        """Which chunks the daemon or a peer of it has; on the thread of lookups."""
+        """Which chunks the daemon, a peer of it or its object store has; on the thread of lookups."""
         life, found = self._life, dict.fromkeys(keys, False)
         by_group: dict[int, list[OffloadKey]] = {}
         for key in keys:

@@ -1,4 +1,5 @@
-"""vLLM on kvd: prompts that any engine of the node, or of its peers, has computed are loaded instead of computed again.
+"""vLLM on kvd: prompts that any engine of the node, of its peers, or of nodes with the same object store has computed are
+loaded instead of computed again.
 
 One line turns it on::
 
@@ -78,8 +79,8 @@ class Settings:
     match_seconds: float = number(2.0, least=0.001, most=WAIT_SECONDS)
     """Seconds in which the blocks of a request must have been brought up and checked; what is not is computed."""
     peer_seconds: float = number(2.0, least=0.0, most=WAIT_SECONDS)
-    """Seconds in which blocks that other nodes have must have been found and fetched; what has not come is computed. 0:
-    other nodes are not asked. Where the daemon has no peers, nobody is."""
+    """Seconds in which blocks that other nodes or the object store have must have been found and fetched; what has not come
+    is computed. 0: neither is asked. Where the daemon has no peers and no object store, nobody is."""
     load_seconds: float = number(5.0, least=0.001, most=WAIT_SECONDS)
     """Seconds in which a rank must have opened the blocks that a request was promised."""
     staging_bytes: int = number(64 << 20, least=1, most=STAGING_BYTES)

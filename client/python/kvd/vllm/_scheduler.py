@@ -1,8 +1,8 @@
 """The half that runs beside vLLM's scheduler: it finds out what kvd holds, and says what the ranks load and store.
 
 A request is looked up on a thread of its own, while the engine goes on with others; vLLM asks again until the answer is
-there. Where the node's own kvd has no more, it asks its peers. What is promised to vLLM has been brought up to host memory
-of this node, read and compared with its checksum, and is pinned until the ranks have loaded it.
+there. Where the node's own kvd has no more, it asks its peers and the object store. What is promised to vLLM has been
+brought up to host memory of this node, read and compared with its checksum, and is pinned until the ranks have loaded it.
 """
 
 import contextlib
@@ -53,21 +53,29 @@ SHOWN = 200
 EVENTS_KEPT = 1 << 18
 """Blocks whose hash is remembered, to name them in events."""
 
-_SOURCES = {"host": CacheHitSource.HOST, "disk": CacheHitSource.DISK, "peer": CacheHitSource.P2P}
+_SOURCES = {
+    "host": CacheHitSource.HOST,
+    "disk": CacheHitSource.DISK,
+    "peer": CacheHitSource.P2P,
+    # vLLM 0.32 has no name of its own for it, and says that a remote store is this one.
+    "object": getattr(CacheHitSource, "OBJECT", CacheHitSource.EXTERNAL_UNSPECIFIED),
+}
 
 
 @dataclass
 class _Abroad:
-    """What peers have of a request, as they said when it was last looked up."""
+    """What peers and the object store have of a request, as it was when it was last looked up."""
 
     node: str | None
     """Who is asked in any case."""
+    peers: bool
+    """Whether other nodes are asked."""
     until: float
     """What has not come by then is computed."""
-    keys: set[bytes]
-    """Of blocks that were seen there, now or before."""
-    places: list[tuple[int, kvd.Binding, str, bytes]] = field(default_factory=list)
-    """The first token of a block that is there now, how it is bound, who has it and what it is called."""
+    keys: dict[bytes, str]
+    """Of blocks that were seen there, now or before: ``peer`` or ``object``."""
+    places: list[tuple[int, kvd.Binding, str | None, bytes]] = field(default_factory=list)
+    """The first token of a block that is there now, how it is bound, which node has it and what it is called."""
     came: set[bytes] = field(default_factory=set)
     """Of ``keys``, those that are here and right."""
 
@@ -81,7 +89,7 @@ class Found:
     tokens: int = 0
     """Tokens from the start that are there and checked."""
     tiers: list[str] = field(default_factory=list)
-    """Where the blocks of the first group were found; ``peer``: on another node."""
+    """Where the blocks of the first group were found; ``peer``: on another node; ``object``: in the object store."""
     pinned: list[tuple[kvd.Binding, list[bytes]]] = field(default_factory=list)
     waiting: bool = False
     """More may come: it is to be looked up again."""
@@ -102,8 +110,8 @@ class _Track:
     """Seconds to wait for blocks that nobody has announced yet."""
     node: str = ""
     """Who has its blocks, as it says itself."""
-    abroad: set[bytes] = field(default_factory=set)
-    """Keys of its blocks that were seen at peers."""
+    abroad: dict[bytes, str] = field(default_factory=dict)
+    """Keys of its blocks that were seen at peers or in the object store."""
     gone: threading.Event = field(default_factory=threading.Event)
     """The request is over: nobody waits for what is being looked up."""
     looking: "Future[Found] | None" = None
@@ -130,8 +138,8 @@ class Scheduler:
 
     ``weights``: what of the model decides about keys and values, see ``_identity.py``; here alone, and the ranks are told.
     ``wait``: seconds to wait for blocks that another engine has announced. ``match_seconds``: for how long a request is
-    looked up at most, on top of what it waits. ``peer_seconds``: for how long blocks of other nodes are looked for and
-    fetched, on top of what it waits; 0: not at all. ``loads`` and ``stores``: what this engine does.
+    looked up at most, on top of what it waits. ``peer_seconds``: for how long blocks of other nodes and of the object store
+    are looked for and fetched, on top of what it waits; 0: not at all. ``loads`` and ``stores``: what this engine does.
     """
 
     def __init__(
@@ -328,7 +336,9 @@ class Scheduler:
         # Nobody has to have announced them when the request itself says that they will come.
         until = begun + (max(track.wait, self.wait) if pending else track.wait)
         if tokens < limit and now < until and self.link.is_up:
-            pause = track.pause if abroad is None else max(PEER_POLL_SECONDS, len(self._tracks) / PEER_POLLS)
+            pause = track.pause
+            if abroad is not None:
+                pause = max(PEER_POLL_SECONDS if abroad.peers else pause, len(self._tracks) / PEER_POLLS)
             track.look_at = now + pause
             track.pause = min(track.pause * 1.5, POLL_SECONDS[1])
             return Found(computed, waiting=True)
@@ -340,8 +350,9 @@ class Scheduler:
                 found.tokens = tokens
                 break
             tokens, _, _ = self._held(hashes, owner, bad)
-        if abroad is not None and abroad.came and found.tokens:
-            self.stats.add("peer_blocks", len(abroad.came))
+        if abroad is not None and found.tokens:
+            for key in abroad.came:
+                self.stats.add("peer_blocks" if abroad.keys[key] == "peer" else "object_blocks")
         found.tiers = found.tiers[: tokens // self.layout.groups[0].block_tokens]
         return found
 
@@ -367,17 +378,17 @@ class Scheduler:
             track.node = ""
         until = track.asked_at + self.peer_seconds
         # One that had to queue for longer than that waits no more.
-        if not daemon.peers or until <= time.monotonic():
+        if not (daemon.peers or daemon.object) or until <= time.monotonic():
             return None
-        return _Abroad(track.node or None, until, track.abroad)
+        return _Abroad(track.node or None, bool(daemon.peers), until, track.abroad)
 
     def _sighted(
         self, abroad: _Abroad, binding: kvd.Binding, names: list[bytes], first: int, step: int
     ) -> tuple[list[str], bool]:
-        """The tiers of blocks that this node or a peer has, from the first on, and whether the next one is announced
-        somewhere. The first begins at token ``first``, each has ``step`` of them."""
+        """The tiers of blocks that this node, a peer or the object store has, from the first on, and whether the next one is
+        announced somewhere. The first begins at token ``first``, each has ``step`` of them."""
         tiers: list[str] = []
-        # Of most prompts peers have nothing, or all: a few blocks tell which.
+        # Of most prompts others have nothing, or all: a few blocks tell which.
         for part in (names[:BATCH], names[BATCH:]):
             if time.monotonic() >= abroad.until:
                 break
@@ -387,15 +398,16 @@ class Scheduler:
             for name, one in zip(part, sightings, strict=True):
                 if one.tier is None:
                     return tiers, one.node is not None or (one.miss is not None and one.miss.reason == "not_complete")
-                if one.node is not None:
+                tier = one.tier if one.node is None else "peer"
+                if tier in ("peer", "object"):
                     abroad.places.append((first + len(tiers) * step, binding, one.node, name))
-                    abroad.keys.add(binding.key(name))
-                tiers.append(one.tier if one.node is None else "peer")
+                    abroad.keys[binding.key(name)] = tier
+                tiers.append(tier)
         return tiers, False
 
     def _bring(self, abroad: _Abroad, computed: int, tokens: int) -> None:
-        """Lets the daemon begin to fetch what peers have between the two, each block from whom it is with."""
-        wanted: dict[tuple[kvd.Binding, str], list[bytes]] = {}
+        """Lets the daemon begin to fetch what is elsewhere between the two, each block from whom it is with."""
+        wanted: dict[tuple[kvd.Binding, str | None], list[bytes]] = {}
         for at, binding, node, name in abroad.places:
             if computed <= at < tokens:
                 wanted.setdefault((binding, node), []).append(name)
@@ -406,7 +418,7 @@ class Scheduler:
         self, hashes: list[Any], owner: Owner, limit: int, abroad: _Abroad | None = None
     ) -> tuple[int, list[str], bool]:
         """Tokens from the start that kvd says it has, the tiers of the first group, and whether more is announced. With
-        ``abroad``, what peers have and announce counts, and is noted there."""
+        ``abroad``, what peers have and announce counts, and what the object store has, and is noted there."""
         tiers: list[str] = []
         pending = False
 
@@ -483,7 +495,7 @@ class Scheduler:
         self, binding: kvd.Binding, names: list[bytes], seconds: float, found: Found, abroad: _Abroad | None
     ) -> int:
         """How many blocks from the first on are there within ``seconds``, and right; they are pinned."""
-        keys = abroad.keys.intersection(binding.key(name) for name in names) if abroad is not None else set()
+        keys = abroad.keys.keys() & {binding.key(name) for name in names} if abroad is not None else set()
         if abroad is not None and keys:
             # What has come by then is taken all the same.
             seconds = min(seconds, max(abroad.until - time.monotonic(), 0.001))

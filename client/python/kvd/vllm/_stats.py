@@ -11,6 +11,7 @@ COUNTERS = {
     "lookups": "requests looked up in kvd",
     "hit_tokens": "prompt tokens promised to vLLM",
     "peer_blocks": "blocks that were fetched from another node for such a promise",
+    "object_blocks": "blocks that were fetched from the object store for it",
     "loaded_blocks": "blocks copied into the KV cache of a rank",
     "loaded_bytes": "their bytes",
     "load_seconds": "time to copy them",

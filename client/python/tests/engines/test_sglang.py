@@ -151,6 +151,22 @@ def test_pages_of_another_node_are_found_and_read(nodes):
     assert made.batch_exists(names(range(8))) == 6, "they are here now"
 
 
+def test_pages_of_the_object_store_are_found_and_read(sharing):
+    a, b = sharing
+    host = pool()
+    store(config(a), host).batch_set_v1(names(range(6)), fill(host, range(6)))
+    store(config(b), host).batch_set_v1(names(range(2)), fill(host, range(2)))
+    made = store(config(b), host)
+    soon(lambda: made.batch_exists(names(range(8))) == 6)
+    # Who stored them is gone for good.
+    a.kill()
+    assert store(config(b, extra={"peers": False}), host).batch_exists(names(range(8))) == 2
+    assert made.batch_exists_v2(names(range(8))).kv_hit_pages == 6
+    target = blank(host, 8)
+    assert made.batch_get_v1(names(range(8)), target) == [True] * 6 + [False] * 2
+    assert equal(pages(host, target)[:6], range(6), host)
+
+
 @pytest.mark.parametrize("daemon", [("disk.admission=all",)], indirect=True)
 def test_pages_come_back_from_disk(daemon):
     host = pool()

@@ -535,6 +535,114 @@ def test_nobody_is_asked_where_that_is_not_wanted_or_there_is_nobody(daemon: Dae
     assert matched(scheduler(b, layout), request(names(4))) == 4 * TOKENS
 
 
+# Two nodes that share an object store, and are no peers: what "a" has sent up "b" is asked for.
+
+
+def in_the_store(daemon: Daemon, layout: Any, count: int, owner: Owner = OWNER) -> None:
+    """Waits until this node knows so many blocks of each group and rank to be in the object store."""
+    one = link(daemon)
+
+    def there(session: kvd.Session) -> bool:
+        for group in layout.groups:
+            for slice_ in range(layout.slices):
+                scope = layout.scope(group, "default", owner.weights, owner.lora, owner.salt)
+                binding = one.binding(session, scope, group.block_bytes, layout.part(group, slice_))
+                if not all(sighting.tier for sighting in session.locate(binding, names(count))):
+                    return False
+        return True
+
+    soon(lambda: one.ask(there))
+
+
+@pytest.mark.parametrize("specs", [(FULL,), (FULL, WINDOW)], ids=["one group", "two groups"])
+def test_blocks_of_the_object_store_are_here_and_checked_before_they_are_promised(
+    sharing: Nodes, layout_of: Any, specs: Any
+):
+    a, b = sharing
+    layout = layout_of(cache(*specs), tensor_parallel_size=2)
+    sources = [tensors(layout, rank) for rank in range(2)]
+    for rank, caches in enumerate(sources):
+        pieces = [Piece(group.index, names(10), list(range(1, 11))) for group in layout.groups]
+        store(worker(a, layout, caches, rank), pieces)
+    in_the_store(b, layout, 10)
+    # Who stored them is gone for good.
+    a.kill()
+    one, asked = scheduler(b, layout), request(names(12))
+    assert matched(one, asked) == 10 * TOKENS
+    # Of a window of 40 tokens, three blocks are needed.
+    wanted = 2 * sum(10 if group.window is None else 3 for group in layout.groups)
+    counted = one.stats.take().data
+    assert counted["object_blocks"] == wanted and "peer_blocks" not in counted
+    assert one.sources(asked, 10 * TOKENS) == {CacheHitSource.EXTERNAL_UNSPECIFIED: 10 * TOKENS}
+    for rank, caches in enumerate(sources):
+        target = tensors(layout, 99)
+        reader = worker(b, layout, target, rank)
+        pieces = [
+            Piece(group.index, names(10)[at:], list(range(20 + at, 30)))
+            for group in layout.groups
+            for at in [group.first_needed(10 * TOKENS)]
+        ]
+        step(reader, Step(loads=[work(pieces)]))
+        assert not reader.take_bad_blocks()
+        for group in layout.groups:
+            at = group.first_needed(10 * TOKENS)
+            for layer in group.layers:
+                assert torch.equal(target[layer][20 + at : 30], caches[layer][1 + at : 11]), layer
+        reader.close()
+
+
+def test_what_a_node_has_itself_does_not_come_from_the_object_store(sharing: Nodes, layout_of: Any):
+    a, b = sharing
+    layout = layout_of(cache(FULL))
+    caches = tensors(layout, 1)
+    store(worker(a, layout, caches), [Piece(0, names(8), list(range(1, 9)))])
+    store(worker(b, layout, caches), [Piece(0, names(3), [1, 2, 3])])
+    in_the_store(b, layout, 8)
+    one, asked = scheduler(b, layout), request(names(8))
+    assert matched(one, asked) == 8 * TOKENS
+    assert one.stats.take().data["object_blocks"] == 5
+    at_hand = {CacheHitSource.HOST: 3 * TOKENS, CacheHitSource.EXTERNAL_UNSPECIFIED: 5 * TOKENS}
+    assert one.sources(asked, 8 * TOKENS) == at_hand
+    assert matched(one, request(names(8), request_id="again")) == 8 * TOKENS
+    assert "object_blocks" not in one.stats.take().data, "they are here now"
+    unasked = scheduler(b, layout, peer_seconds=0.0)
+    assert matched(unasked, request(names(8))) == 8 * TOKENS
+    assert unasked._abroad(unasked._tracks["r"]) is None
+
+
+def test_a_request_may_wait_for_blocks_that_come_by_the_object_store(sharing: Nodes, layout_of: Any):
+    a, b = sharing
+    layout = layout_of(cache(FULL))
+    asks, asked = scheduler(b, layout), request(names(4), kv_transfer_params={"kvd": {"wait": 20}})
+    assert asks.matched(asked, 0) is None
+    soon(lambda: asks._tracks["r"].looking.done())
+    store(worker(a, layout, tensors(layout, 1)), [Piece(0, names(4), [1, 2, 3, 4])])
+    assert matched(asks, asked) == 4 * TOKENS
+
+
+def test_a_pack_that_is_gone_costs_its_blocks_and_no_more(
+    sharing: Nodes, layout_of: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    a, b = sharing
+    layout = layout_of(cache(FULL))
+    caches = tensors(layout, 1)
+    store(worker(a, layout, caches), [Piece(0, names(8), list(range(1, 9)))])
+    store(worker(b, layout, caches), [Piece(0, names(3), [1, 2, 3])])
+    in_the_store(b, layout, 8)
+    one = scheduler(b, layout)
+    bring = one._bring
+
+    def too_late(*all: Any) -> None:
+        for pack in (tmp_path / "objects" / "packs").iterdir():
+            pack.unlink()
+        bring(*all)
+
+    # The store has them when it is asked, and not when they are fetched.
+    monkeypatch.setattr(one, "_bring", too_late)
+    assert matched(one, request(names(8))) == 3 * TOKENS
+    assert one.link.is_up and one._tracks["r"].abroad, "it did not say so"
+
+
 ONLINE = {"quantization": "online", "dtype": "bfloat16"}
 COMPUTED = [
     {},

@@ -216,6 +216,19 @@ def test_chunks_of_another_node_are_found_and_loaded(nodes, engines):
     assert engine.load(names([7, 20])) == chunks([20])
 
 
+def test_chunks_of_the_object_store_are_found_and_loaded(sharing, engines):
+    a, b = sharing
+    engines(config(a)).store(chunks(range(0, 20)))
+    engines(config(b)).store(chunks(range(18, 22)))
+    engine = engines(config(b))
+    soon(lambda: all(engine.tier._held(names(range(20)))))
+    # Who stored them is gone for good.
+    a.kill()
+    assert engines(config(b, tier={"peers": False})).load(names([1, 5, 21])) == chunks([21])
+    assert engine.load(names([1, 2, 19, 21, 30])) == chunks([1, 2, 19, 21])
+    assert engine.load(names(range(20))) == chunks(range(20))
+
+
 def test_many_prompts_over_a_small_memory_never_give_a_wrong_byte(daemon, engines):
     dice, stored = random.Random(1), set()
     pair = [engines(config(daemon, chunks=12)) for _ in range(2)]
