@@ -543,6 +543,51 @@ def prefill_on_one_node_and_decode_on_another(world: World) -> None:
     comes_back(world, prefill)
 
 
+def two_nodes_that_share_an_object_store_and_nothing_else(world: World) -> None:
+    """Node a has the first engine's kvd, and is gone for good when an engine of node b asks for what it had."""
+    if world.door.name != "connector" and not world.thorough:
+        world.tell("told at this door with --all, or by name")
+        return
+    if "B" in world.engines:
+        # Two engines on one core: one that waits spins, and the other hardly moves.
+        world.stop("B")
+    prefill, alone, door = world.engines["A"], world.kvd.settings, type(world.door)()
+    # What comes in goes up at once.
+    store = (f"object.store={world.folder / 'objects'}", "object.reads_min=0", "object.age_min=0s")
+    store = (*store, "object.pack_wait=200ms", "object.refresh=200ms")
+    world.stop_kvd(signal.SIGTERM)
+    world.kvd.settings = (*alone, "node.name=a", *store)
+    world.kvd.start()
+    other = world.kvds["b"] = Kvd(world.folder / "kvd-shares", *door.settings, "node.name=b", *store)
+    other.start()
+    decode = world.engine("far", connector=door.config(other))
+    decode.wait_until_ready()
+    comes_back(world, prefill)
+
+    def shared(what: str) -> int:
+        """What node b says of the store."""
+        (tier,) = (one for one in other.status()["tiers"] if one["tier"] == "object")
+        return int(tier[what])
+
+    prompt = world.prompt()
+    cold = world.cold(prefill, prompt, tokens=32)
+    # All that the first engine stored since its kvd started.
+    wanted = world.kvd.status()["put_blocks"]
+    soon(lambda: shared("blocks") >= wanted, "the other node knows of it all")
+    world.stop_kvd(signal.SIGKILL)
+    answer = decode.ask(prompt, tokens=32)
+    world.told("what a node that is gone had sent up", answer)
+    same(answer, cold)
+    assert answer.external >= world.whole(answer), f"{answer.external} loaded of {world.whole(answer)}"
+    assert shared("bytes_read"), "they did not come from the store"
+
+    world.stop("far")
+    world.kvds.pop("b").close()
+    world.kvd.settings = alone
+    world.kvd.start()
+    comes_back(world, prefill)
+
+
 def several_groups_of_kv_cache(world: World) -> None:
     """Layers that see everything, and layers that see a window of 128 tokens."""
     if world.door.name != "connector":
@@ -612,6 +657,7 @@ STORIES: list[Callable[[World], None]] = [
     prefill_engine_and_decode_engine,
     an_engine_killed_in_mid_load,
     prefill_on_one_node_and_decode_on_another,
+    two_nodes_that_share_an_object_store_and_nothing_else,
     two_models_with_equal_token_ids,
 ]
 LONG: list[Callable[[World], None]] = [
