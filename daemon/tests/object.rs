@@ -145,6 +145,9 @@ fn whoever_reads_the_head_of_a_prefix_gets_the_rest_with_it() {
     let store = dir.path().display().to_string();
     let (a, b) = (node("ahead", "a", &store).set("object.reads_min=0"), node("ahead", "b", &store));
     let (_a, _b) = (a.start(), b.start());
+    // What is offered before that comes half a minute later, in a pack of its own.
+    let at_a = Door::of(&a);
+    until("the store is open", || tier(&at_a).filter(|tier| tier.state == "ok"));
     let (writer, binding) = worker(&a);
     // Two prefixes, handed over side by side.
     let chain = |first: u64| -> Vec<SequenceHash> { (first..first + 16).map(SequenceHash::from).collect() };
