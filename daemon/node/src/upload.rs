@@ -24,8 +24,9 @@ const NOTED_MAX: usize = 1 << 16;
 const LOOKS_MAX: usize = 256;
 /// When a block is looked at again that could not go, in milliseconds.
 const AGAIN_MS: u64 = 1000;
-/// When it is offered again after it was refused or its pack was lost, in milliseconds.
-const OFFER_AGAIN_MS: u64 = 30_000;
+/// When it is offered again after it was refused, and after its pack was lost, in milliseconds.
+const REFUSED_AGAIN_MS: u64 = 5_000;
+const LOST_AGAIN_MS: u64 = 30_000;
 
 /// What is noted, under way, and up.
 #[derive(Default)]
@@ -197,7 +198,7 @@ impl Brain {
             UploadDone::Lost { keys } => {
                 for key in keys {
                     if self.uploads.up.remove(&key) {
-                        self.offer_again(now, &key);
+                        self.offer_again(now, &key, LOST_AGAIN_MS);
                     }
                 }
             }
@@ -220,7 +221,7 @@ impl Brain {
         if there.is_some() && up {
             self.uploads.up.insert(key);
         } else if there.is_some() && !leave {
-            self.offer_again(now, &key);
+            self.offer_again(now, &key, REFUSED_AGAIN_MS);
         }
         if let Some(entry) = there.filter(|_| leave) {
             if self.pins.holds(&key) {
@@ -232,10 +233,10 @@ impl Brain {
         self.retry_stalled(now, out);
     }
 
-    fn offer_again(&mut self, now: Now, key: &BlockKey) {
+    fn offer_again(&mut self, now: Now, key: &BlockKey, after_ms: u64) {
         if self.uploads.noted.len() < NOTED_MAX && self.uploads.noted.insert(*key) {
             let number = self.number();
-            let due = now.micros.plus_ms(OFFER_AGAIN_MS);
+            let due = now.micros.plus_ms(after_ms);
             self.uploads.due.insert((due, number), (*key, now.micros));
         }
     }

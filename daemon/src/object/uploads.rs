@@ -44,9 +44,16 @@ impl Uploads {
         let UploadOrder { shard, upload, held, binding, expires_at, parent } = order;
         let number = self.principals[usize::from(shard.0)];
         let refused = UploadDone::Refused { upload };
+        let key = held.record().key;
         let Some(principal) = self.objects.of(number).cloned() else { return refused };
-        let Some(tier) = principal.tier() else { return refused };
-        let Some(binding) = self.binding(binding) else { return refused };
+        let Some(tier) = principal.tier() else {
+            tracing::debug!(%key, "the object store is not open; the block stays here");
+            return refused;
+        };
+        let Some(binding) = self.binding(binding) else {
+            tracing::debug!(%key, "of the block's scope only a tag is known; it stays here");
+            return refused;
+        };
         let record = Record { expires_at, ..held.record() };
         let now = unix_now();
         if tier.find(now, &[record.key]).first().is_some_and(Result::is_ok) {
@@ -58,7 +65,7 @@ impl Uploads {
         let (stored, full) = match tier.take(now, vec![offer]) {
             Ok(taken) => taken,
             Err(error) => {
-                tracing::debug!(%error, "a block is not taken for the object store");
+                tracing::debug!(%key, %error, "the object store takes no block; it stays here");
                 return refused;
             }
         };
