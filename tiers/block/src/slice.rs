@@ -53,6 +53,27 @@ impl Slice {
         check("head", &self.heads, self.heads_total)
     }
 
+    /// Whether `part`, of the same tensor, has no layer and no head that this one has not.
+    pub fn contains(&self, part: &Self) -> bool {
+        let holds =
+            |range: &Range<u16>, part: &Range<u16>| range.start <= part.start && part.end <= range.end;
+        self.is_beside(part) && holds(&self.layers, &part.layers) && holds(&self.heads, &part.heads)
+    }
+
+    /// The layers and heads that both have; nothing when there are none, or they are of different tensors.
+    pub fn intersection(&self, other: &Self) -> Option<Self> {
+        let both =
+            |left: &Range<u16>, right: &Range<u16>| left.start.max(right.start)..left.end.min(right.end);
+        let (layers, heads) = (both(&self.layers, &other.layers), both(&self.heads, &other.heads));
+        let some = self.is_beside(other) && !layers.is_empty() && !heads.is_empty();
+        some.then_some(Self { layers, heads, ..*self })
+    }
+
+    /// Whether both are of one tensor.
+    fn is_beside(&self, other: &Self) -> bool {
+        (self.layers_total, self.heads_total) == (other.layers_total, other.heads_total)
+    }
+
     /// Canonical bytes: six little-endian u16.
     pub fn encode(&self) -> [u8; 12] {
         let numbers = [
@@ -97,5 +118,16 @@ mod tests {
         assert_eq!(empty.validate().unwrap_err().what, "head");
         let outside = Slice { layers: 0..3, ..Slice::whole(2, 8) };
         assert_eq!(outside.validate().unwrap_err().what, "layer");
+    }
+
+    #[test]
+    fn parts_are_of_one_tensor() {
+        let part = |layers, heads| Slice { layers, heads, ..Slice::whole(4, 8) };
+        assert!(part(0..2, 0..8).contains(&part(1..2, 4..8)));
+        assert!(!part(0..2, 0..8).contains(&part(1..3, 4..8)));
+        assert!(!Slice::whole(4, 8).contains(&Slice::whole(4, 4)));
+        assert_eq!(part(0..2, 0..5).intersection(&part(1..4, 4..8)), Some(part(1..2, 4..5)));
+        assert_eq!(part(0..2, 0..5).intersection(&part(2..4, 4..8)), None);
+        assert_eq!(Slice::whole(4, 8).intersection(&Slice::whole(4, 4)), None);
     }
 }
