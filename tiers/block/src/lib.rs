@@ -12,6 +12,7 @@ pub mod code;
 pub mod event;
 pub mod fault;
 pub mod id;
+pub mod layout;
 pub mod miss;
 pub mod name;
 pub mod payload;
