@@ -1,5 +1,5 @@
-//! The common vocabulary of kvd: what a block is called, where it may live, how it is checked, why it is
-//! missing and what a caller should do about a fault.
+//! The common vocabulary of kvd: what a block is called, which bytes of an engine it is made of, where it may live,
+//! how it is checked, why it is missing and what a caller should do about a fault.
 //!
 //! No I/O, no async, no clock, nothing of ours imported. Everybody else imports this crate, so a type is
 //! here only when at least two of them need the same meaning.

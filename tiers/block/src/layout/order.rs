@@ -125,7 +125,6 @@ impl Order {
     }
 
     /// All five, those that are not named outermost.
-    #[cfg(test)]
     pub(super) fn all(&self) -> [Axis; 5] {
         self.axes
     }
