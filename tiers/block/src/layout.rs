@@ -21,11 +21,13 @@
 //! (name both together as one vector), head groups outside of a page's other axes (name each group as its own slice).
 
 mod block;
+mod cover;
 mod engine;
 mod order;
 mod plan;
 
 pub use block::BlockLayout;
+pub use cover::{CoverError, Piece, SplitError, cover, heads_of_rank};
 pub use engine::{EngineLayout, PageIndex, Place, Shape, Step, Strides, TensorIndex, Tensors};
 pub use order::{Axis, EngineOrder, Order, OrderError};
 pub use plan::{Plan, PlanError, RowIter, Rows, Run, Runs, plan};

@@ -6,7 +6,7 @@ use std::ops::Range;
 use kv_block::Slice;
 use kv_block::layout::{
     Axis, BlockLayout, Content, EngineLayout, EngineOrder, LayoutError, Order, PageIndex, Place, Plan,
-    PlanError, Rows, Run, Shape, Step, Strides, TensorIndex, Tensors, plan,
+    PlanError, Rows, Run, Shape, Step, Strides, TensorIndex, Tensors, cover, heads_of_rank, plan,
 };
 use proptest::prelude::*;
 
@@ -431,6 +431,144 @@ fn impossible_plans_are_refused() {
     let latent = make(&whole, Content::Latent, 128, 16);
     let content = PlanError::Content { engine: Content::KeyValue, block: Content::Latent };
     assert_eq!(refused(&latent, &[1, 2], &whole), content);
+}
+
+/// One worker of an engine: its layout and its memory.
+struct Worker {
+    layout: EngineLayout,
+    order: (EngineOrder, Tensors),
+    tensors: Vec<Vec<u8>>,
+}
+
+/// The pages of the one block, two tokens each.
+const PAGES: [u32; 3] = [4, 1, 2];
+
+/// An element's own bytes; never zeros.
+fn element(layer: u64, kv: u64, head: u64, token: u64, dim: u64) -> [u8; 2] {
+    (((((layer * 2 + kv) * 8 + head) * 6 + token) * 3 + dim + 1) as u16).to_le_bytes()
+}
+
+impl Worker {
+    fn new(order: (EngineOrder, Tensors), slice: &Slice) -> Self {
+        let (slice, content) = (slice.clone(), Content::KeyValue);
+        let shape = Shape { slice, content, page_count: 5, page_tokens: 2, head_dim: 3, element_bits: 16 };
+        let layout = EngineLayout::dense(shape, order.0, order.1).unwrap();
+        let tensors = vec![vec![0; layout.tensor_bytes() as usize]; layout.tensor_count() as usize];
+        Self { layout, order, tensors }
+    }
+
+    /// Every element of the pages: tensor, offset and the bytes that it should have.
+    fn elements(&self) -> Vec<(usize, usize, [u8; 2])> {
+        let shape = self.layout.shape();
+        let address = dense_address(shape, self.order.0, self.order.1);
+        let mut of_block = counts(shape);
+        of_block[Axis::Page as usize] = PAGES.len() as u64;
+        let elements = every(of_block).map(|index| {
+            let [nth, layer, kv, head, token, dim] = index;
+            let (tensor, offset) = address([PAGES[nth as usize].into(), layer, kv, head, token, dim]);
+            let layer = layer + u64::from(shape.slice.layers.start);
+            let head = head + u64::from(shape.slice.heads.start);
+            (tensor as usize, offset as usize, element(layer, kv, head, nth * 2 + token, dim))
+        });
+        elements.collect()
+    }
+}
+
+/// Both sides of a run.
+fn sides(run: &Run) -> (Range<usize>, Range<usize>) {
+    let range = |offset| offset as usize..(offset + run.bytes) as usize;
+    (range(run.device_offset), range(run.block_offset))
+}
+
+/// A slice for each rank of each stage of a pipeline, whose stages end at these layers.
+fn split(stage_ends: &[u16], ranks: u16) -> Vec<Slice> {
+    let mut slices = Vec::new();
+    let mut start = 0;
+    for &end in stage_ends {
+        slices.extend((0..ranks).map(|rank| {
+            let heads = heads_of_rank(8, ranks, rank).unwrap();
+            Slice { layers: start..end, heads, layers_total: 3, heads_total: 8 }
+        }));
+        start = end;
+    }
+    slices
+}
+
+#[test]
+fn what_workers_of_one_engine_stored_workers_of_another_read() {
+    let parallel = [
+        (split(&[3], 2), split(&[3], 4)),
+        (split(&[3], 4), split(&[3], 1)),
+        (split(&[3], 8), split(&[3], 2)),
+        (split(&[3], 16), split(&[3], 4)),
+        (split(&[3], 1), split(&[1, 3], 2)),
+        (split(&[1, 3], 4), split(&[3], 2)),
+        (split(&[1, 3], 2), split(&[2, 3], 8)),
+    ];
+    // Every engine writes for another one and reads from another one, by way of another order of blocks.
+    for (nth, writers) in ENGINES.into_iter().enumerate() {
+        let readers = ENGINES[(nth * 7 + 3) % ENGINES.len()];
+        let order = orders()[nth * 2 % orders().len()];
+        for (stored, wanted) in &parallel {
+            hand_over(writers, stored, order, readers, wanted);
+        }
+    }
+}
+
+/// Stores a block in slices, and reads it in others: into pages, and into blocks of the reader's own.
+fn hand_over(
+    writers: (EngineOrder, Tensors),
+    stored: &[Slice],
+    order: Order,
+    readers: (EngineOrder, Tensors),
+    wanted: &[Slice],
+) {
+    let pages = pages(&PAGES);
+    let store = |slice: &Slice| {
+        let mut worker = Worker::new(writers, slice);
+        for (tensor, offset, bytes) in worker.elements() {
+            worker.tensors[tensor][offset..offset + 2].copy_from_slice(&bytes);
+        }
+        let layout = worker.layout.block(order, 3).unwrap();
+        let mut block = vec![0; layout.bytes() as usize];
+        for run in plan(&worker.layout, &layout, &pages, slice).unwrap().runs() {
+            let (device, host) = sides(&run);
+            block[host].copy_from_slice(&worker.tensors[run.tensor.0 as usize][device]);
+        }
+        (layout, block)
+    };
+    let blocks: Vec<_> = stored.iter().map(store).collect();
+    for slice in wanted {
+        let mut worker = Worker::new(readers, slice);
+        let own = worker.layout.block(Order::CANONICAL, 3).unwrap();
+        let mut recut = vec![0; own.bytes() as usize];
+        for piece in cover(slice, stored).unwrap() {
+            let (layout, block) = &blocks[piece.stored];
+            let to_pages = plan(&worker.layout, layout, &pages, &piece.part).unwrap();
+            for run in runs_of(to_pages.rows()) {
+                let (device, host) = sides(&run);
+                worker.tensors[run.tensor.0 as usize][device].copy_from_slice(&block[host]);
+            }
+            let from = EngineLayout::of_block(layout);
+            for run in plan(&from, &own, &[PageIndex(0)], &piece.part).unwrap().runs() {
+                let (theirs, ours) = sides(&run);
+                recut[ours].copy_from_slice(&block[theirs]);
+            }
+        }
+        let elements = worker.elements();
+        for &(tensor, offset, bytes) in &elements {
+            assert_eq!(worker.tensors[tensor][offset..offset + 2], bytes, "{slice}");
+        }
+        let all = worker.tensors.iter().flat_map(|tensor| tensor.chunks(2));
+        let written = all.filter(|bytes| **bytes != [0, 0]).count();
+        assert_eq!(written, elements.len(), "nothing else is touched");
+        for index in every([1, own.count(Axis::Layer), 2, own.count(Axis::Head), 6, 3]) {
+            let [_, layer, kv, head, token, dim] = index;
+            let (layer, head) = (layer as u16 + slice.layers.start, head as u16 + slice.heads.start);
+            let at = (own.offset(layer, kv as u8, head, token as u32).unwrap() + dim * 2) as usize;
+            assert_eq!(recut[at..at + 2], element(layer.into(), kv, head.into(), token, dim));
+        }
+    }
 }
 
 /// A range within `0..total`.
