@@ -82,6 +82,8 @@ const ARROWS: &[(&str, &[&str])] = &[
     ("kv-tiers", &["kv-arena", "kv-block"]),
     ("kv-ssd", &["kv-arena", "kv-block", "kv-tiers"]),
     ("kv-object", &["kv-block"]),
+    // Loaded by tests as a driver is, and known to nobody by name.
+    ("kv-gpu-fake", &[]),
     ("kv-wire", &["kv-block"]),
     ("kv-transport", &["kv-arena", "kv-block", "kv-wire"]),
     ("kv-tcp", &["kv-arena", "kv-block", "kv-transport", "kv-wire"]),

@@ -1,0 +1,266 @@
+//! What the driver knows, and what a test wants it to do.
+
+use std::cell::RefCell;
+use std::collections::{BTreeMap, HashMap};
+use std::sync::atomic::Ordering;
+use std::sync::{Arc, LazyLock, Mutex, MutexGuard, PoisonError};
+
+use cudarc::driver::sys::CUresult;
+
+use crate::Code;
+use crate::memory::Mapping;
+use crate::stream::{End, Event, Health, Stream};
+
+/// Device addresses begin here. No processor takes such an address, so code that reads device memory by itself
+/// ends at once, as it should.
+pub(crate) const DEVICE_ADDRESSES: u64 = 0x1000_0000_0000_0000;
+/// Allocations are this far apart and aligned to it.
+const ALIGNED: u64 = 2 << 20;
+
+/// Memory at a device address.
+pub(crate) struct Block {
+    pub(crate) device: usize,
+    pub(crate) mapping: Arc<Mapping>,
+    /// How often it was opened; `None`: it is our own.
+    pub(crate) opened: Option<u32>,
+}
+
+#[derive(Default)]
+pub(crate) struct Device {
+    pub(crate) retained: u32,
+    pub(crate) used_bytes: u64,
+    pub(crate) health: Arc<Health>,
+}
+
+pub(crate) struct State {
+    pub(crate) initialised: bool,
+    pub(crate) devices: Vec<Device>,
+    pub(crate) memory: BTreeMap<u64, Block>,
+    /// Registered host memory: where, and how long.
+    pub(crate) hosts: BTreeMap<usize, usize>,
+    pub(crate) streams: HashMap<usize, Arc<Stream>>,
+    pub(crate) events: HashMap<usize, Arc<Event>>,
+    pub(crate) memory_bytes: u64,
+    pub(crate) version: i32,
+    pub(crate) has_peers: bool,
+    /// Said in place of the truth.
+    pub(crate) lie_range_bytes: Option<usize>,
+    /// By name: which call from now on fails, and how.
+    fails: HashMap<String, (u64, u32)>,
+    calls: HashMap<&'static str, u64>,
+    /// Memory that was given up while a copy used it: what no caller may do.
+    pub(crate) violations: u64,
+    next_address: u64,
+    next_handle: usize,
+}
+
+static STATE: LazyLock<Mutex<State>> = LazyLock::new(|| {
+    let mut state = State {
+        initialised: false,
+        devices: vec![Device::default()],
+        memory: BTreeMap::new(),
+        hosts: BTreeMap::new(),
+        streams: HashMap::new(),
+        events: HashMap::new(),
+        memory_bytes: 256 << 20,
+        version: 13000,
+        has_peers: true,
+        lie_range_bytes: None,
+        fails: HashMap::new(),
+        calls: HashMap::new(),
+        violations: 0,
+        next_address: DEVICE_ADDRESSES,
+        next_handle: 0x100,
+    };
+    if let Ok(settings) = std::env::var("FAKE_CUDA") {
+        state.set(&settings).expect("FAKE_CUDA is understood");
+    }
+    Mutex::new(state)
+});
+
+pub(crate) fn state() -> MutexGuard<'static, State> {
+    STATE.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+thread_local! {
+    /// Contexts of this thread, the current one last.
+    pub(crate) static CURRENT: RefCell<Vec<usize>> = const { RefCell::new(Vec::new()) };
+}
+
+/// A context is called by its device's number.
+const CONTEXTS: usize = 0x10;
+
+pub(crate) fn context(device: usize) -> usize {
+    CONTEXTS + device
+}
+
+pub(crate) fn context_device(context: usize) -> Option<usize> {
+    context.checked_sub(CONTEXTS)
+}
+
+impl State {
+    /// Counts a call, and says how it is to fail.
+    pub(crate) fn enter(&mut self, name: &'static str) -> Result<(), Code> {
+        *self.calls.entry(name).or_default() += 1;
+        if let Some((left, code)) = self.fails.get_mut(name) {
+            *left -= 1;
+            if *left == 0 {
+                let code = *code;
+                self.fails.remove(name);
+                return Err(Code(code));
+            }
+        }
+        let early = ["cuInit", "cuDriverGetVersion", "cuGetErrorName", "cuGetProcAddress_v2"];
+        if !self.initialised && !early.contains(&name) {
+            return Err(Code::of(CUresult::CUDA_ERROR_NOT_INITIALIZED));
+        }
+        Ok(())
+    }
+
+    /// Changes what was asked for; see the crate's comment.
+    pub(crate) fn set(&mut self, settings: &str) -> Result<(), String> {
+        for setting in settings.split(';').map(str::trim).filter(|setting| !setting.is_empty()) {
+            let (key, value) = setting.split_once('=').ok_or_else(|| format!("{setting:?} has no value"))?;
+            let number = |text: &str| text.parse::<u64>().map_err(|error| format!("{setting:?}: {error}"));
+            match key {
+                "devices" => self.devices = (0..number(value)?).map(|_| Device::default()).collect(),
+                "memory" => self.memory_bytes = number(value)?,
+                "version" => self.version = number(value)? as i32,
+                "peers" => self.has_peers = number(value)? != 0,
+                "delay_us" => {
+                    let delay_us = number(value)?;
+                    self.devices
+                        .iter()
+                        .for_each(|device| device.health.delay_us.store(delay_us, Ordering::Relaxed));
+                }
+                "lie_range" => self.lie_range_bytes = Some(number(value)? as usize),
+                "lose" => {
+                    let (device, code) = value.split_once(':').ok_or("lose=DEVICE:CODE")?;
+                    let device = self.devices.get(number(device)? as usize).ok_or("no such device")?;
+                    device.health.lose(number(code)? as u32);
+                }
+                "fail" => {
+                    let mut parts = value.split(':');
+                    let (Some(name), Some(nth), Some(code)) = (parts.next(), parts.next(), parts.next())
+                    else {
+                        return Err("fail=NAME:WHICH:CODE".into());
+                    };
+                    self.fails.insert(name.to_owned(), (number(nth)?.max(1), number(code)? as u32));
+                }
+                _ => return Err(format!("{key:?} is unknown")),
+            }
+        }
+        Ok(())
+    }
+
+    /// How many there are of what is asked for: `calls:NAME`, or one of the words below.
+    pub(crate) fn count(&self, what: &str) -> Option<u64> {
+        let of = |opened: bool| {
+            self.memory.values().filter(|block| block.opened.is_some() == opened).count() as u64
+        };
+        Some(match what {
+            "allocations" => of(false),
+            "imports" => of(true),
+            "bytes" => self.devices.iter().map(|device| device.used_bytes).sum(),
+            "registered" => self.hosts.len() as u64,
+            "streams" => self.streams.len() as u64,
+            "events" => self.events.len() as u64,
+            "contexts" => self.devices.iter().map(|device| u64::from(device.retained)).sum(),
+            "violations" => self.violations,
+            _ => self.calls.get(what.strip_prefix("calls:")?).copied().unwrap_or_default(),
+        })
+    }
+
+    pub(crate) fn device(&self, device: i32) -> Result<usize, Code> {
+        let there = usize::try_from(device).ok().filter(|device| *device < self.devices.len());
+        there.ok_or(Code::of(CUresult::CUDA_ERROR_INVALID_DEVICE))
+    }
+
+    /// The device of the current context, when it is there and well.
+    pub(crate) fn current(&self) -> Result<usize, Code> {
+        let context = CURRENT.with_borrow(|contexts| contexts.last().copied());
+        let device = context
+            .and_then(context_device)
+            .filter(|device| self.devices.get(*device).is_some_and(|device| device.retained > 0));
+        let device = device.ok_or(Code::of(CUresult::CUDA_ERROR_INVALID_CONTEXT))?;
+        self.devices[device].health.check()?;
+        Ok(device)
+    }
+
+    pub(crate) fn handle(&mut self) -> usize {
+        self.next_handle += 1;
+        self.next_handle
+    }
+
+    pub(crate) fn stream(&self, handle: usize) -> Result<Arc<Stream>, Code> {
+        // The legacy default stream is not played.
+        let stream = self.streams.get(&handle).ok_or(Code::of(CUresult::CUDA_ERROR_INVALID_HANDLE))?;
+        stream.health.check()?;
+        Ok(Arc::clone(stream))
+    }
+
+    pub(crate) fn event(&self, handle: usize) -> Result<Arc<Event>, Code> {
+        let event = self.events.get(&handle).ok_or(Code::of(CUresult::CUDA_ERROR_INVALID_HANDLE))?;
+        event.health.check()?;
+        Ok(Arc::clone(event))
+    }
+
+    /// Puts memory at an address of its own.
+    pub(crate) fn place(&mut self, block: Block) -> u64 {
+        let address = self.next_address;
+        self.next_address += (block.mapping.bytes as u64).next_multiple_of(ALIGNED);
+        self.memory.insert(address, block);
+        address
+    }
+
+    /// What lies at a device address.
+    pub(crate) fn block(&self, address: u64) -> Result<(u64, &Block), Code> {
+        let invalid = Code::of(CUresult::CUDA_ERROR_INVALID_VALUE);
+        let (&base, block) = self.memory.range(..=address).next_back().ok_or(invalid)?;
+        if address - base >= block.mapping.bytes as u64 {
+            return Err(invalid);
+        }
+        Ok((base, block))
+    }
+
+    /// The end of a copy in device memory: all of it.
+    pub(crate) fn on_device(&self, address: u64, bytes: usize) -> Result<End, Code> {
+        let (base, block) = self.block(address)?;
+        let offset = (address - base) as usize;
+        if bytes > block.mapping.bytes - offset {
+            return Err(Code::of(CUresult::CUDA_ERROR_INVALID_VALUE));
+        }
+        Ok(End::Device(Arc::clone(&block.mapping), offset))
+    }
+
+    pub(crate) fn is_registered(&self, address: usize, bytes: usize) -> bool {
+        let below = self.hosts.range(..=address).next_back();
+        below.is_some_and(|(start, length)| address + bytes <= start + length)
+    }
+
+    /// The end of a copy on either side, as the batched copies take it.
+    pub(crate) fn anywhere(&self, address: u64, bytes: usize) -> Result<End, Code> {
+        if address >= DEVICE_ADDRESSES {
+            return self.on_device(address, bytes);
+        }
+        if !self.is_registered(address as usize, bytes) {
+            return Err(Code::of(CUresult::CUDA_ERROR_INVALID_VALUE));
+        }
+        Ok(End::Host(address as usize))
+    }
+
+    /// What goes with the last use of a device.
+    pub(crate) fn destroy_context(&mut self, device: usize) {
+        let health = Arc::clone(&self.devices[device].health);
+        self.streams.retain(|_, stream| {
+            let stays = stream.device != device;
+            if !stays {
+                stream.stop();
+            }
+            stays
+        });
+        self.events.retain(|_, event| !Arc::ptr_eq(&event.health, &health));
+        self.memory.retain(|_, block| block.device != device);
+        self.devices[device].used_bytes = 0;
+    }
+}
