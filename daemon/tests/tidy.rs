@@ -82,6 +82,7 @@ const ARROWS: &[(&str, &[&str])] = &[
     ("kv-tiers", &["kv-arena", "kv-block"]),
     ("kv-ssd", &["kv-arena", "kv-block", "kv-tiers"]),
     ("kv-object", &["kv-block"]),
+    ("kv-gpu", &["kv-arena"]),
     // Loaded by tests as a driver is, and known to nobody by name.
     ("kv-gpu-fake", &[]),
     ("kv-wire", &["kv-block"]),

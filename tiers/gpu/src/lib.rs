@@ -1,0 +1,96 @@
+//! GPUs: the CUDA driver found at run time, device memory, batched copies. The daemon does not use it yet.
+//!
+//! ```text
+//!  driver   Driver::load: is there one, which devices; or why not      device   a device in use, and its end
+//!  memory   device memory; host memory that a device copies to and from
+//!  stream   streams and events                                         copy     pages, many at a time
+//!  sys      libcuda itself, found at run time
+//! ```
+//! What must hold: memory belongs to a copy from when it is queued until the device has said that it is done with it.
+//! A device that is lost never says so: then the memory is kept until the device's context is gone.
+
+#![expect(unsafe_code, reason = "a device reads and writes memory by address, and its library is C")]
+
+pub mod copy;
+pub mod device;
+pub mod driver;
+pub mod memory;
+pub mod stream;
+
+mod sys;
+
+pub use copy::{Copying, PageCopy, Refused};
+pub use device::Device;
+pub use driver::{Absent, Driver, Facts, Uuid, Version};
+pub use memory::{DeviceMemory, HostBuffer, HostRegion, Sink, Source};
+pub use stream::{Event, Priority, Stream};
+pub use sys::CudaError;
+
+/// What went wrong with a device.
+#[derive(Clone, PartialEq, Eq, Debug, thiserror::Error)]
+pub enum Error {
+    /// A call failed, and the device is still there.
+    #[error("GPU {device}: {call} failed")]
+    Cuda {
+        /// Which device.
+        device: u32,
+        /// Which function of the driver.
+        call: &'static str,
+        /// What it said.
+        source: CudaError,
+    },
+    /// The device is lost to this process: nothing works in its context any more, and a new one needs a new process.
+    #[error("GPU {device} is lost to this process, as {call} said")]
+    Lost {
+        /// Which device.
+        device: u32,
+        /// Which function of the driver said so first.
+        call: &'static str,
+        /// What it said.
+        source: CudaError,
+    },
+    /// There is no room for it.
+    #[error("GPU {device} has no room for {bytes} bytes")]
+    Full {
+        /// Which device.
+        device: u32,
+        /// How much was asked for.
+        bytes: u64,
+    },
+    /// It goes beyond its memory.
+    #[error("{bytes} bytes at {offset} are not within {within} bytes of {what}")]
+    Range {
+        /// Of what.
+        what: &'static str,
+        /// From where.
+        offset: u64,
+        /// How many.
+        bytes: u64,
+        /// How many there are.
+        within: u64,
+    },
+    /// Host memory that the device does not know, or not as one piece.
+    #[error("host memory {host} is not registered with GPU {device}")]
+    NotRegistered {
+        /// Which device.
+        device: u32,
+        /// Which of the host memories that were given.
+        host: usize,
+    },
+    /// What was named belongs to another device.
+    #[error("GPU {device} is not {wanted}")]
+    OtherDevice {
+        /// Which device.
+        device: u32,
+        /// Which was meant.
+        wanted: Uuid,
+    },
+    /// The operating system gave no memory.
+    #[error("no {bytes} bytes of host memory")]
+    HostMemory {
+        /// How much.
+        bytes: usize,
+        /// In the kernel's words.
+        errno: i32,
+    },
+}
