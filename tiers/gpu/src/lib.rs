@@ -1,9 +1,11 @@
-//! GPUs: the CUDA driver found at run time, device memory, batched copies. The daemon does not use it yet.
+//! GPUs: the CUDA driver found at run time, device memory, batched copies, memory of other processes. The daemon does
+//! not use it yet.
 //!
 //! ```text
 //!  driver   Driver::load: is there one, which devices; or why not      device   a device in use, and its end
 //!  memory   device memory; host memory that a device copies to and from
 //!  stream   streams and events                                         copy     pages, many at a time
+//!  ipc      memory and events of another process, by handle
 //!  sys      libcuda itself, found at run time
 //! ```
 //! What must hold: memory belongs to a copy from when it is queued until the device has said that it is done with it.
@@ -14,6 +16,7 @@
 pub mod copy;
 pub mod device;
 pub mod driver;
+pub mod ipc;
 pub mod memory;
 pub mod stream;
 
@@ -22,6 +25,7 @@ mod sys;
 pub use copy::{Copying, PageCopy, Refused};
 pub use device::Device;
 pub use driver::{Absent, Driver, Facts, Uuid, Version};
+pub use ipc::{EventHandle, MemoryHandle};
 pub use memory::{DeviceMemory, HostBuffer, HostRegion, Sink, Source};
 pub use stream::{Event, Priority, Stream};
 pub use sys::CudaError;
@@ -84,6 +88,14 @@ pub enum Error {
         device: u32,
         /// Which was meant.
         wanted: Uuid,
+    },
+    /// Another process' memory or event cannot be had: it ended, gave it up, or the handle was never right.
+    #[error("GPU {device}: the handle leads nowhere")]
+    Gone {
+        /// Which device.
+        device: u32,
+        /// What the driver said.
+        source: CudaError,
     },
     /// The operating system gave no memory.
     #[error("no {bytes} bytes of host memory")]

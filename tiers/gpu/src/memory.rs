@@ -21,7 +21,7 @@ use crate::device::{Device, Inner};
 /// `CU_MEMHOSTREGISTER_PORTABLE`: for all contexts of the process.
 const PORTABLE: u32 = 1;
 
-/// Memory of a device. Cheap to clone; it goes with its last clone.
+/// Memory of a device: our own, or another process' by its handle. Cheap to clone; it goes with its last clone.
 ///
 /// Nobody reads it but the device, so whoever has it may copy to and from it at any time. That two copies do not meet
 /// in the same bytes is for those who ask for them to see to.
@@ -35,6 +35,15 @@ pub(crate) struct Allocation {
     pub(crate) device: Device,
     pub(crate) address: CUdeviceptr,
     pub(crate) bytes: u64,
+    pub(crate) origin: Origin,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(crate) enum Origin {
+    /// Allocated here.
+    Own,
+    /// Another process'; it was opened at this address.
+    Opened(CUdeviceptr),
 }
 
 impl DeviceMemory {
@@ -69,7 +78,7 @@ impl Device {
             return Err(Error::Full { device: self.inner.ordinal(), bytes });
         }
         self.inner.check("cuMemAlloc", code)?;
-        let allocation = Allocation { device: self.clone(), address, bytes };
+        let allocation = Allocation { device: self.clone(), address, bytes, origin: Origin::Own };
         Ok(DeviceMemory { inner: Arc::new(allocation) })
     }
 }
@@ -80,9 +89,14 @@ impl Drop for Allocation {
         // Memory of a lost device goes with its context.
         let Ok(_current) = inner.enter() else { return };
         // SAFETY: what the driver gave, given back once; copies hold this while they use it.
-        let code = unsafe { (inner.entries().cuMemFree_v2)(self.address) };
+        let (call, code) = unsafe {
+            match self.origin {
+                Origin::Own => ("cuMemFree", (inner.entries().cuMemFree_v2)(self.address)),
+                Origin::Opened(base) => ("cuIpcCloseMemHandle", (inner.entries().cuIpcCloseMemHandle)(base)),
+            }
+        };
         // Only a lost device refuses, and that is noted.
-        let _ = inner.check("cuMemFree", code);
+        let _ = inner.check(call, code);
     }
 }
 

@@ -16,7 +16,8 @@ use std::ffi::{CStr, c_char, c_int, c_uint, c_void};
 use std::fmt;
 
 use cudarc::driver::sys::{
-    self, CUcontext, CUdevice, CUdeviceptr, CUevent, CUmemcpyAttributes, CUresult, CUstream, CUuuid,
+    self, CUcontext, CUdevice, CUdeviceptr, CUevent, CUipcEventHandle, CUipcMemHandle, CUmemcpyAttributes,
+    CUresult, CUstream, CUuuid,
 };
 
 use crate::memory::Registry;
@@ -119,6 +120,7 @@ entries! {
     cuMemGetInfo_v2: (*mut usize, *mut usize),
     cuMemAlloc_v2: (*mut CUdeviceptr, usize),
     cuMemFree_v2: (CUdeviceptr),
+    cuMemGetAddressRange_v2: (*mut CUdeviceptr, *mut usize, CUdeviceptr),
     cuMemHostRegister_v2: (*mut c_void, usize, c_uint),
     cuMemHostUnregister: (*mut c_void),
     cuMemcpyHtoDAsync_v2: (CUdeviceptr, *const c_void, usize, CUstream),
@@ -132,6 +134,11 @@ entries! {
     cuEventDestroy_v2: (CUevent),
     cuEventRecord: (CUevent, CUstream),
     cuEventQuery: (CUevent),
+    cuIpcGetMemHandle: (*mut CUipcMemHandle, CUdeviceptr),
+    cuIpcOpenMemHandle_v2: (*mut CUdeviceptr, CUipcMemHandle, c_uint),
+    cuIpcCloseMemHandle: (CUdeviceptr),
+    cuIpcGetEventHandle: (*mut CUipcEventHandle, CUevent),
+    cuIpcOpenEventHandle: (*mut CUevent, CUipcEventHandle),
 }
 
 type BatchV2 = unsafe extern "C" fn(

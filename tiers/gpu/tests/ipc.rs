@@ -1,0 +1,275 @@
+//! Two processes and one device: handed over, given up, killed.
+//!
+//! The other process is this test's own program again, with `KVD_GPU_OTHER` saying what it is to do. It says a line
+//! when something is done and goes on when it is sent one.
+
+mod common;
+
+use std::io::{BufRead, BufReader, Write};
+use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
+use std::time::Duration;
+
+use common::{LONG, cuda, filled, low, pattern, read, whole, write};
+use kv_gpu::{Device, Error, EventHandle, MemoryHandle, Stream, Uuid};
+
+const BYTES: usize = 3 << 20;
+const ROLE: &str = "KVD_GPU_OTHER";
+/// Before a line that is meant for the test; the test harness says lines too.
+const SAYS: &str = "other process: ";
+
+struct Other {
+    child: Child,
+    from: BufReader<ChildStdout>,
+    to: ChildStdin,
+}
+
+impl Other {
+    fn start(role: &str) -> Self {
+        let mut command = Command::new(std::env::current_exe().unwrap());
+        command.args(["--exact", "the_other_process", "--nocapture"]).env(ROLE, role);
+        let mut child = command.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().unwrap();
+        let (from, to) = (BufReader::new(child.stdout.take().unwrap()), child.stdin.take().unwrap());
+        Self { child, from, to }
+    }
+
+    fn hear(&mut self) -> String {
+        let mut line = String::new();
+        loop {
+            line.clear();
+            assert!(self.from.read_line(&mut line).unwrap() > 0, "the other process ended");
+            // The harness may have begun the line.
+            if let Some((_, said)) = line.split_once(SAYS) {
+                return said.trim().to_owned();
+            }
+        }
+    }
+
+    fn tell(&mut self) {
+        self.to.write_all(b"\n").unwrap();
+    }
+
+    fn memory(&mut self) -> MemoryHandle {
+        let said = self.hear();
+        let parts: Vec<_> = said.split(' ').collect();
+        MemoryHandle {
+            device: Uuid(unhex(parts[0])),
+            handle: unhex(parts[1]),
+            offset: parts[2].parse().unwrap(),
+            bytes: parts[3].parse().unwrap(),
+        }
+    }
+
+    fn ends_well(mut self) {
+        self.tell();
+        assert!(self.child.wait().unwrap().success());
+    }
+}
+
+impl Drop for Other {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+fn hex(bytes: &[u8]) -> String {
+    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
+}
+
+fn unhex<const N: usize>(text: &str) -> [u8; N] {
+    std::array::from_fn(|at| u8::from_str_radix(&text[2 * at..2 * at + 2], 16).unwrap())
+}
+
+fn say(line: &str) {
+    println!("{SAYS}{line}");
+}
+
+fn say_memory(handle: &MemoryHandle) {
+    say(&format!("{} {} {} {}", hex(&handle.device.0), hex(&handle.handle), handle.offset, handle.bytes));
+}
+
+/// The next line of the test; when the test has ended, so does this.
+fn go_on() {
+    let mut line = String::new();
+    if std::io::stdin().read_line(&mut line).unwrap() == 0 {
+        std::process::exit(1);
+    }
+}
+
+/// Not a test of its own: what the tests below start.
+#[test]
+fn the_other_process() {
+    let Ok(role) = std::env::var(ROLE) else { return };
+    let cuda = cuda();
+    let device = cuda.driver.open(0).unwrap();
+    let stream = low(&device);
+    let memory = device.allocate(BYTES as u64).unwrap();
+    write(&stream, &memory, &pattern(1, BYTES));
+    match role.as_str() {
+        "hands memory over" => {
+            say_memory(&memory.export().unwrap());
+            go_on();
+            assert!(read(&stream, &memory) == pattern(2, BYTES), "what the test wrote");
+            drop(memory);
+            say("freed");
+            go_on();
+        }
+        "writes slowly" | "writes for ever" => {
+            write(&stream, &memory, &vec![0; BYTES]);
+            let event = device.event(true).unwrap();
+            say_memory(&memory.export().unwrap());
+            cuda.set(if role == "writes slowly" { "delay_us=3000" } else { "delay_us=60000000" });
+            let buffer = filled(&device, &pattern(3, BYTES));
+            let copying =
+                stream.onboard(&memory, vec![buffer], &whole(BYTES)).map_err(|refused| refused.error);
+            event.record(&stream).unwrap();
+            say(&hex(&event.export().unwrap().0));
+            go_on();
+            drop(copying);
+        }
+        role => panic!("{role} is no role"),
+    }
+}
+
+fn opened() -> (common::Cuda, Device, Stream) {
+    let cuda = cuda();
+    let device = cuda.driver.open(0).unwrap();
+    let stream = low(&device);
+    (cuda, device, stream)
+}
+
+#[test]
+fn memory_of_another_process_is_read_and_written() {
+    let (cuda, device, stream) = opened();
+    let mut other = Other::start("hands memory over");
+    let handle = other.memory();
+    let memory = device.open_memory(&handle).unwrap();
+    assert_eq!(memory.bytes(), BYTES as u64);
+    assert!(read(&stream, &memory) == pattern(1, BYTES));
+
+    // A piece of it, and the same twice.
+    let piece = MemoryHandle { offset: handle.offset + 4096, bytes: 4096, ..handle.clone() };
+    let piece = device.open_memory(&piece).unwrap();
+    assert!(read(&stream, &piece) == pattern(1, BYTES)[4096..8192]);
+    drop(piece);
+    assert!(read(&stream, &memory) == pattern(1, BYTES));
+
+    // What came by a handle is not handed on, and what is ours is not opened here.
+    write(&stream, &memory, &pattern(2, BYTES));
+    let own = device.allocate(4096).unwrap().export().unwrap();
+    let error = device.open_memory(&own).unwrap_err();
+    assert!(matches!(error, Error::Gone { device: 0, .. }), "{error}");
+    drop(memory);
+
+    other.tell();
+    assert_eq!(other.hear(), "freed");
+    let error = device.open_memory(&handle).unwrap_err();
+    assert!(matches!(error, Error::Gone { device: 0, .. }), "{error}");
+    other.ends_well();
+    let error = device.open_memory(&handle).unwrap_err();
+    assert!(matches!(error, Error::Gone { device: 0, .. }), "{error}");
+    drop((stream, device));
+    cuda.is_clean();
+}
+
+#[test]
+fn what_a_handle_says_is_not_believed() {
+    let (cuda, device, stream) = opened();
+    let mut other = Other::start("hands memory over");
+    let handle = other.memory();
+    for (offset, bytes) in [(0, u64::MAX), (u64::MAX, 1), (1 << 40, 1), (handle.offset + 1, u64::MAX - 1)] {
+        let wrong = MemoryHandle { offset, bytes, ..handle.clone() };
+        let error = device.open_memory(&wrong).unwrap_err();
+        assert!(matches!(error, Error::Range { what: "the memory of the handle", .. }), "{error}");
+    }
+    let wrong = MemoryHandle { device: Uuid([9; 16]), ..handle.clone() };
+    assert_eq!(
+        device.open_memory(&wrong).unwrap_err(),
+        Error::OtherDevice { device: 0, wanted: Uuid([9; 16]) }
+    );
+    if let Some(fake) = &cuda.fake {
+        // Real handles are opaque, so only ours are bent. Not at the process: its threads answer to numbers too.
+        for at in (0..8).chain(12..36) {
+            let mut wrong = handle.clone();
+            wrong.handle[at] ^= 1;
+            let error = device.open_memory(&wrong).unwrap_err();
+            assert!(matches!(error, Error::Gone { .. }), "byte {at}: {error}");
+        }
+        // And a driver that says less than it should.
+        fake.set("lie_range=4096");
+        assert!(matches!(device.open_memory(&handle).unwrap_err(), Error::Range { within: 4096, .. }));
+        assert_eq!(fake.count("imports"), 0);
+    }
+    drop((other, stream, device));
+    cuda.is_clean();
+}
+
+#[test]
+fn another_process_s_event_is_waited_for() {
+    let (cuda, device, stream) = opened();
+    if !device.facts().has_shared_events {
+        eprintln!("skipped: the device has no events for several processes");
+        return;
+    }
+    let mut other = Other::start("writes slowly");
+    let memory = device.open_memory(&other.memory()).unwrap();
+    let event = device.open_event(&EventHandle(unhex(&other.hear()))).unwrap();
+    stream.wait_for(&event).unwrap();
+    assert!(read(&stream, &memory) == pattern(3, BYTES));
+    assert!(event.is_done().unwrap());
+    assert!(device.event(false).unwrap().export().is_err(), "it was not made to be shared");
+    drop((memory, event));
+    other.ends_well();
+    drop((stream, device));
+    cuda.is_clean();
+}
+
+/// Killed while this process copies its memory: the copy ends, with what was there or with an error that has a name.
+#[test]
+fn the_owner_is_killed_while_its_memory_is_copied() {
+    let (cuda, device, stream) = opened();
+    let mut other = Other::start("hands memory over");
+    let handle = other.memory();
+    let memory = device.open_memory(&handle).unwrap();
+    cuda.set("delay_us=50000");
+    let buffer = device.host_buffer(BYTES).unwrap();
+    let copying = stream.offload(&memory, vec![buffer], &whole(BYTES)).map_err(|refused| refused.error);
+    let mut copying = copying.unwrap();
+    if cuda.fake.is_some() {
+        assert!(copying.wait(Duration::from_millis(5)).unwrap().is_none(), "under way");
+    }
+    other.child.kill().unwrap();
+    other.child.wait().unwrap();
+    cuda.set("delay_us=0");
+    match copying.wait(LONG) {
+        Ok(Some(hosts)) => assert!(hosts[0][..] == pattern(1, BYTES)[..]),
+        Ok(None) => panic!("it does not end"),
+        Err(error) => println!("{error}"),
+    }
+    let error = device.open_memory(&handle).unwrap_err();
+    assert!(matches!(error, Error::Gone { .. } | Error::Lost { .. }), "{error}");
+    drop((copying, memory, stream, device));
+    cuda.is_clean();
+    let left = std::fs::read_dir("/dev/shm").unwrap().map(|file| file.unwrap().file_name());
+    let left: Vec<_> = left.filter(|name| name.to_string_lossy().contains("fake-cuda")).collect();
+    assert!(left.is_empty(), "{left:?}");
+}
+
+/// Killed while it writes and somebody waits for its event: the wait ends at its limit at the latest.
+#[test]
+fn the_owner_is_killed_before_its_event() {
+    let (cuda, device, stream) = opened();
+    if cuda.fake.is_none() {
+        eprintln!("skipped: a real copy is done before anybody can be killed");
+        return;
+    }
+    let mut other = Other::start("writes for ever");
+    let memory = device.open_memory(&other.memory()).unwrap();
+    let event = device.open_event(&EventHandle(unhex(&other.hear()))).unwrap();
+    other.child.kill().unwrap();
+    other.child.wait().unwrap();
+    assert!(!event.wait(Duration::from_millis(50)).unwrap());
+    assert!(read(&stream, &memory) != pattern(3, BYTES), "half of it");
+    drop((memory, event, stream, device));
+    cuda.is_clean();
+}
