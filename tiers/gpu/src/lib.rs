@@ -5,7 +5,7 @@
 //!  driver   Driver::load: is there one, which devices; or why not      device   a device in use, and its end
 //!  memory   device memory; host memory that a device copies to and from
 //!  stream   streams and events                                         copy     pages, many at a time
-//!  ipc      memory and events of another process, by handle
+//!  ipc      memory and events of another process, by handle           shared   memory by descriptor
 //!  sys      libcuda itself, found at run time
 //! ```
 //! What must hold: memory belongs to a copy from when it is queued until the device has said that it is done with it.
@@ -18,6 +18,7 @@ pub mod device;
 pub mod driver;
 pub mod ipc;
 pub mod memory;
+pub mod shared;
 pub mod stream;
 
 mod sys;
@@ -96,6 +97,12 @@ pub enum Error {
         device: u32,
         /// What the driver said.
         source: CudaError,
+    },
+    /// It was not made to be shared in this way.
+    #[error("this memory of GPU {device} was not made to be shared by descriptor")]
+    NotShared {
+        /// Which device.
+        device: u32,
     },
     /// The operating system gave no memory.
     #[error("no {bytes} bytes of host memory")]

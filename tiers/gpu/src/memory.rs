@@ -17,6 +17,7 @@ use rustix::mm::{MapFlags, ProtFlags};
 
 use crate::Error;
 use crate::device::{Device, Inner};
+use crate::shared::Mapped;
 
 /// `CU_MEMHOSTREGISTER_PORTABLE`: for all contexts of the process.
 const PORTABLE: u32 = 1;
@@ -38,12 +39,14 @@ pub(crate) struct Allocation {
     pub(crate) origin: Origin,
 }
 
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+#[derive(Debug)]
 pub(crate) enum Origin {
     /// Allocated here.
     Own,
     /// Another process'; it was opened at this address.
     Opened(CUdeviceptr),
+    /// A piece of memory at addresses that were reserved for it.
+    Mapped(Mapped),
 }
 
 impl DeviceMemory {
@@ -91,6 +94,8 @@ impl Drop for Allocation {
         // SAFETY: what the driver gave, given back once; copies hold this while they use it.
         let (call, code) = unsafe {
             match self.origin {
+                // It ends by itself, after this.
+                Origin::Mapped(_) => return,
                 Origin::Own => ("cuMemFree", (inner.entries().cuMemFree_v2)(self.address)),
                 Origin::Opened(base) => ("cuIpcCloseMemHandle", (inner.entries().cuIpcCloseMemHandle)(base)),
             }

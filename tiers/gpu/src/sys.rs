@@ -12,12 +12,13 @@
 //! argument that `cuMemcpyBatchAsync_v2` of 13.0 dropped. Where the table lacks the one that the driver's version
 //! promises, `cuGetProcAddress` is asked, which knows both by one name and a version.
 
-use std::ffi::{CStr, c_char, c_int, c_uint, c_void};
+use std::ffi::{CStr, c_char, c_int, c_uint, c_ulonglong, c_void};
 use std::fmt;
 
 use cudarc::driver::sys::{
-    self, CUcontext, CUdevice, CUdeviceptr, CUevent, CUipcEventHandle, CUipcMemHandle, CUmemcpyAttributes,
-    CUresult, CUstream, CUuuid,
+    self, CUcontext, CUdevice, CUdeviceptr, CUevent, CUipcEventHandle, CUipcMemHandle, CUmemAccessDesc,
+    CUmemAllocationGranularity_flags, CUmemAllocationHandleType, CUmemAllocationProp,
+    CUmemGenericAllocationHandle, CUmemcpyAttributes, CUresult, CUstream, CUuuid,
 };
 
 use crate::memory::Registry;
@@ -121,6 +122,19 @@ entries! {
     cuMemAlloc_v2: (*mut CUdeviceptr, usize),
     cuMemFree_v2: (CUdeviceptr),
     cuMemGetAddressRange_v2: (*mut CUdeviceptr, *mut usize, CUdeviceptr),
+    cuMemGetAllocationGranularity:
+        (*mut usize, *const CUmemAllocationProp, CUmemAllocationGranularity_flags),
+    cuMemCreate: (*mut CUmemGenericAllocationHandle, usize, *const CUmemAllocationProp, c_ulonglong),
+    cuMemRelease: (CUmemGenericAllocationHandle),
+    cuMemExportToShareableHandle:
+        (*mut c_void, CUmemGenericAllocationHandle, CUmemAllocationHandleType, c_ulonglong),
+    cuMemImportFromShareableHandle:
+        (*mut CUmemGenericAllocationHandle, *mut c_void, CUmemAllocationHandleType),
+    cuMemAddressReserve: (*mut CUdeviceptr, usize, usize, CUdeviceptr, c_ulonglong),
+    cuMemAddressFree: (CUdeviceptr, usize),
+    cuMemMap: (CUdeviceptr, usize, usize, CUmemGenericAllocationHandle, c_ulonglong),
+    cuMemUnmap: (CUdeviceptr, usize),
+    cuMemSetAccess: (CUdeviceptr, usize, *const CUmemAccessDesc, usize),
     cuMemHostRegister_v2: (*mut c_void, usize, c_uint),
     cuMemHostUnregister: (*mut c_void),
     cuMemcpyHtoDAsync_v2: (CUdeviceptr, *const c_void, usize, CUstream),

@@ -6,11 +6,13 @@
 mod common;
 
 use std::io::{BufRead, BufReader, Write};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
 use std::time::Duration;
 
 use common::{LONG, cuda, filled, low, pattern, read, whole, write};
 use kv_gpu::{Device, Error, EventHandle, MemoryHandle, Stream, Uuid};
+use rustix::process::{Pid, PidfdFlags, PidfdGetfdFlags};
 
 const BYTES: usize = 3 << 20;
 const ROLE: &str = "KVD_GPU_OTHER";
@@ -126,6 +128,16 @@ fn the_other_process() {
             say(&hex(&event.export().unwrap().0));
             go_on();
             drop(copying);
+        }
+        "shares by descriptor" => {
+            let shared = device.allocate_shared(BYTES as u64).unwrap();
+            write(&stream, &shared, &pattern(4, shared.bytes() as usize));
+            let descriptor = shared.export_descriptor().unwrap();
+            say(&format!("{} {}", descriptor.as_raw_fd(), shared.bytes()));
+            go_on();
+            assert!(read(&stream, &shared) == pattern(5, shared.bytes() as usize), "what the test wrote");
+            say("read");
+            go_on();
         }
         role => panic!("{role} is no role"),
     }
@@ -253,6 +265,69 @@ fn the_owner_is_killed_while_its_memory_is_copied() {
     let left = std::fs::read_dir("/dev/shm").unwrap().map(|file| file.unwrap().file_name());
     let left: Vec<_> = left.filter(|name| name.to_string_lossy().contains("fake-cuda")).collect();
     assert!(left.is_empty(), "{left:?}");
+}
+
+/// A descriptor of the other process, taken from it as its parent may.
+fn descriptor_of(other: &mut Other) -> (OwnedFd, u64) {
+    let said = other.hear();
+    let (descriptor, bytes) = said.split_once(' ').unwrap();
+    let process = Pid::from_raw(other.child.id() as i32).unwrap();
+    let process = rustix::process::pidfd_open(process, PidfdFlags::empty()).unwrap();
+    let descriptor = descriptor.parse().unwrap();
+    let descriptor = rustix::process::pidfd_getfd(&process, descriptor, PidfdGetfdFlags::empty());
+    (descriptor.unwrap(), bytes.parse().unwrap())
+}
+
+#[test]
+fn memory_is_shared_by_descriptor_and_outlives_its_owner() {
+    let (cuda, device, stream) = opened();
+    let mut other = Other::start("shares by descriptor");
+    let (descriptor, bytes) = descriptor_of(&mut other);
+    assert!(bytes >= BYTES as u64);
+    for wrong in [0, 2 * bytes, bytes + 1] {
+        let error = device.import(descriptor.as_fd(), wrong).unwrap_err();
+        assert!(matches!(error, Error::Gone { device: 0, .. }), "{wrong}: {error}");
+    }
+    let memory = device.import(descriptor.as_fd(), bytes).unwrap();
+    assert!(read(&stream, &memory) == pattern(4, bytes as usize));
+    write(&stream, &memory, &pattern(5, bytes as usize));
+    other.tell();
+    assert_eq!(other.hear(), "read");
+
+    other.child.kill().unwrap();
+    other.child.wait().unwrap();
+    assert!(read(&stream, &memory) == pattern(5, bytes as usize));
+    drop((memory, descriptor));
+
+    let no_memory = std::fs::File::open("/dev/null").unwrap();
+    let error = device.import(no_memory.as_fd(), bytes).unwrap_err();
+    assert!(matches!(error, Error::Gone { device: 0, .. }), "{error}");
+    drop((stream, device));
+    cuda.is_clean();
+}
+
+/// Each call on the way fails once: nothing is left, and the next try works.
+#[test]
+fn shared_memory_is_made_whole_or_not_at_all() {
+    let Some((fake, driver)) = common::fake("memory=8388608") else { return };
+    let device = driver.open(0).unwrap();
+    let calls =
+        ["cuMemGetAllocationGranularity", "cuMemCreate", "cuMemAddressReserve", "cuMemMap", "cuMemSetAccess"];
+    for call in calls {
+        fake.set(&format!("fail={call}:1:801"));
+        let error = device.allocate_shared(BYTES as u64).unwrap_err();
+        assert!(matches!(error, Error::Cuda { call: failed, .. } if failed == call), "{call}: {error}");
+        fake.is_clean_but_for(&["contexts"]);
+        drop(device.allocate_shared(BYTES as u64).unwrap());
+        fake.is_clean_but_for(&["contexts"]);
+    }
+    for bytes in [8_388_609, u64::MAX] {
+        assert_eq!(device.allocate_shared(bytes).unwrap_err(), Error::Full { device: 0, bytes });
+    }
+    let memory = device.allocate(4096).unwrap();
+    assert_eq!(memory.export_descriptor().unwrap_err(), Error::NotShared { device: 0 });
+    drop((memory, device));
+    fake.is_clean();
 }
 
 /// Killed while it writes and somebody waits for its event: the wait ends at its limit at the latest.

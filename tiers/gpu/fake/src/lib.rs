@@ -4,11 +4,12 @@
 //! ```text
 //!  memory   allocations in memory files, which other processes open by handle      state    what exists, settings
 //!  stream   a thread per stream, so that copies are under way while the caller goes on; events
+//!  virtual_memory   memory and addresses apart (`cuMemCreate`), which others get as a descriptor
 //! ```
 //! It is strict where the real one is lenient or undefined: device addresses cannot be read by the processor, batched
 //! copies want registered host memory, and memory that is given up under a copy is counted as a violation.
-//! It does not play: kernels, the legacy default stream, graphs, memory pools, virtual memory (`cuMemCreate` and the
-//! like), and speed.
+//! It does not play: kernels, the legacy default stream, graphs, memory pools, and speed. Of virtual memory it plays
+//! whole pieces, mapped as they are.
 //!
 //! Settings come from the environment variable `FAKE_CUDA` when it is first used, or from `fake_cuda_set` at any time:
 //! `key=value`, several by semicolons.
@@ -29,9 +30,24 @@
 #![expect(missing_docs, reason = "NVIDIA documents the functions")]
 #![expect(clippy::missing_safety_doc, reason = "NVIDIA documents the functions")]
 
+/// Defines functions of the driver, and has the compiler compare their arguments with those that cudarc has from
+/// NVIDIA's headers. Each counts, and may fail on purpose, before it does anything.
+macro_rules! driver {
+    ($(fn $name:ident($($argument:ident: $kind:ty),*) $body:block)*) => {$(
+        #[unsafe(no_mangle)]
+        pub unsafe extern "C" fn $name($($argument: $kind),*) -> c_uint {
+            let entered = state().enter(stringify!($name));
+            let done = entered.and_then(|()| -> Result<(), Code> { $body });
+            done.err().map_or(0, |code| code.0)
+        }
+        const _: unsafe fn($($kind),*) -> CUresult = sys::$name;
+    )*};
+}
+
 mod memory;
 mod state;
 mod stream;
+pub mod virtual_memory;
 
 use std::ffi::{CStr, c_char, c_int, c_uint, c_void};
 use std::sync::Arc;
@@ -42,7 +58,7 @@ use cudarc::driver::sys::{
 };
 
 use memory::{Kind, Mapping};
-use state::{Block, CURRENT, State, context, context_device, state};
+use state::{Block, CURRENT, Origin, State, context, context_device, state};
 use stream::{End, Event, Stream, Work};
 
 /// What a call answers.
@@ -57,20 +73,6 @@ impl Code {
 
 const INVALID_VALUE: Code = Code::of(CUresult::CUDA_ERROR_INVALID_VALUE);
 const NOT_READY: Code = Code::of(CUresult::CUDA_ERROR_NOT_READY);
-
-/// Defines functions of the driver, and has the compiler compare their arguments with those that cudarc has from
-/// NVIDIA's headers. Each counts, and may fail on purpose, before it does anything.
-macro_rules! driver {
-    ($(fn $name:ident($($argument:ident: $kind:ty),*) $body:block)*) => {$(
-        #[unsafe(no_mangle)]
-        pub unsafe extern "C" fn $name($($argument: $kind),*) -> c_uint {
-            let entered = state().enter(stringify!($name));
-            let done = entered.and_then(|()| -> Result<(), Code> { $body });
-            done.err().map_or(0, |code| code.0)
-        }
-        const _: unsafe fn($($kind),*) -> CUresult = sys::$name;
-    )*};
-}
 
 /// # Safety
 /// `to` is null or can be written.
@@ -290,14 +292,14 @@ driver! {
         }
         let mapping = Arc::new(Mapping::new(bytes)?);
         state.devices[device].used_bytes += bytes as u64;
-        let placed = state.place(Block { device, mapping, opened: None });
+        let placed = state.place(Block { device, mapping, origin: Origin::Allocated });
         // SAFETY: of the caller.
         unsafe { put(address, placed) }
     }
     fn cuMemFree_v2(address: CUdeviceptr) {
         let mut state = state();
         state.current()?;
-        let block = state.memory.get(&address).filter(|block| block.opened.is_none()).ok_or(INVALID_VALUE)?;
+        let block = state.memory.get(&address).filter(|block| block.origin == Origin::Allocated).ok_or(INVALID_VALUE)?;
         if state.streams.values().any(|stream| stream.touches_device(&block.mapping)) {
             state.violations += 1;
         }
@@ -439,8 +441,8 @@ driver! {
         let state = state();
         state.current()?;
         let (_, block) = state.block(address)?;
-        // What came by a handle cannot be handed on.
-        if block.opened.is_some() {
+        // What came by a handle cannot be handed on, and what was mapped has no such handle.
+        if block.origin != Origin::Allocated {
             return Err(INVALID_VALUE);
         }
         let reserved = block.mapping.handle(Kind::Memory).map(|byte| byte as c_char);
@@ -456,11 +458,11 @@ driver! {
         let mapping = Mapping::open(&handle.reserved.map(|byte| byte as u8), Kind::Memory)?;
         let known = state.memory.iter_mut().find(|(_, block)| block.mapping.generation == mapping.generation);
         let placed = match known {
-            Some((known, Block { opened: Some(opened), .. })) => {
+            Some((known, Block { origin: Origin::Opened(opened), .. })) => {
                 *opened += 1;
                 *known
             }
-            _ => state.place(Block { device, mapping: Arc::new(mapping), opened: Some(1) }),
+            _ => state.place(Block { device, mapping: Arc::new(mapping), origin: Origin::Opened(1) }),
         };
         // SAFETY: of the caller.
         unsafe { put(address, placed) }
@@ -469,7 +471,7 @@ driver! {
         let mut state = state();
         state.current()?;
         let block = state.memory.get_mut(&address).ok_or(INVALID_VALUE)?;
-        let opened = block.opened.as_mut().ok_or(INVALID_VALUE)?;
+        let Origin::Opened(opened) = &mut block.origin else { return Err(INVALID_VALUE) };
         *opened -= 1;
         if *opened > 0 {
             return Ok(());

@@ -10,7 +10,7 @@
 
 use std::ffi::c_void;
 use std::hash::{BuildHasher, RandomState};
-use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd};
 use std::ptr;
 use std::sync::atomic::{AtomicU64, Ordering};
 
@@ -108,6 +108,24 @@ impl Mapping {
         if !called || size as u64 != bytes {
             return Err(Code::of(CUresult::CUDA_ERROR_MAP_FAILED));
         }
+        Self::map(file, bytes as usize, generation)
+    }
+
+    /// A descriptor of it for others.
+    pub(crate) fn descriptor(&self) -> Result<OwnedFd, Code> {
+        self.file.try_clone().map_err(|_| Code::of(CUresult::CUDA_ERROR_OPERATING_SYSTEM))
+    }
+
+    /// What a descriptor is of, if it is one of ours, or of another process' of our kind.
+    pub(crate) fn of_descriptor(descriptor: BorrowedFd<'_>) -> Result<Self, Code> {
+        let invalid = || Code::of(CUresult::CUDA_ERROR_INVALID_VALUE);
+        let file = descriptor.try_clone_to_owned().map_err(|_| invalid())?;
+        let link = rustix::fs::readlink(format!("/proc/self/fd/{}", file.as_raw_fd()), Vec::new());
+        let link = link.map_err(|_| invalid())?.to_string_lossy().into_owned();
+        let name = link.split_once("fake-cuda-").ok_or_else(invalid)?.1;
+        let generation =
+            name.get(..16).and_then(|name| u64::from_str_radix(name, 16).ok()).ok_or_else(invalid)?;
+        let bytes = rustix::fs::fstat(&file).map_err(|_| invalid())?.st_size;
         Self::map(file, bytes as usize, generation)
     }
 

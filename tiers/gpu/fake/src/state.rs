@@ -15,14 +15,31 @@ use crate::stream::{End, Event, Health, Stream};
 /// ends at once, as it should.
 pub(crate) const DEVICE_ADDRESSES: u64 = 0x1000_0000_0000_0000;
 /// Allocations are this far apart and aligned to it.
-const ALIGNED: u64 = 2 << 20;
+pub(crate) const ALIGNED: u64 = 2 << 20;
 
 /// Memory at a device address.
 pub(crate) struct Block {
     pub(crate) device: usize,
     pub(crate) mapping: Arc<Mapping>,
-    /// How often it was opened; `None`: it is our own.
-    pub(crate) opened: Option<u32>,
+    pub(crate) origin: Origin,
+}
+
+/// How memory came to its address, and so how it goes.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Origin {
+    /// `cuMemAlloc`.
+    Allocated,
+    /// Another process', opened so often.
+    Opened(u32),
+    /// `cuMemMap`; it can be used after `cuMemSetAccess`.
+    Mapped { can_be_used: bool, imported: bool },
+}
+
+/// Memory without an address: `cuMemCreate`, or another process' by descriptor.
+pub(crate) struct Piece {
+    pub(crate) device: usize,
+    pub(crate) mapping: Arc<Mapping>,
+    pub(crate) imported: bool,
 }
 
 #[derive(Default)]
@@ -36,6 +53,9 @@ pub(crate) struct State {
     pub(crate) initialised: bool,
     pub(crate) devices: Vec<Device>,
     pub(crate) memory: BTreeMap<u64, Block>,
+    /// What `cuMemCreate` gave, by handle, and addresses that are reserved for such, with their lengths.
+    pub(crate) pieces: HashMap<u64, Piece>,
+    pub(crate) reserved: BTreeMap<u64, usize>,
     /// Registered host memory: where, and how long.
     pub(crate) hosts: BTreeMap<usize, usize>,
     pub(crate) streams: HashMap<usize, Arc<Stream>>,
@@ -59,6 +79,8 @@ static STATE: LazyLock<Mutex<State>> = LazyLock::new(|| {
         initialised: false,
         devices: vec![Device::default()],
         memory: BTreeMap::new(),
+        pieces: HashMap::new(),
+        reserved: BTreeMap::new(),
         hosts: BTreeMap::new(),
         streams: HashMap::new(),
         events: HashMap::new(),
@@ -155,12 +177,15 @@ impl State {
 
     /// How many there are of what is asked for: `calls:NAME`, or one of the words below.
     pub(crate) fn count(&self, what: &str) -> Option<u64> {
-        let of = |opened: bool| {
-            self.memory.values().filter(|block| block.opened.is_some() == opened).count() as u64
+        let of = |wanted: fn(&Origin) -> bool| {
+            self.memory.values().filter(|block| wanted(&block.origin)).count() as u64
         };
         Some(match what {
-            "allocations" => of(false),
-            "imports" => of(true),
+            "allocations" => of(|origin| *origin == Origin::Allocated),
+            "imports" => of(|origin| matches!(origin, Origin::Opened(_))),
+            "mapped" => of(|origin| matches!(origin, Origin::Mapped { .. })),
+            "pieces" => self.pieces.len() as u64,
+            "reserved" => self.reserved.len() as u64,
             "bytes" => self.devices.iter().map(|device| device.used_bytes).sum(),
             "registered" => self.hosts.len() as u64,
             "streams" => self.streams.len() as u64,
@@ -207,10 +232,25 @@ impl State {
 
     /// Puts memory at an address of its own.
     pub(crate) fn place(&mut self, block: Block) -> u64 {
-        let address = self.next_address;
-        self.next_address += (block.mapping.bytes as u64).next_multiple_of(ALIGNED);
+        let address = self.reserve(block.mapping.bytes);
         self.memory.insert(address, block);
         address
+    }
+
+    /// Addresses that were nobody's.
+    pub(crate) fn reserve(&mut self, bytes: usize) -> u64 {
+        let address = self.next_address;
+        self.next_address += (bytes as u64).next_multiple_of(ALIGNED);
+        address
+    }
+
+    /// Memory without an address is given back when it has neither handle nor address any more.
+    pub(crate) fn settle(&mut self, device: usize, mapping: &Arc<Mapping>, imported: bool) {
+        let is_same = |other: &Arc<Mapping>| Arc::ptr_eq(other, mapping);
+        let has_handle = self.pieces.values().any(|piece| is_same(&piece.mapping));
+        if !imported && !has_handle && !self.memory.values().any(|block| is_same(&block.mapping)) {
+            self.devices[device].used_bytes -= mapping.bytes as u64;
+        }
     }
 
     /// What lies at a device address.
@@ -227,7 +267,9 @@ impl State {
     pub(crate) fn on_device(&self, address: u64, bytes: usize) -> Result<End, Code> {
         let (base, block) = self.block(address)?;
         let offset = (address - base) as usize;
-        if bytes > block.mapping.bytes - offset {
+        if bytes > block.mapping.bytes - offset
+            || matches!(block.origin, Origin::Mapped { can_be_used: false, .. })
+        {
             return Err(Code::of(CUresult::CUDA_ERROR_INVALID_VALUE));
         }
         Ok(End::Device(Arc::clone(&block.mapping), offset))
@@ -261,6 +303,7 @@ impl State {
         });
         self.events.retain(|_, event| !Arc::ptr_eq(&event.health, &health));
         self.memory.retain(|_, block| block.device != device);
+        self.pieces.retain(|_, piece| piece.device != device);
         self.devices[device].used_bytes = 0;
     }
 }
