@@ -9,6 +9,8 @@
 //! event behind the last page has passed, and no other way: neither an error of a call nor a lost device proves that
 //! the device has stopped. What did not come back is kept until the device's context is gone ([`Device::kept`]).
 //!
+//! How many copies are under way is for those who begin them to bound; the device takes all.
+//!
 //! Pages that lie side by side on both ends are joined. The rest goes in one call where the driver has
 //! `cuMemcpyBatchAsync` (CUDA 12.8), else one by one.
 

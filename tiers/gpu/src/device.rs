@@ -1,6 +1,6 @@
 //! A device in use: its primary context, whether it is lost, and what is kept when it is.
 //!
-//! The driver wants the context current in the thread that calls: [`Inner::enter`] makes it so for as long as its
+//! The driver wants the context current in the thread that calls: `Inner::enter` makes it so for as long as its
 //! guard lives, and leaves the thread as it was.
 
 use std::any::Any;

@@ -89,7 +89,7 @@ impl Device {
 impl Drop for Allocation {
     fn drop(&mut self) {
         let inner = &self.device.inner;
-        // Memory of a lost device goes with its context.
+        // Memory of a lost device goes with its context. To free it may take as long as all that the device has to do.
         let Ok(_current) = inner.enter() else { return };
         // SAFETY: what the driver gave, given back once; copies hold this while they use it.
         let (call, code) = unsafe {

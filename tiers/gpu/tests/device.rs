@@ -197,6 +197,40 @@ fn memory_comes_back_when_the_device_is_done_and_not_before() {
     fake.is_clean();
 }
 
+/// Threads with streams of their own, copies waited for, asked about and dropped, on one device: whatever the order, no
+/// byte is another's and no memory is given up under a copy.
+#[test]
+fn many_threads_copy_at_once() {
+    let cuda = cuda();
+    cuda.set("delay_us=100");
+    let device = cuda.driver.open(0).unwrap();
+    let work = |thread: u64| {
+        let device = device.clone();
+        move || {
+            for round in 0..30_u64 {
+                let bytes = pattern(thread * 100 + round, 32 * PAGE);
+                let stream =
+                    device.stream(if round % 2 == 0 { Priority::Low } else { Priority::High }).unwrap();
+                let memory = device.allocate(32 * PAGE as u64).unwrap();
+                let up = stream.onboard(&memory, vec![filled(&device, &bytes)], &shuffled(32, 11));
+                let down =
+                    stream.offload(&memory, vec![device.host_buffer(32 * PAGE).unwrap()], &shuffled(32, 11));
+                let (mut up, mut down) = (up.unwrap_or_else(|_| panic!()), down.unwrap_or_else(|_| panic!()));
+                drop((memory, stream));
+                match round % 3 {
+                    0 => drop((up, down)),
+                    1 => drop(up.poll().unwrap()),
+                    _ => assert!(down.wait(LONG).unwrap().unwrap()[0][..] == bytes[..]),
+                }
+            }
+        }
+    };
+    let threads: Vec<_> = (0..4).map(|thread| std::thread::spawn(work(thread))).collect();
+    threads.into_iter().for_each(|thread| thread.join().unwrap());
+    drop(device);
+    cuda.is_clean();
+}
+
 #[test]
 fn one_stream_waits_for_another_s_event() {
     let cuda = cuda();
@@ -328,7 +362,7 @@ fn a_device_lost_in_mid_copy_gives_nothing_back() {
     let slot = arena.slab().take(1 << 20).unwrap();
     let used = arena.slab().regions()[0].used;
     let mut copying = stream.offload(&memory, vec![slot], &whole(1 << 20)).unwrap_or_else(|_| panic!());
-    let buffer = device.host_buffer(1 << 20).unwrap();
+    let (idle, buffer) = (device.host_buffer(4096).unwrap(), device.host_buffer(1 << 20).unwrap());
     let other: Copying<HostBuffer> =
         stream.offload(&memory, vec![buffer], &whole(1 << 20)).unwrap_or_else(|_| panic!());
     assert!(copying.wait(Duration::from_millis(20)).unwrap().is_none());
@@ -337,6 +371,9 @@ fn a_device_lost_in_mid_copy_gives_nothing_back() {
     assert!(copying.poll().unwrap().is_none(), "it does not come back");
     drop(other);
     assert_eq!(device.kept(), 2);
+    // Nor does what is only registered go: its pages cannot be unregistered any more.
+    drop(idle);
+    assert_eq!(device.kept(), 3);
     assert_eq!(arena.slab().regions()[0].used, used, "the slot is not free");
 
     // Everything says the same from now on, and the driver is not asked.
@@ -357,6 +394,22 @@ fn a_device_lost_in_mid_copy_gives_nothing_back() {
     for what in ["contexts", "streams", "allocations", "bytes", "violations"] {
         assert_eq!(fake.count(what), 0, "{what}");
     }
+}
+
+/// The fifth page of eight finds the device lost: the four before may still be under way.
+#[test]
+fn a_device_lost_while_pages_are_queued_gives_nothing_back() {
+    let Some((fake, driver)) = fake("version=12070;delay_us=100000") else { return };
+    let device = driver.open(0).unwrap();
+    let (stream, memory) = (low(&device), device.allocate(8 * PAGE as u64).unwrap());
+    let buffer = device.host_buffer(8 * PAGE).unwrap();
+    fake.set("fail=cuMemcpyDtoHAsync_v2:5:700");
+    let refused = stream.offload(&memory, vec![buffer], &shuffled(8, 3)).err().unwrap();
+    assert!(refused.hosts.is_none());
+    assert_eq!(device.kept(), 1);
+    assert_eq!(lost::<()>(Err(refused.error)), "CUDA_ERROR_ILLEGAL_ADDRESS");
+    drop((memory, stream, device));
+    assert_eq!((fake.count("contexts"), fake.count("violations")), (0, 0));
 }
 
 /// Somebody else holds the context: it does not end with us, so what the device was using is never given back.

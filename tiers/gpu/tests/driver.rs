@@ -87,6 +87,20 @@ fn devices_are_told_apart() {
     assert!(driver.open(3).unwrap_err().to_string().contains("GPU 3: cuDeviceGet failed"));
 }
 
+/// The environment belongs to a process, so this one starts itself again.
+#[test]
+fn the_fake_driver_takes_settings_from_the_environment() {
+    if std::env::var_os("FAKE_CUDA").is_some() {
+        let devices = Fake::new("").driver().unwrap().devices().unwrap();
+        assert!(devices.len() == 5 && devices[4].memory_bytes == 4096);
+        return;
+    }
+    let mut again = std::process::Command::new(std::env::current_exe().unwrap());
+    again.args(["--exact", "the_fake_driver_takes_settings_from_the_environment"]);
+    let again = again.env("FAKE_CUDA", "devices=5; memory=4096").output().unwrap();
+    assert!(again.status.success(), "{}", String::from_utf8_lossy(&again.stdout));
+}
+
 #[test]
 fn the_batched_copy_is_taken_in_the_form_that_the_driver_has() {
     const NONE: &[&str] = &[];

@@ -262,6 +262,12 @@ fn the_owner_is_killed_while_its_memory_is_copied() {
     assert!(matches!(error, Error::Gone { .. } | Error::Lost { .. }), "{error}");
     drop((copying, memory, stream, device));
     cuda.is_clean();
+    if cuda.fake.is_some() {
+        // This process has nothing of that memory any more, and it never had a name.
+        let generation = u64::from_le_bytes(std::array::from_fn(|byte| handle.handle[16 + byte]));
+        let name = format!("fake-cuda-{generation:016x}");
+        assert!(!std::fs::read_to_string("/proc/self/maps").unwrap().contains(&name));
+    }
     let left = std::fs::read_dir("/dev/shm").unwrap().map(|file| file.unwrap().file_name());
     let left: Vec<_> = left.filter(|name| name.to_string_lossy().contains("fake-cuda")).collect();
     assert!(left.is_empty(), "{left:?}");
