@@ -77,7 +77,7 @@ impl Options {
             host: 5000,
             disk: 0,
             block_kib: 2048,
-            pack_mib: 32,
+            pack_mib: 48,
             wait_s: 10,
             reads_min: 1,
             age_s: 30,
