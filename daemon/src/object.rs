@@ -40,6 +40,8 @@ mod uploads;
 const LAST_PACKS: Duration = Duration::from_secs(10);
 /// How long what is under way may take after that.
 const LAST_WORDS: Duration = Duration::from_secs(2);
+/// A store that has not been opened after so long is said to be out of service.
+const ANSWER: Duration = Duration::from_secs(10);
 /// Threads that move bytes and check them.
 const THREADS: usize = 2;
 
@@ -111,6 +113,8 @@ pub struct Principal {
     pub place: Place,
     /// `None` until it could be opened.
     tier: RwLock<Option<Arc<Tier>>>,
+    /// Since when it is to be opened.
+    since: Instant,
     /// Why it cannot be opened, or is not what it should be.
     trouble: Mutex<Option<String>>,
     /// Something was taken that is to be packed in time.
@@ -159,6 +163,7 @@ impl Principal {
             name,
             place,
             tier: RwLock::default(),
+            since: Instant::now(),
             trouble: Mutex::default(),
             taken: Notify::new(),
             served: Served::default(),
@@ -213,10 +218,21 @@ impl Principal {
         ObjectView {
             principal: self.name.clone(),
             place: self.place.clone(),
-            trouble: self.trouble().or(sick),
+            trouble: self.trouble().or(sick).or_else(|| self.complaint(report.as_ref())),
             report,
             served: (count(&served.blocks), count(&served.bytes), count(&served.tokens)),
         }
+    }
+}
+
+impl Principal {
+    /// What is wrong although the store answers, or why it does not.
+    fn complaint(&self, report: Option<&TierReport>) -> Option<String> {
+        let Some(report) = report else {
+            let waited = self.since.elapsed();
+            return (waited > ANSWER).then(|| format!("it has not answered for {} s", waited.as_secs()));
+        };
+        report.write_trouble.as_ref().map(|why| format!("it does not take packs: {why}"))
     }
 }
 

@@ -435,6 +435,9 @@ impl Director<'_> {
             object.blocks = object.blocks.max(tier.blocks);
             object.uploaded_bytes += tier.bytes_written;
             object.downloaded_bytes += tier.bytes_read;
+            if !tier.reason.is_empty() {
+                object.trouble = Some(tier.reason.clone());
+            }
         }
     }
 

@@ -106,6 +106,8 @@ pub struct ObjectReport {
     pub uploaded_bytes: u64,
     /// Bytes that came from it. What came before a kill is not in it.
     pub downloaded_bytes: u64,
+    /// What a node says is wrong with it.
+    pub trouble: Option<String>,
 }
 
 /// One node at the end, and what it had from the others and gave to them.
@@ -307,7 +309,8 @@ impl fmt::Display for Report {
             size(self.disk_bytes_written),
             self.bytes_written_per_byte_hit
         )?;
-        if let Some(ObjectReport { store, blocks, uploaded_bytes, downloaded_bytes }) = &self.object {
+        if let Some(ObjectReport { store, blocks, uploaded_bytes, downloaded_bytes, trouble }) = &self.object
+        {
             writeln!(
                 f,
                 "object     {} blocks in {store};\n           {} went up, {} came down",
@@ -315,6 +318,9 @@ impl fmt::Display for Report {
                 size(*uploaded_bytes),
                 size(*downloaded_bytes),
             )?;
+            if let Some(trouble) = trouble {
+                writeln!(f, "           {trouble}")?;
+            }
         }
         if self.is_many() {
             writeln!(

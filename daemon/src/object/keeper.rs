@@ -185,6 +185,12 @@ impl Keeper {
                     deleted_bytes = collected.deleted_bytes,
                     "collected in the object store"
                 );
+                if !collected.unheard.is_empty() {
+                    tracing::warn!(
+                        nodes = collected.unheard.join(", "),
+                        "manifests cannot be read: nothing is condemned in the object store as long as these nodes count"
+                    );
+                }
             }
             Ok(_) => {}
             Err(TierError::Fenced { found, .. }) => return Some(Over::Fenced(found)),
@@ -240,7 +246,11 @@ fn chain(error: &dyn std::error::Error) -> String {
     let mut text = error.to_string();
     let mut source = error.source();
     while let Some(error) = source {
-        text += &format!(": {error}");
+        // Some say what their source says.
+        let more = error.to_string();
+        if !text.contains(&more) {
+            text += &format!(": {more}");
+        }
         source = error.source();
     }
     text

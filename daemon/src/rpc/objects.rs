@@ -193,17 +193,25 @@ pub(super) fn refuse_to_remove() -> Status {
 
 async fn verify(tiers: Vec<(String, Arc<Tier>)>, sender: &mpsc::Sender<Progress>) {
     let all = PackId([0; 32])..=PackId([0xff; 32]);
-    let mut packs = Vec::new();
+    let (mut packs, mut broken) = (Vec::new(), 0);
     for (place, tier) in &tiers {
         for view in tier.inventory(all.clone(), usize::MAX) {
-            // What cannot be used has no blocks that anybody reads.
-            if let Inside::Blocks { blocks, .. } = view.inside {
-                packs.push((place, tier, view.id, blocks as u64, view.pack_bytes));
+            match view.inside {
+                Inside::Blocks { blocks, .. } => {
+                    packs.push((place, tier, view.id, blocks as u64, view.pack_bytes));
+                }
+                Inside::Aside(SetAside::Broken { why }) => {
+                    tracing::warn!(id = %view.id, %place, why, "a pack is broken");
+                    broken += 1;
+                }
+                // Of another version, or not read yet: nothing is wrong with it as far as anybody knows.
+                Inside::Aside(SetAside::Incompatible { .. }) | Inside::Unread => {}
             }
         }
     }
     let total = packs.iter().map(|(.., blocks, _)| blocks).sum();
-    let mut progress = v1::Progress { total, ..v1::Progress::default() };
+    // How many blocks a broken pack had nobody can say: it counts as one.
+    let mut progress = v1::Progress { total, failed: broken, ..v1::Progress::default() };
     for (place, tier, id, blocks, bytes) in packs {
         let _ = sender.try_send(Ok(progress));
         let damaged = match tier.verify(&id).await {
@@ -465,7 +473,7 @@ pub(super) fn tier_info(view: &ObjectView, reports: &[ShardReport], node: &Node)
 pub(super) fn warnings(views: &[ObjectView]) -> Vec<v1::Warning> {
     let warn = |view: &ObjectView| {
         let why = view.trouble.as_ref()?;
-        let text = format!("the object store {} is out of service, its blocks miss: {why}", view.place);
+        let text = format!("the object store is degraded: {why} ({})", view.place);
         Some(v1::Warning { code: Code::TierDegraded.to_string(), text })
     };
     let unreadable = |view: &ObjectView| {
@@ -476,6 +484,17 @@ pub(super) fn warnings(views: &[ObjectView]) -> Vec<v1::Warning> {
         );
         Some(v1::Warning { code: Code::TierDegraded.to_string(), text })
     };
+    let unheard = |view: &ObjectView| {
+        let nodes = &view.report.as_ref()?.unheard;
+        (!nodes.is_empty()).then(|| {
+            let text = format!(
+                "manifests of {} cannot be read: nothing is collected as long as they count; are they of another version? ({})",
+                nodes.join(", "),
+                view.place
+            );
+            v1::Warning { code: Code::TierDegraded.to_string(), text }
+        })
+    };
     let overwrites = |view: &ObjectView| {
         view.report.as_ref().filter(|report| report.overwrites)?;
         let text = format!(
@@ -484,7 +503,11 @@ pub(super) fn warnings(views: &[ObjectView]) -> Vec<v1::Warning> {
         );
         Some(v1::Warning { code: Code::TierDegraded.to_string(), text })
     };
-    views.iter().flat_map(|view| [warn(view), unreadable(view), overwrites(view)]).flatten().collect()
+    views
+        .iter()
+        .flat_map(|view| [warn(view), unreadable(view), unheard(view), overwrites(view)])
+        .flatten()
+        .collect()
 }
 
 #[cfg(test)]

@@ -31,6 +31,8 @@
 //! - A node whose manifest does not change for `grace` rounds is **dead**: that life and the ones before it never
 //!   count again, and if it was only away it has to come back with a higher epoch. Every live node writes a new
 //!   manifest for every round, so this says that it slept through that many.
+//! - Where the manifest of a live node cannot be read, or its newest one is not found, a round condemns nothing: that
+//!   node may list any pack.
 //! - The grace also covers a list of objects that is late: what it does not show yet is condemned, not deleted, and a
 //!   node that was seen before and is not now counts as silent.
 //! - A pack whose writer is gone and whose time is not over is listed by a few others, which the round's nodes and the
@@ -175,6 +177,10 @@ pub fn next_round(
             round.nodes.insert(node.clone(), NodeSeen { epoch: newest.0, generation: newest.1, silent });
         }
     }
+    // One of them may list any pack: nothing can be said to be used by nobody.
+    if !unheard(&round, manifests).is_empty() {
+        return round;
+    }
     let live = |(node, seen): (&String, &ManifestSeen)| {
         let current = round.nodes.contains_key(node) && !round.is_dead(node, seen.epoch);
         seen.manifest.clone().filter(|_| current)
@@ -187,6 +193,16 @@ pub fn next_round(
         round.condemned.insert(*id, since);
     }
     round
+}
+
+/// The live nodes of which it is not known what they list: their newest manifest is of another version, damaged, or late.
+pub fn unheard(round: &Round, manifests: &BTreeMap<String, ManifestSeen>) -> Vec<String> {
+    let heard = |node: &str, seen: &NodeSeen| {
+        let found = manifests.get(node).filter(|found| found.manifest.is_some());
+        found.is_some_and(|found| (found.epoch, found.generation) >= (seen.epoch, seen.generation))
+    };
+    let all = round.nodes.iter().filter(|(node, seen)| !heard(node, seen));
+    all.map(|(node, _)| node.clone()).collect()
 }
 
 /// The packs that may be deleted once `round` is written, of the manifests that it was made of. It stays so whatever
@@ -298,6 +314,28 @@ mod tests {
         // Given up is given up.
         assert!(!may_keep(&first, 1, &id(1)));
         assert!(may_keep(&second, 1, &id(1)));
+    }
+
+    #[test]
+    fn where_a_live_node_cannot_be_heard_nothing_is_condemned() {
+        let listed = packs(&[1, 2]);
+        let mut manifests = seen(&[manifest("a", 1, 1, 0, &[]), manifest("b", 1, 1, 0, &[1])]);
+        let first = next_round(None, 3, &listed, &manifests);
+        assert_eq!(first.condemned, [(id(2), 1)].into());
+        // Of another version, or damaged, round after round; it writes one for each.
+        let mut round = first;
+        for generation in 2..9 {
+            let unread = ManifestSeen { epoch: Epoch(1), generation, manifest: None };
+            manifests.insert("b".into(), unread);
+            manifests.insert("a".into(), manifest("a", 1, generation, round.number, &[]));
+            round = next_round(Some(&round), 3, &listed, &manifests);
+            assert!(round.condemned.is_empty() && round.nodes.contains_key("b"));
+            assert_eq!(unheard(&round, &manifests), ["b"]);
+            assert_eq!(deletable(&round, &manifests), []);
+        }
+        // An older one than was seen before says nothing of what is newer.
+        manifests.insert("b".into(), manifest("b", 1, 3, 1, &[]));
+        assert_eq!(unheard(&round, &manifests), ["b"]);
     }
 
     #[test]

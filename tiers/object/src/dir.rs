@@ -11,7 +11,7 @@
 
 use std::fs::{self, File};
 use std::io::{self, Write};
-use std::os::unix::fs::FileExt;
+use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -94,7 +94,36 @@ fn write(root: &Path, writing: &Path, name: &str, body: &[u8]) -> Result<(), Sto
     }
     let result = write_new(writing, body).and_then(|()| place(root, writing, &target));
     let _ = fs::remove_file(writing);
-    result.map_err(failed)
+    result.map_err(|error| failed_in(root, error))
+}
+
+/// A file to be read. What is no file, and could keep us waiting for ever, is no object.
+fn open_file(root: &Path, path: &Path) -> Result<File, StoreError> {
+    let flags = rustix::fs::OFlags::NONBLOCK.bits() as i32;
+    let file = File::options().read(true).custom_flags(flags).open(path);
+    let file = file.map_err(|error| failed_in(root, error))?;
+    let is_file = file.metadata().map_err(failed)?.is_file();
+    if is_file { Ok(file) } else { Err(StoreError::Absent) }
+}
+
+/// Why the store as a whole is not there any more, if it is not: unmounted, moved away, another in its place. An object
+/// that is not found says nothing then.
+fn gone(root: &Path) -> Result<(), StoreError> {
+    if root.join(WRITING).is_dir() {
+        return Ok(());
+    }
+    let what = if root.is_dir() { "is another one than was opened" } else { "is not there any more" };
+    Err(StoreError::broken(format_args!(
+        "the directory {} {what}; bring it back, or start again",
+        root.display()
+    )))
+}
+
+fn failed_in(root: &Path, error: io::Error) -> StoreError {
+    match failed(error) {
+        StoreError::Absent => gone(root).err().unwrap_or(StoreError::Absent),
+        other => other,
+    }
 }
 
 /// The whole of a new file, flushed. Another process that cannot be told from this one (another host, another
@@ -160,6 +189,7 @@ fn collect(folder: &Path, under: &str, prefix: &str, names: &mut Vec<String>) ->
 }
 
 fn list(root: &Path, prefix: &str, after: Option<&str>, limit: usize) -> Result<Page, StoreError> {
+    gone(root)?;
     let mut names = Vec::new();
     // The folder that all of them are in.
     let under = prefix.rfind('/').map_or("", |at| &prefix[..=at]);
@@ -170,9 +200,9 @@ fn list(root: &Path, prefix: &str, after: Option<&str>, limit: usize) -> Result<
     names.truncate(limit);
     let next = names.last().filter(|_| more).cloned();
     let objects = names.into_iter().filter_map(|name| {
-        // One that was deleted meanwhile is not listed.
-        let bytes = root.join(&name).metadata().ok()?.len();
-        Some(Object { name, bytes })
+        // One that was deleted meanwhile is not listed, and what is no file is no object.
+        let metadata = root.join(&name).metadata().ok().filter(fs::Metadata::is_file)?;
+        Some(Object { name, bytes: metadata.len() })
     });
     Ok(Page { objects: objects.collect(), next })
 }
@@ -193,8 +223,8 @@ impl Store for Dir {
     fn get<'a>(&'a self, name: &'a str, from: u64, landing: &'a mut Landing<'_>) -> Reply<'a, ()> {
         Box::pin(async move {
             check_name(name)?;
-            let path = self.root.join(name);
-            let mut file = blocking(move || File::open(path).map_err(failed)).await?;
+            let (root, path) = (self.root.clone(), self.root.join(name));
+            let mut file = blocking(move || open_file(&root, &path)).await?;
             let (mut at, end) = (from, from + landing.len());
             let mut chunk = vec![0; landing.len().min(CHUNK_BYTES) as usize];
             while at < end {
@@ -221,7 +251,8 @@ impl Store for Dir {
         Box::pin(async move {
             check_name(name)?;
             let path = self.root.join(name);
-            let metadata = blocking(move || path.metadata().map_err(failed)).await?;
+            let root = self.root.clone();
+            let metadata = blocking(move || path.metadata().map_err(|error| failed_in(&root, error))).await?;
             if metadata.is_file() { Ok(metadata.len()) } else { Err(StoreError::Absent) }
         })
     }
@@ -237,8 +268,8 @@ impl Store for Dir {
     fn delete<'a>(&'a self, name: &'a str) -> Reply<'a, ()> {
         Box::pin(async move {
             check_name(name)?;
-            let path = self.root.join(name);
-            blocking(move || match fs::remove_file(path).map_err(failed) {
+            let (root, path) = (self.root.clone(), self.root.join(name));
+            blocking(move || match fs::remove_file(path).map_err(|error| failed_in(&root, error)) {
                 Err(StoreError::Absent) => Ok(()),
                 result => result,
             })
@@ -281,6 +312,39 @@ mod tests {
             fs::read_dir(place.path().join(".writing")).unwrap().count() == 1,
             "nothing of our own stays"
         );
+    }
+
+    #[tokio::test]
+    async fn a_directory_that_is_not_there_any_more_is_broken_and_not_empty() {
+        let parent = tempfile::tempdir().unwrap();
+        let (place, away) = (parent.path().join("store"), parent.path().join("away"));
+        let store = Dir::open(&place).unwrap();
+        store.put("a", Bytes::from_static(b"whole")).await.unwrap();
+        let look = async || {
+            let mut slot = [0; 5];
+            let got = store.get("a", 0, &mut Landing::of(&mut slot)).await;
+            let put = store.put("b", Bytes::from_static(b"more")).await;
+            [got.err(), put.err(), store.list("", None, 10).await.err(), store.head("a").await.err()]
+        };
+        fs::rename(&place, &away).unwrap();
+        let broken = |error: &Option<StoreError>| matches!(error, Some(StoreError::Broken { .. }));
+        assert!(look().await.iter().all(broken), "moved away");
+        fs::create_dir(&place).unwrap();
+        assert!(look().await.iter().all(broken), "an empty one in its place");
+        fs::remove_dir(&place).unwrap();
+        fs::rename(&away, &place).unwrap();
+        assert!(look().await.iter().all(Option::is_none), "and back");
+    }
+
+    #[tokio::test]
+    async fn what_is_no_file_is_no_object_and_keeps_nobody_waiting() {
+        let place = tempfile::tempdir().unwrap();
+        let store = Dir::open(place.path()).unwrap();
+        let made = std::process::Command::new("mkfifo").arg(place.path().join("pipe")).status().unwrap();
+        assert!(made.success());
+        let mut slot = [0; 5];
+        assert_eq!(store.get("pipe", 0, &mut Landing::of(&mut slot)).await, Err(StoreError::Absent));
+        assert_eq!(store.list("", None, 10).await.unwrap().objects, []);
     }
 
     #[tokio::test]

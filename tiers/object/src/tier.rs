@@ -235,6 +235,10 @@ pub struct TierReport {
     pub round: u64,
     /// A round that cannot be read: nothing is collected until it is removed.
     pub round_unreadable: Option<u64>,
+    /// Live nodes whose manifests could not be read when this node last wrote a round: nothing was condemned.
+    pub unheard: Vec<String>,
+    /// Why the last pack was not written; `None` when it was.
+    pub write_trouble: Option<String>,
     /// The store writes over what is there, whatever it is told: nothing is collected.
     pub overwrites: bool,
     /// How the store is asked, and answers.
@@ -299,6 +303,10 @@ struct State {
     /// When rounds were listed last.
     round_looked: Option<Duration>,
     round_unreadable: Option<u64>,
+    /// Nodes that the last round here could not hear.
+    unheard: Vec<String>,
+    /// Why the last pack was not written.
+    write_trouble: Option<String>,
     /// The store writes over what is there.
     overwrites: bool,
     /// Packs that were read from since the last round.
@@ -318,10 +326,15 @@ impl State {
         self.packer.as_mut().expect("a tier has a packer from the beginning")
     }
 
-    /// Whether the newest round condemned a pack that this node does not list.
-    fn is_given_up(&self, id: &PackId) -> bool {
+    /// Whether the newest round condemned a pack that this node does not list: it may not do so any more.
+    fn is_condemned(&self, id: &PackId) -> bool {
         let condemned = self.round.as_ref().is_some_and(|round| round.condemned.contains_key(id));
         condemned && !self.mine.contains_key(id)
+    }
+
+    /// The same, and not for the first time: one that was only just written is condemned until its writer lists it.
+    fn is_given_up(&self, id: &PackId) -> bool {
+        self.is_condemned(id) && self.round.as_ref().is_some_and(|round| round.condemned[id] < round.number)
     }
 
     /// Whether it was known.
@@ -382,6 +395,8 @@ impl Tier {
             writing_bytes: state.writing_bytes,
             round: state.honoured,
             round_unreadable: state.round_unreadable,
+            unheard: state.unheard.clone(),
+            write_trouble: state.write_trouble.clone(),
             overwrites: state.overwrites,
             requests,
             totals: state.totals,
@@ -548,18 +563,23 @@ impl Tier {
         let tail = body.slice(body.len() - pack.footer_bytes as usize - TRAILER_BYTES..);
         let deadline = self.upkeep_deadline();
         let result = attempts!(self.requests, Kind::Put, deadline, self.store.put(&name, body.clone()));
+        let mut trouble = None;
         let landed = match result {
             Ok(()) => true,
             // An earlier attempt whose answer was lost. Whether all of it arrived is not taken on trust.
             Err(RequestError::Store(StoreError::Exists)) => {
                 self.is_whole(&pack.id, pack_ref.pack_bytes).await
             }
-            Err(_) => false,
+            Err(error) => {
+                trouble = Some(error.to_string());
+                false
+            }
         };
         if landed {
             self.requests.moved(Kind::Put, body.len() as u64);
         }
         self.with(|state| {
+            state.write_trouble = trouble;
             if landed {
                 state.index.insert(pack.id, pack_ref.pack_bytes, pack.footer_bytes, &pack.footer);
                 state.changed = true;

@@ -613,3 +613,45 @@ async fn where_a_store_writes_over_what_is_there_nothing_is_collected() {
     let (_, opened) = Tier::open(Arc::new(Memory::new()), config("a", 1), NOW).await.unwrap();
     assert!(!opened.overwrites);
 }
+
+#[tokio::test(start_paused = true)]
+async fn a_node_whose_manifests_another_cannot_read_keeps_its_packs() {
+    let store = Arc::new(Memory::new());
+    let (one, two) = (open(&store, config("a", 1)).await, open(&store, config("b", 1)).await);
+    fill(&one, 0..9).await;
+    for _ in 0..8 {
+        one.refresh(NOW).await.unwrap();
+        // As if a later version had written them.
+        store.with(|objects| {
+            let theirs = objects.iter_mut().filter(|(name, _)| name.starts_with("manifests/a/"));
+            theirs.for_each(|(_, text)| *text = Bytes::from_static(b"kvd manifest\nformat 2\n"));
+        });
+        let collected = round(&two).await;
+        assert_eq!((collected.condemned, collected.unheard), (0, vec!["a".to_owned()]));
+        assert_eq!(two.report().unheard, ["a"]);
+        two.refresh(NOW).await.unwrap();
+    }
+    assert_eq!((pack_names(&store).len(), one.report().packs_listed), (1, 1));
+    assert_eq!(hits(&one, &[0, 8]).await, 2);
+}
+
+#[tokio::test(start_paused = true)]
+async fn what_is_written_just_before_a_round_is_found_by_all() {
+    let store = Arc::new(Memory::new());
+    let (one, two) = (open(&store, config("a", 1)).await, open(&store, config("b", 1)).await);
+    // Its writer has not said yet that it uses it.
+    fill(&one, 0..9).await;
+    two.rescan().await.unwrap();
+    assert_eq!(round(&two).await.condemned, 1);
+    two.refresh(NOW).await.unwrap();
+    let (late, opened) = Tier::open(store.clone(), config("c", 1), NOW).await.unwrap();
+    assert_eq!(opened.blocks, 9);
+    let finds = |tier: &Tier| tier.find(NOW, &[key(0), key(8)]).iter().filter(|found| found.is_ok()).count();
+    assert_eq!((finds(&two), finds(&late)), (2, 2));
+    one.refresh(NOW).await.unwrap();
+    assert_eq!(round(&two).await.condemned, 0);
+    for tier in [&one, &two, &late] {
+        tier.refresh(NOW).await.unwrap();
+        assert_eq!(finds(tier), 2);
+    }
+}

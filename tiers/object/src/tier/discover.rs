@@ -90,7 +90,7 @@ impl Tier {
             // What an earlier life listed and is still there stays listed, unless it was condemned meanwhile.
             for pack in earlier {
                 let expired = pack.expires_at != 0 && pack.expires_at <= now;
-                if listed.contains_key(&pack.id) && !state.is_given_up(&pack.id) && !expired {
+                if listed.contains_key(&pack.id) && !state.is_condemned(&pack.id) && !expired {
                     state.mine.insert(pack.id, pack);
                 }
             }

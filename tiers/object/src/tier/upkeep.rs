@@ -5,14 +5,14 @@ use std::collections::BTreeMap;
 use bytes::Bytes;
 use kv_block::BlockKey;
 
-use crate::collect::{Round, deletable, inherits, may_keep, next_round};
+use crate::collect::{Round, deletable, inherits, may_keep, next_round, unheard};
 use crate::manifest::{self, Manifest, ManifestName, PackRef};
 use crate::pack::{self, PackError, PackId, Tail};
 use crate::requests::{Kind, RequestError, attempts};
 use crate::store::StoreError;
 
 use super::discover::Newest;
-use super::{State, Tier, TierError, pack_name};
+use super::{SetAside, State, Tier, TierError, pack_name};
 
 /// Where it is found out whether a store heeds "if absent".
 const PROBES: &str = "probes/";
@@ -40,6 +40,8 @@ pub struct Collected {
     pub deleted_bytes: u64,
     /// Nodes that were silent too long and do not count any more.
     pub dead: Vec<String>,
+    /// Live nodes whose manifests could not be read; nothing is condemned then.
+    pub unheard: Vec<String>,
 }
 
 /// What a look at a whole pack came to.
@@ -209,7 +211,7 @@ impl Tier {
                 state.fenced = Some(found);
                 return Err(TierError::Fenced { epoch: self.config.epoch, found });
             }
-            for id in round.condemned.keys() {
+            for (id, since) in &round.condemned {
                 // What is read here is worth keeping, whoever wrote it.
                 let inherited = state.index.pack(id).is_some_and(|pack| {
                     inherits(&round, &self.config.node, id, &pack.writer.node, pack.expires_at, now)
@@ -219,6 +221,8 @@ impl Tier {
                     Some(pack) if used && may_keep(&round, state.honoured, id) => {
                         state.mine.insert(*id, pack);
                     }
+                    // It may have been written only just: its writer lists it before the next round, or it goes then.
+                    Some(_) if *since == round.number => {}
                     _ => {
                         state.forget(id);
                     }
@@ -271,6 +275,8 @@ impl Tier {
         let manifests = self.newest_manifests(&BTreeMap::new()).await?;
         let round = next_round(last.as_ref(), self.config.grace, &packs, &manifests);
         let deleted = deletable(&round, &manifests);
+        let unheard = unheard(&round, &manifests);
+        self.with(|state| state.unheard.clone_from(&unheard));
         let was_dead = |node: &String| last.as_ref().is_some_and(|last| last.dead.contains_key(node));
         let collected = Collected {
             round: round.number,
@@ -279,6 +285,7 @@ impl Tier {
             deleted_bytes: deleted.iter().filter_map(|id| listed.get(id)).sum(),
             deleted,
             dead: round.dead.keys().filter(|node| !was_dead(node)).cloned().collect(),
+            unheard,
         };
         if dry_run {
             return Ok(collected);
@@ -329,7 +336,8 @@ impl Tier {
         false
     }
 
-    /// Reads a whole pack and compares every checksum in it. What is damaged is not found any more here.
+    /// Reads a whole pack and compares every checksum in it. What is damaged is not found any more here; a pack whose
+    /// frame is, is set aside as a whole.
     pub async fn verify(&self, id: &PackId) -> Result<Verified, TierError> {
         let known = self.with(|state| state.index.pack(id).cloned());
         let bytes = match known.as_ref().map(|known| known.pack_bytes) {
@@ -362,6 +370,17 @@ impl Tier {
                 Ok(Tail::Incompatible { .. } | Tail::More { .. }) => return Ok(Verified::Incompatible),
                 Err(error) => Verified::Damaged { error, blocks: self.damaged_blocks(id, &body) },
             };
+        }
+        // Its blocks are what they were, and what holds them together is not: the next life of a node could read none.
+        if let Verified::Damaged { error, blocks } = &verified
+            && blocks.is_empty()
+        {
+            let why = SetAside::Broken { why: error.to_string() };
+            self.with(|state| {
+                if state.forget(id) {
+                    state.set_aside.insert(*id, (bytes, why));
+                }
+            });
         }
         Ok(verified)
     }
