@@ -193,16 +193,16 @@ pub(super) fn refuse_to_remove() -> Status {
 
 async fn verify(tiers: Vec<(String, Arc<Tier>)>, sender: &mpsc::Sender<Progress>) {
     let all = PackId([0; 32])..=PackId([0xff; 32]);
-    let (mut packs, mut broken) = (Vec::new(), 0);
+    let mut packs = Vec::new();
     for (place, tier) in &tiers {
         for view in tier.inventory(all.clone(), usize::MAX) {
             match view.inside {
                 Inside::Blocks { blocks, .. } => {
                     packs.push((place, tier, view.id, blocks as u64, view.pack_bytes));
                 }
-                Inside::Aside(SetAside::Broken { why }) => {
-                    tracing::warn!(id = %view.id, %place, why, "a pack is broken");
-                    broken += 1;
+                // How many blocks it had nobody can say.
+                Inside::Aside(SetAside::Broken { .. }) => {
+                    packs.push((place, tier, view.id, 0, view.pack_bytes))
                 }
                 // Of another version, or not read yet: nothing is wrong with it as far as anybody knows.
                 Inside::Aside(SetAside::Incompatible { .. }) | Inside::Unread => {}
@@ -210,8 +210,7 @@ async fn verify(tiers: Vec<(String, Arc<Tier>)>, sender: &mpsc::Sender<Progress>
         }
     }
     let total = packs.iter().map(|(.., blocks, _)| blocks).sum();
-    // How many blocks a broken pack had nobody can say: it counts as one.
-    let mut progress = v1::Progress { total, failed: broken, ..v1::Progress::default() };
+    let mut progress = v1::Progress { total, ..v1::Progress::default() };
     for (place, tier, id, blocks, bytes) in packs {
         let _ = sender.try_send(Ok(progress));
         let damaged = match tier.verify(&id).await {
@@ -219,7 +218,8 @@ async fn verify(tiers: Vec<(String, Arc<Tier>)>, sender: &mpsc::Sender<Progress>
             // Where what lies around the blocks is damaged, the next life of a node can read none of them.
             Ok(Verified::Damaged { error, blocks: damaged }) => {
                 tracing::warn!(%id, %place, %error, blocks = damaged.len(), "a pack is damaged");
-                if damaged.is_empty() { blocks } else { damaged.len() as u64 }
+                // One, where it is not known how many.
+                if damaged.is_empty() { blocks.max(1) } else { damaged.len() as u64 }
             }
             Ok(Verified::Incompatible) => {
                 tracing::warn!(%id, %place, "a pack is not any more what it was");

@@ -346,7 +346,7 @@ impl Tier {
                 let name = pack_name(id);
                 match attempts!(self.requests, Kind::Head, self.upkeep_deadline(), self.store.head(&name)) {
                     Ok(bytes) => bytes,
-                    Err(RequestError::Store(StoreError::Absent)) => return Ok(Verified::Absent),
+                    Err(RequestError::Store(StoreError::Absent)) => return Ok(self.absent(id)),
                     Err(error) => return Err(error.into()),
                 }
             }
@@ -356,7 +356,7 @@ impl Tier {
         for _ in 0..2 {
             let body = match self.read_object(&pack_name(id), 0, bytes).await {
                 Ok(body) => body,
-                Err(RequestError::Store(StoreError::Absent)) => return Ok(Verified::Absent),
+                Err(RequestError::Store(StoreError::Absent)) => return Ok(self.absent(id)),
                 Err(RequestError::Store(StoreError::Short { bytes: found, wanted })) => {
                     let blocks = known.iter().flat_map(|known| known.records().map(|record| record.key));
                     let error = PackError::Length { found, wanted };
@@ -383,6 +383,12 @@ impl Tier {
             });
         }
         Ok(verified)
+    }
+
+    /// A pack is gone, and not known any more.
+    fn absent(&self, id: &PackId) -> Verified {
+        self.with(|state| state.forget(id));
+        Verified::Absent
     }
 
     /// The blocks of a pack that `body` does not have as they were sealed, as far as the index knows them.
