@@ -211,7 +211,7 @@ impl Principal {
         let circuit = report.as_ref().map(|report| report.requests.circuit);
         let sick = circuit.filter(|circuit| *circuit != Standing::Closed).map(|_| {
             let last = report.as_ref().and_then(|report| report.requests.last_error.clone());
-            format!("the store fails: {}", last.unwrap_or_default())
+            last.unwrap_or_else(|| "it fails".to_owned())
         });
         let served = &self.served;
         let count = |of: &AtomicU64| of.load(Ordering::Relaxed);

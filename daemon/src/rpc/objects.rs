@@ -202,7 +202,7 @@ async fn verify(tiers: Vec<(String, Arc<Tier>)>, sender: &mpsc::Sender<Progress>
                 }
                 // How many blocks it had nobody can say.
                 Inside::Aside(SetAside::Broken { .. }) => {
-                    packs.push((place, tier, view.id, 0, view.pack_bytes))
+                    packs.push((place, tier, view.id, 0, view.pack_bytes));
                 }
                 // Of another version, or not read yet: nothing is wrong with it as far as anybody knows.
                 Inside::Aside(SetAside::Incompatible { .. }) | Inside::Unread => {}
@@ -473,7 +473,7 @@ pub(super) fn tier_info(view: &ObjectView, reports: &[ShardReport], node: &Node)
 pub(super) fn warnings(views: &[ObjectView]) -> Vec<v1::Warning> {
     let warn = |view: &ObjectView| {
         let why = view.trouble.as_ref()?;
-        let text = format!("the object store is degraded: {why} ({})", view.place);
+        let text = format!("object store: {why} ({})", view.place);
         Some(v1::Warning { code: Code::TierDegraded.to_string(), text })
     };
     let unreadable = |view: &ObjectView| {
