@@ -109,7 +109,7 @@ impl Brain {
                     let entry = self.catalog.find(&key);
                     let below = entry.filter(|entry| entry.host.is_none());
                     let coming = below.is_some_and(|entry| self.onboard(now, &entry, out).is_ok());
-                    if coming || !self.start_upload(now, &key, false, out) {
+                    if coming || !self.start_upload(&key, false, out) {
                         coming.then_some(AGAIN_MS)
                     } else {
                         None
@@ -164,11 +164,11 @@ impl Brain {
             return false;
         }
         let goes = self.verdict(now, entry, None).is_some_and(Upload::goes);
-        goes && self.start_upload(now, &entry.key, true, out)
+        goes && self.start_upload(&entry.key, true, out)
     }
 
     /// Hands a block in host memory over. False when it cannot be.
-    fn start_upload(&mut self, _now: Now, key: &BlockKey, leave: bool, out: &mut Out) -> bool {
+    fn start_upload(&mut self, key: &BlockKey, leave: bool, out: &mut Out) -> bool {
         let Some(entry) = self.catalog.find(key) else { return false };
         let held = entry.host.and_then(|(slot, generation)| self.host.hold(slot, generation));
         let Some(held) = held else { return false };

@@ -144,8 +144,9 @@ impl Reads {
             |keys: &[BlockKey]| view.sights(keys).iter().map(|(sight, _)| *sight == Sight::Absent).collect();
         let keys = ahead[principal].with(key, behind, is_absent);
         let mut by_shard: HashMap<ShardId, Vec<BlockKey>> = HashMap::new();
-        for (key, (_, shard)) in keys.iter().zip(view.sights(&keys)) {
-            by_shard.entry(shard.id).or_default().push(*key);
+        // None of them is anywhere here: each comes to its home.
+        for key in keys {
+            by_shard.entry(view.home(&key).id).or_default().push(key);
         }
         for (shard, keys) in by_shard {
             let from = Origin { session: SessionId(0), request: RequestId(0) };
