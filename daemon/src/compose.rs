@@ -388,7 +388,6 @@ fn brain_config(config: &Config, bounds: &Bounds, shard: &ShardPlan, epoch: Epoc
             fetch_limit_ms: config.object.fetch_limit.0.as_millis() as u64,
         }),
         events_kept_max: bounds.events_max as usize,
-        // No tier below makes use of it yet.
     }
 }
 

@@ -569,11 +569,12 @@ def two_nodes_that_share_an_object_store_and_nothing_else(world: World) -> None:
         (tier,) = (one for one in other.status()["tiers"] if one["tier"] == "object")
         return int(tier[what])
 
-    prompt = world.prompt()
+    prompt, before = world.prompt(), set(world.disk_places())
     cold = world.cold(prefill, prompt, tokens=32)
-    # All that the first engine stored since its kvd started.
-    wanted = world.kvd.status()["put_blocks"]
-    soon(lambda: shared("blocks") >= wanted, "the other node knows of it all")
+    # By name: what earlier stories stored goes up as well, as it leaves host memory.
+    stored = set(world.disk_places()) - before
+    assert len(stored) >= world.whole(cold) // world.door.step, f"{len(stored)} blocks of the prompt are listed"
+    soon(lambda: all(other.ask("why", key).get("pack") for key in stored), "the other node knows of it all")
     world.stop_kvd(signal.SIGKILL)
     answer = decode.ask(prompt, tokens=32)
     world.told("what a node that is gone had sent up", answer)
