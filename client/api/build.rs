@@ -4,8 +4,9 @@ use std::path::PathBuf;
 
 use prost::Message as _;
 
-const PROTOS: [&str; 5] = [
+const PROTOS: [&str; 6] = [
     "kv/v1/blocks.proto",
+    "kv/v1/devices.proto",
     "kv/v1/worker.proto",
     "kv/v1/events.proto",
     "kv/v1/admin.proto",
