@@ -21,6 +21,8 @@ pub mod memory;
 pub mod shared;
 pub mod stream;
 
+mod in_use;
+mod pieces;
 mod sys;
 
 pub use copy::{Copying, PageCopy, Refused};

@@ -123,9 +123,8 @@ impl Registry {
     pub(crate) fn find(&self, address: usize, bytes: usize) -> Option<(Arc<Registered>, Device)> {
         let below = self.lock().range(..=address).next_back().and_then(|(_, (_, below))| below.upgrade());
         // Outside the lock, which the last user of a registration takes.
-        let below = below.filter(|below| address - below.address <= below.bytes)?;
-        let covers = bytes <= below.bytes - (address - below.address);
-        let device = below.device.upgrade().filter(|_| covers)?;
+        let below = below.filter(|below| below.covers(address, bytes))?;
+        let device = below.device.upgrade()?;
         Some((below, Device { inner: device }))
     }
 
@@ -154,6 +153,12 @@ pub(crate) struct Registered {
 }
 
 impl Registered {
+    /// Whether all of this lies within.
+    pub(crate) fn covers(&self, address: usize, bytes: usize) -> bool {
+        let offset = address.checked_sub(self.address);
+        offset.is_some_and(|offset| offset <= self.bytes && bytes <= self.bytes - offset)
+    }
+
     /// # Safety
     /// `start` is memory of ours, which stays where it is as long as `memory` lives.
     unsafe fn new(
