@@ -88,6 +88,14 @@ impl Device {
         self.inner.lost.get().map(|(_, error)| *error)
     }
 
+    /// The error that every call gives, once it is lost.
+    pub(crate) fn is_there(&self) -> Result<(), Error> {
+        let lost = self.inner.lost.get();
+        lost.map_or(Ok(()), |(call, source)| {
+            Err(Error::Lost { device: self.inner.ordinal(), call, source: *source })
+        })
+    }
+
     /// Bytes of its memory that nobody has, in any process.
     pub fn free_bytes(&self) -> Result<u64, Error> {
         let _current = self.inner.enter()?;
