@@ -31,12 +31,13 @@ use kv_arena::{Held, Slot};
 use crate::Error;
 use crate::device::Device;
 use crate::in_use::SETTLE;
+use crate::kernel::{Kernels, Reach};
 use crate::memory::DeviceMemory;
 use crate::stream::{Event, until};
 
 use job::{Pending, Work};
 use lane::{Lane, Mark};
-use method::Chosen;
+use method::{By, Chosen};
 
 /// Bounds of a [`Copier`], and how it copies.
 #[derive(Clone, PartialEq, Eq, Debug)]
@@ -199,7 +200,7 @@ impl Copier {
         let lanes = lane::open(device, config.streams_each_way.max(1))?;
         Ok(Self {
             device: device.clone(),
-            chosen: Chosen::of(device, config.method),
+            chosen: Chosen::of(device, config.method)?,
             config,
             lanes,
             jobs: BTreeMap::new(),
@@ -290,6 +291,17 @@ impl Copier {
         &self.chosen.why
     }
 
+    /// Its kernels, if it has any.
+    pub fn kernels(&self) -> Option<&Kernels> {
+        self.chosen.kernels.as_ref()
+    }
+
+    /// With [`Method::Auto`], a step whose pieces are longer than this on average is left to the driver. Whoever has
+    /// measured it for the device may say so.
+    pub fn set_kernel_piece_bytes_max(&mut self, bytes: u64) {
+        self.chosen.kernel_piece_bytes_max = bytes;
+    }
+
     /// Its device.
     pub fn device(&self) -> &Device {
         &self.device
@@ -305,7 +317,7 @@ impl Copier {
             return Err(Error::Busy { device: ordinal, waiting: steps });
         }
         self.device.is_there()?;
-        let planned = job::plan(&self.device, job)?;
+        let planned = job::plan(&self.device, self.chosen.kernels.as_ref(), job)?;
         let waiting = self.waiting();
         if waiting >= self.config.waiting_max && !self.is_next(job.urgent, planned.bytes()) {
             return Err(Error::Busy { device: ordinal, waiting });
@@ -331,52 +343,59 @@ impl Copier {
 
     /// Queues what there is room for, in order: steps of jobs that are under way, urgent jobs, the others.
     fn pump(&mut self) {
-        while let Some(token) = self.hungry.front().copied() {
-            while let Some(work) = self.jobs.get_mut(&token) {
-                let Some(step) = work.pending.front() else { break };
-                let bytes = step.bytes;
-                if !self.has_room_for_step(bytes) {
+        loop {
+            while let Some(token) = self.hungry.front().copied() {
+                if !self.feed(token) {
                     return;
                 }
-                self.queue_next(token);
+                self.hungry.retain(|hungry| *hungry != token);
+                self.finish(token);
             }
-            self.hungry.pop_front();
-            self.finish(token);
-        }
-        for line in 0..self.waiting.len() {
-            while let Some(token) = self.waiting[line].front().copied() {
-                let bytes = self.jobs.get(&token).map_or(0, Work::pending_bytes);
-                if !self.has_room(bytes) {
-                    return;
-                }
-                self.waiting[line].pop_front();
-                self.begin(token);
+            let line = usize::from(self.waiting[0].is_empty());
+            let Some(token) = self.waiting[line].front().copied() else { return };
+            let bytes = self.jobs.get(&token).map_or(0, Work::pending_bytes);
+            if !self.has_room(bytes) {
+                return;
             }
+            self.waiting[line].pop_front();
+            self.begin(token);
         }
     }
 
-    /// Puts a job on the stream of its kind that has least to do, with all the steps that it has.
+    /// Puts a job on the stream of its kind that has least to do.
     fn begin(&mut self, token: JobToken) {
         let Some(work) = self.jobs.get_mut(&token) else { return };
         let (direction, urgent) = (work.direction(), work.urgent);
         let fits = |(_, lane): &(usize, &Lane)| lane.direction == direction && lane.urgent == urgent;
         let lanes = self.lanes.iter().enumerate().filter(fits);
-        let Some((lane, _)) = lanes.min_by_key(|(_, lane)| lane.load()) else { return };
-        work.lane = Some(lane);
+        work.lane = lanes.min_by_key(|(_, lane)| lane.load()).map(|(lane, _)| lane);
+        work.admitted = work.pending.len();
         self.under_way += 1;
-        while self.jobs.get(&token).is_some_and(|work| !work.pending.is_empty()) {
-            self.queue_next(token);
+        self.hungry.push_back(token);
+    }
+
+    /// Queues what a job has to be queued; `false`: there is no room for all of it.
+    fn feed(&mut self, token: JobToken) -> bool {
+        while let Some(work) = self.jobs.get(&token) {
+            let Some(step) = work.pending.front() else { break };
+            let by = self.chosen.by(work.direction(), &step.pieces, work.reach.is_some());
+            if by == By::Wait || !(work.admitted > 0 || self.has_room_for_step(step.bytes)) {
+                return false;
+            }
+            self.queue_next(token, by);
         }
-        if self.jobs.get(&token).is_some_and(|work| work.stopped.is_none()) {
+        if let Some(work) = self.jobs.get_mut(&token).filter(|work| work.stopped.is_none() && !work.told) {
+            work.told = true;
             self.told.push(CopyDone::Queued { token });
         }
-        self.finish(token);
+        true
     }
 
     /// Queues the next step of a job that has a lane. When a call fails, the job gets no further.
-    fn queue_next(&mut self, token: JobToken) {
+    fn queue_next(&mut self, token: JobToken, by: By) {
         let Some(work) = self.jobs.get_mut(&token) else { return };
         let (Some(step), Some(lane)) = (work.pending.pop_front(), work.lane) else { return };
+        work.admitted = work.admitted.saturating_sub(1);
         let lane = &mut self.lanes[lane];
         let event = self.events.pop().map_or_else(|| self.device.event(false), Ok);
         let begun = event.and_then(|event| match &step.after {
@@ -388,7 +407,9 @@ impl Copier {
             // Nothing of this step is queued.
             Err(error) => return work.stop(error),
         };
-        let queued = self.chosen.queue(&lane.stream, work.direction(), &step.pieces);
+        let (direction, near) = (work.direction(), Reach::default());
+        let reach = work.reach.as_ref().unwrap_or(&near);
+        let (tables, queued) = self.chosen.queue(by, &lane.stream, direction, &step.pieces, reach);
         let told = queued.and_then(|()| step.then.as_ref().map_or(Ok(()), |then| then.record(&lane.stream)));
         // Whatever failed, part of it may be under way: from here on only the device gives the memory back.
         let recorded = event.record(&lane.stream);
@@ -398,7 +419,8 @@ impl Copier {
         lane.bytes += bytes;
         self.under_way_bytes += bytes;
         work.on_device += 1;
-        lane.marks.push_back(Mark { token, event, bytes, is_step, _events: (step.after, step.then) });
+        let _events = (step.after, step.then);
+        lane.marks.push_back(Mark { token, event, bytes, is_step, tables, _events });
         if let Some(error) = failed {
             work.stop(error);
         }
@@ -426,7 +448,8 @@ impl Copier {
     }
 
     fn pass(&mut self, lane: usize, mark: Mark) {
-        let Mark { token, event, bytes, is_step, .. } = mark;
+        let Mark { token, event, bytes, is_step, tables, .. } = mark;
+        self.chosen.give_back(tables);
         self.lanes[lane].bytes -= bytes;
         self.under_way_bytes -= bytes;
         self.events.extend(event.filter(|_| self.events.len() < EVENTS_IDLE_MAX));
@@ -476,13 +499,13 @@ impl Copier {
 
     /// A lane does not answer: its jobs end without their memory.
     fn give_up(&mut self, lane: usize, error: &Error) {
-        let marks = std::mem::take(&mut self.lanes[lane].marks);
-        self.lanes[lane].bytes = 0;
+        let marks = self.lanes[lane].clear();
         self.under_way_bytes -= marks.iter().map(|mark| mark.bytes).sum::<u64>();
         for mark in &marks {
             self.end(mark.token, Some(error));
         }
-        if self.device.lost().is_none() {
+        if self.device.lost().is_none() && !marks.is_empty() {
+            self.chosen.forget(marks.iter().map(|mark| mark.tables.len()).sum());
             std::mem::forget(marks);
         }
     }

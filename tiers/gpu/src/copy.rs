@@ -18,6 +18,7 @@ use std::time::Duration;
 
 use crate::Error;
 use crate::in_use::{InUse, registrations, settles};
+use crate::kernel::Kernels;
 use crate::memory::{DeviceMemory, Sink, Source};
 use crate::pieces::{Direction, Pair, Piece, Place, joined, place_of, place_of_mut};
 use crate::stream::{Event, Stream};
@@ -72,6 +73,7 @@ pub struct Copying<H: Send + 'static> {
 struct Parts<H> {
     event: Event,
     stream: Stream,
+    kernels: Option<Kernels>,
     used: InUse<Vec<H>>,
 }
 
@@ -105,9 +107,9 @@ impl<H: Send + 'static> Copying<H> {
 impl<H: Send + 'static> Parts<H> {
     /// The device may be using it until its context is gone.
     fn keep(self) {
-        let Self { event, stream, used } = self;
+        let Self { event, stream, kernels, used } = self;
         let device = stream.device().clone();
-        used.keep(&device, (event, stream));
+        used.keep(&device, (event, stream, kernels));
     }
 }
 
@@ -187,14 +189,24 @@ impl Stream {
         pieces: &[Piece],
         used: InUse<Vec<H>>,
     ) -> Result<Copying<H>, Refused<H>> {
+        self.start_with(None, used, || self.queue(direction, pieces))
+    }
+
+    /// Starts what `queue` queues on this stream, of what `used` holds, with kernels or without.
+    pub(crate) fn start_with<H: Send + 'static>(
+        &self,
+        kernels: Option<Kernels>,
+        used: InUse<Vec<H>>,
+        queue: impl FnOnce() -> Result<(), Error>,
+    ) -> Result<Copying<H>, Refused<H>> {
         let event = match self.device().event(false) {
             Ok(event) => event,
             Err(error) => return Err(Refused { error, hosts: Some(used.hosts) }),
         };
-        let queued = self.queue(direction, pieces);
+        let queued = queue();
         // Whatever failed, part of it may be under way: from here on only the device gives the memory back.
         let recorded = event.record(self);
-        let parts = Parts { event, stream: self.clone(), used };
+        let parts = Parts { event, stream: self.clone(), kernels, used };
         let (error, is_done) = match (queued, recorded) {
             (Ok(()), Ok(())) => return Ok(Copying { parts: Some(parts) }),
             (Err(error), Ok(())) => (error, settles(|| parts.event.is_done())),

@@ -12,11 +12,13 @@ use crate::stream::until;
 /// How long the device is waited for when a call failed, and when somebody drops what is under way.
 pub(crate) const SETTLE: Duration = Duration::from_secs(10);
 
+/// Registered host memory, with the devices that registered it.
+pub(crate) type Registrations = Vec<(Arc<Registered>, Device)>;
+
 /// Memory that belongs to a copy until the device is done with it.
 pub(crate) struct InUse<H> {
     pub(crate) devices: Vec<DeviceMemory>,
-    /// With the devices that registered it.
-    pub(crate) registered: Vec<(Arc<Registered>, Device)>,
+    pub(crate) registered: Registrations,
     pub(crate) hosts: H,
 }
 
@@ -40,11 +42,8 @@ impl<H: Send + 'static> InUse<H> {
 }
 
 /// The registrations that cover these host memories, each once; or which host has none.
-pub(crate) fn registrations(
-    device: &Device,
-    places: &[Place],
-) -> Result<Vec<(Arc<Registered>, Device)>, Error> {
-    let mut found: Vec<(Arc<Registered>, Device)> = Vec::new();
+pub(crate) fn registrations(device: &Device, places: &[Place]) -> Result<Registrations, Error> {
+    let mut found = Registrations::new();
     for (host, (address, bytes)) in places.iter().enumerate() {
         let (address, bytes) = (*address as usize, *bytes as usize);
         if found.last().is_some_and(|(last, _)| last.covers(address, bytes)) {

@@ -5,7 +5,7 @@
 //!  driver   Driver::load: is there one, which devices; or why not      device   a device in use, and its end
 //!  memory   device memory; host memory that a device copies to and from
 //!  stream   streams and events                                         copy     pages, many at a time
-//!  copier   all copies of a device: jobs, bounds, streams
+//!  copier   all copies of a device: jobs, bounds, streams             kernel   code of ours on the device; sums
 //!  ipc      memory and events of another process, by handle           shared   memory by descriptor
 //!  sys      libcuda itself, found at run time
 //! ```
@@ -24,7 +24,9 @@ pub mod shared;
 pub mod stream;
 
 mod in_use;
+pub mod kernel;
 mod pieces;
+pub mod sums;
 mod sys;
 
 pub use copier::{Copier, CopierConfig, CopyDone, Hosts, Job, JobToken, Method, PagePiece, Step};
@@ -32,8 +34,10 @@ pub use copy::{Copying, PageCopy, Refused};
 pub use device::Device;
 pub use driver::{Absent, Driver, Facts, Uuid, Version};
 pub use ipc::{EventHandle, MemoryHandle};
+pub use kernel::Kernels;
 pub use memory::{DeviceMemory, HostBuffer, HostRegion, Sink, Source};
 pub use stream::{Event, Priority, Stream};
+pub use sums::Summing;
 pub use sys::CudaError;
 
 /// What went wrong with a device.
@@ -137,6 +141,14 @@ pub enum Error {
     NoJob {
         /// The name that was given.
         token: u64,
+    },
+    /// The device runs no kernels of ours. Copies go without.
+    #[error("GPU {device} runs no kernels of ours: {why}")]
+    NoKernels {
+        /// Which device.
+        device: u32,
+        /// What is missing or was refused.
+        why: String,
     },
     /// Somebody cancelled the job before all of it was queued.
     #[error("the copy job was cancelled")]

@@ -1,5 +1,5 @@
 //! The kernels without a GPU: their source runs on the processor against something simpler, and their PTX is what the
-//! compiler makes of that source.
+//! compiler makes of that source. And, with a GPU or on our driver, checksums of device memory.
 #![expect(unsafe_code, reason = "libraries are loaded, and their functions are called")]
 
 mod common;
@@ -9,8 +9,9 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::ptr;
 
-use common::pattern;
+use common::{LONG, cuda, fake, low, pattern, write};
 use kv_block::{BlockKey, Checksum};
+use kv_gpu::{Error, Kernels, sums};
 
 fn kernel(file: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("kernel").join(file)
@@ -222,4 +223,89 @@ fn the_ptx_is_for_cuda_12_4_and_compute_capability_8_0() {
     {
         assert!(ptx.contains(wanted), "{wanted}");
     }
+}
+
+fn loaded(device: &kv_gpu::Device) -> Option<Kernels> {
+    match Kernels::load(device) {
+        Ok(kernels) => Some(kernels),
+        Err(error) => {
+            eprintln!("skipped: {error}");
+            None
+        }
+    }
+}
+
+#[test]
+fn checksums_of_device_memory_are_those_of_the_blocks() {
+    let cuda = cuda();
+    let device = cuda.driver.open(0).unwrap();
+    let Some(kernels) = loaded(&device) else { return };
+    let stream = low(&device);
+    const BYTES: usize = 1 << 20;
+    let bytes = pattern(4, BYTES);
+    let memory = device.allocate(BYTES as u64).unwrap();
+    write(&stream, &memory, &bytes);
+    let mut below = dice(13);
+    let mut runs: Vec<_> = (0..40_u64).map(|bytes| 3 * bytes..4 * bytes).collect();
+    runs.extend([0..BYTES as u64, 1..BYTES as u64, 0..0, 262_144..524_288, 262_143..524_290]);
+    runs.extend((0..60).map(|_| {
+        let start = below(BYTES) as u64;
+        start..start + below(BYTES - start as usize + 1) as u64
+    }));
+    let room = device.host_buffer(Kernels::checksum_room_bytes(&runs)).unwrap();
+    let summing = kernels.checksums(&stream, &memory, &runs, room).map_err(|refused| refused.error);
+    let (sums, room) = summing.unwrap().wait(LONG).unwrap().unwrap();
+    let key = BlockKey([7; 16]);
+    let of = |run: &std::ops::Range<u64>| Checksum::of(&key, &bytes[run.start as usize..run.end as usize]);
+    for (run, sum) in runs.iter().zip(&sums) {
+        assert_eq!(Checksum::from_content(&key, *sum), of(run), "{run:?}");
+    }
+    // A block out of pages in some order: its checksum is made of theirs.
+    let pages: Vec<_> = (0..16_u64).map(|page| page * 5 % 16 * 4096..page * 5 % 16 * 4096 + 4000).collect();
+    let summing = kernels.checksums(&stream, &memory, &pages, room).map_err(|refused| refused.error);
+    let (sums, room) = summing.unwrap().wait(LONG).unwrap().unwrap();
+    let block: Vec<u8> =
+        pages.iter().flat_map(|page| bytes[page.start as usize..page.end as usize].iter().copied()).collect();
+    let joined = sums::joined(sums.into_iter().map(|sum| (sum, 4000)));
+    assert_eq!(Checksum::from_content(&key, joined), Checksum::of(&key, &block));
+    // Nothing is something too.
+    let summing = kernels.checksums(&stream, &memory, &[], room).map_err(|refused| refused.error);
+    let (sums, room) = summing.unwrap().wait(LONG).unwrap().unwrap();
+    assert!(sums.is_empty());
+    drop((room, memory, stream, kernels, device));
+    cuda.is_clean();
+}
+
+#[test]
+fn checksums_of_what_is_not_there_are_refused() {
+    let Some((fake, driver)) = fake("devices=2") else { return };
+    let (device, other) = (driver.open(0).unwrap(), driver.open(1).unwrap());
+    let Some(kernels) = loaded(&device) else { return };
+    let memory = device.allocate(4096).unwrap();
+    let elsewhere = other.allocate(4096).unwrap();
+    let streams = [low(&device), low(&other)];
+    let refused = |stream: usize, memory, run, room| {
+        let refused = kernels.checksums(&streams[stream], memory, &[run], room).err().unwrap();
+        assert_eq!(refused.hosts.unwrap().len(), 1);
+        refused.error
+    };
+    let room = || device.host_buffer(4096).unwrap();
+    for run in [0..4097, 4097..4097, 0..u64::MAX, u64::MAX - 1..u64::MAX] {
+        assert!(matches!(refused(0, &memory, run, room()), Error::Range { .. }));
+    }
+    let error = refused(0, &memory, 0..1, device.host_buffer(23).unwrap());
+    assert_eq!(error, Error::Range { what: "the room for checksums", offset: 0, bytes: 24, within: 23 });
+    assert!(matches!(refused(1, &memory, 0..1, room()), Error::OtherDevice { .. }));
+    assert!(matches!(refused(0, &elsewhere, 0..1, room()), Error::OtherDevice { .. }));
+    // A buffer whose device has gone is memory and no more.
+    let third = driver.open(1).unwrap();
+    let orphan = third.host_buffer(64).unwrap();
+    drop((elsewhere, other, third));
+    let [stream, last] = streams;
+    drop(last);
+    let run = 0..1;
+    let refused = kernels.checksums(&stream, &memory, std::slice::from_ref(&run), orphan).err().unwrap();
+    assert_eq!(refused.error, Error::NotRegistered { device: 0, host: 0 });
+    drop((refused, memory, stream, kernels, device));
+    fake.is_clean();
 }

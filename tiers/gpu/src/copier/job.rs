@@ -6,8 +6,9 @@ use std::sync::Arc;
 use super::{Hosts, Job, PagePiece, Step};
 use crate::Error;
 use crate::device::Device;
-use crate::in_use::{InUse, registrations};
-use crate::memory::{DeviceMemory, Registered};
+use crate::in_use::{InUse, Registrations, registrations};
+use crate::kernel::{Kernels, Reach};
+use crate::memory::DeviceMemory;
 use crate::pieces::{Direction, Pair, Piece, Place, joined, place_of, place_of_mut};
 use crate::stream::{Event, Stream};
 
@@ -50,7 +51,8 @@ pub(super) struct Others {
 /// What was found out of a job before it is taken.
 pub(super) struct Planned {
     others: Others,
-    registered: Vec<(Arc<Registered>, Device)>,
+    registered: Registrations,
+    reach: Option<Reach>,
     /// Of each step.
     pieces: Vec<Vec<Piece>>,
 }
@@ -60,9 +62,15 @@ pub(super) struct Work {
     /// How many of the devices' memories are the job's own, which come first.
     memories: usize,
     others: Others,
+    /// Where the kernel finds the hosts; `None`: it does not.
+    pub(super) reach: Option<Reach>,
     pub(super) urgent: bool,
     pub(super) open: bool,
     pub(super) pending: VecDeque<Pending>,
+    /// Pending steps for which there was room when the job began.
+    pub(super) admitted: usize,
+    /// Whether it was said that all it began with is queued.
+    pub(super) told: bool,
     /// `None`: not begun.
     pub(super) lane: Option<usize>,
     /// Marks that the device has not passed.
@@ -90,7 +98,7 @@ impl Others {
     }
 
     fn plan(&self, device: &Device, memories: &[DeviceMemory], step: &Step) -> Result<Vec<Piece>, Error> {
-        step.then.iter().try_for_each(|then| is_of(device, &then.device))?;
+        step.then.iter().try_for_each(|then| device.is_same(&then.device))?;
         let piece = |piece: &PagePiece| {
             let PagePiece { memory, device_offset, other, other_offset, bytes } = *piece;
             let given = memories.len() as u64;
@@ -115,24 +123,23 @@ impl Others {
     }
 }
 
-fn is_of(device: &Device, other: &Device) -> Result<(), Error> {
-    if Arc::ptr_eq(&device.inner, &other.inner) {
-        return Ok(());
-    }
-    Err(Error::OtherDevice { device: device.facts().ordinal, wanted: other.facts().uuid })
-}
-
 /// Looks at all of a job.
-pub(super) fn plan(device: &Device, job: &mut Job) -> Result<Planned, Error> {
-    job.memories.iter().try_for_each(|memory| is_of(device, memory.device()))?;
+pub(super) fn plan(device: &Device, kernels: Option<&Kernels>, job: &mut Job) -> Result<Planned, Error> {
+    job.memories.iter().try_for_each(|memory| device.is_same(memory.device()))?;
     let others = Others::of(&mut job.hosts);
-    let registered = match job.hosts {
-        Hosts::From(_) | Hosts::To(_) => registrations(device, &others.places)?,
-        Hosts::FromDevice(_) | Hosts::ToDevice(_) => Vec::new(),
+    let (registered, is_near) = match &job.hosts {
+        Hosts::From(_) | Hosts::To(_) => (registrations(device, &others.places)?, true),
+        Hosts::FromDevice(memories) | Hosts::ToDevice(memories) => {
+            let is_near = memories.iter().all(|memory| device.is_same(memory.device()).is_ok());
+            (Registrations::new(), is_near)
+        }
     };
+    // The driver has ways to another device that a kernel has not, and host memory that a kernel does not find is
+    // copied by the driver.
+    let reach = kernels.filter(|_| is_near).and_then(|kernels| kernels.reach(&registered).ok());
     let plan = |step: &Step| others.plan(device, &job.memories, step);
     let pieces = job.steps.iter().map(plan).collect::<Result<_, _>>()?;
-    Ok(Planned { others, registered, pieces })
+    Ok(Planned { others, registered, reach, pieces })
 }
 
 impl Planned {
@@ -141,7 +148,7 @@ impl Planned {
     }
 
     pub(super) fn of(self, job: Job) -> Work {
-        let Self { others, registered, pieces } = self;
+        let Self { others, registered, reach, pieces } = self;
         let pending =
             job.steps.into_iter().zip(pieces).map(|(step, pieces)| Pending::of(step, pieces)).collect();
         let mut devices = job.memories;
@@ -153,9 +160,12 @@ impl Planned {
             used: InUse { devices, registered, hosts: job.hosts },
             memories,
             others,
+            reach,
             urgent: job.urgent,
             open: job.open,
             pending,
+            admitted: 0,
+            told: false,
             lane: None,
             on_device: 0,
             done: 0,

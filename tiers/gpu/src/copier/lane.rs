@@ -8,6 +8,7 @@ use super::JobToken;
 use crate::Error;
 use crate::device::Device;
 use crate::in_use::SETTLE;
+use crate::kernel::Table;
 use crate::pieces::Direction;
 use crate::stream::{Event, Priority, Stream, now};
 
@@ -19,6 +20,8 @@ pub(super) struct Mark {
     pub(super) bytes: u64,
     /// Whether all of a step lies before it, and not only what there is of one that failed.
     pub(super) is_step: bool,
+    /// What its launches read.
+    pub(super) tables: Vec<Table>,
     /// The step's own events, which stay until the device has passed them.
     pub(super) _events: (Option<Arc<Event>>, Option<Arc<Event>>),
 }
@@ -60,6 +63,12 @@ impl Lane {
     /// By this the lanes are compared.
     pub(super) fn load(&self) -> (u64, usize) {
         (self.bytes, self.marks.len())
+    }
+
+    /// Takes all of its marks, as if nothing were on it.
+    pub(super) fn clear(&mut self) -> VecDeque<Mark> {
+        (self.bytes, self.silent_since) = (0, None);
+        std::mem::take(&mut self.marks)
     }
 
     /// The first mark, if the device has passed it.
