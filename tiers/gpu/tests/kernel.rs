@@ -25,6 +25,10 @@ struct OnProcessor {
 
 impl OnProcessor {
     fn build() -> Option<Self> {
+        if !kernel("without_gpu.cpp").exists() {
+            eprintln!("skipped: the sources are not on this machine");
+            return None;
+        }
         let compiler = std::env::var_os("CXX").unwrap_or_else(|| OsString::from("c++"));
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("kernel.so");
@@ -89,7 +93,7 @@ fn pieces_of_any_length_at_any_place_are_copied_to_the_byte() {
     let mut below = dice(11);
     const BYTES: usize = 200_000;
     let from = pattern(1, BYTES);
-    for round in 0..300 {
+    for round in 0..100 {
         let mut to = pattern(2 + round, BYTES);
         let mut model = to.clone();
         let (from_at, to_at) = (from.as_ptr().expose_provenance(), to.as_mut_ptr().expose_provenance());
@@ -197,7 +201,7 @@ fn compile(nvrtc: &libloading::Library, source: &CStr) -> String {
 /// With `KVD_KERNEL_WRITE=1` it is written, which is what `kernel/generate` does.
 #[test]
 fn the_ptx_is_what_the_compiler_makes_of_the_source() {
-    let Some(nvrtc) = nvrtc() else { return };
+    let Some(nvrtc) = nvrtc().filter(|_| kernel("pages.cu").exists()) else { return };
     let source = CString::new(std::fs::read(kernel("pages.cu")).unwrap()).unwrap();
     let made = compile(&nvrtc, &source);
     let path = kernel("pages.ptx");
@@ -217,7 +221,7 @@ fn the_ptx_is_what_the_compiler_makes_of_the_source() {
 /// A driver refuses PTX that is newer than itself.
 #[test]
 fn the_ptx_is_for_cuda_12_4_and_compute_capability_8_0() {
-    let ptx = std::fs::read_to_string(kernel("pages.ptx")).unwrap();
+    let ptx = include_str!("../kernel/pages.ptx");
     for wanted in
         [".version 8.4\n", ".target sm_80\n", ".visible .entry pages(", ".visible .entry checksums("]
     {
