@@ -278,11 +278,17 @@ impl Kernels {
 
 impl Module {
     fn load(device: &Device, entries: &'static KernelEntries) -> Result<Self, Error> {
+        use CUdevice_attribute as Attribute;
         let inner = &device.inner;
-        let attribute = |which| inner.attribute(which);
-        let has_host_addresses =
-            attribute(CUdevice_attribute::CU_DEVICE_ATTRIBUTE_CAN_USE_HOST_POINTER_FOR_REGISTERED_MEM)? != 0;
-        let processors = attribute(CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)?.max(1);
+        let has = |which| inner.attribute(which).map(|value| value != 0);
+        let can_map = has(Attribute::CU_DEVICE_ATTRIBUTE_CAN_MAP_HOST_MEMORY)?
+            && has(Attribute::CU_DEVICE_ATTRIBUTE_UNIFIED_ADDRESSING)?;
+        if !can_map {
+            let why = "it does not reach host memory by itself".into();
+            return Err(Error::NoKernels { device: inner.ordinal(), why });
+        }
+        let has_host_addresses = has(Attribute::CU_DEVICE_ATTRIBUTE_CAN_USE_HOST_POINTER_FOR_REGISTERED_MEM)?;
+        let processors = inner.attribute(Attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)?.max(1);
         let _current = inner.enter()?;
         let mut module = std::ptr::null_mut();
         // SAFETY: a place to write to, and a text that ends with a zero.

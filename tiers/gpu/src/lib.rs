@@ -5,7 +5,8 @@
 //!  driver   Driver::load: is there one, which devices; or why not      device   a device in use, and its end
 //!  memory   device memory; host memory that a device copies to and from
 //!  stream   streams and events                                         copy     pages, many at a time
-//!  copier   all copies of a device: jobs, bounds, streams             kernel   code of ours on the device; sums
+//!  copier   all copies of a device: jobs, bounds, streams
+//!  kernel   code of ours on the device, for short pieces              sums     checksums by it
 //!  ipc      memory and events of another process, by handle           shared   memory by descriptor
 //!  sys      libcuda itself, found at run time
 //! ```
@@ -19,14 +20,14 @@ pub mod copy;
 pub mod device;
 pub mod driver;
 pub mod ipc;
+pub mod kernel;
 pub mod memory;
 pub mod shared;
 pub mod stream;
+pub mod sums;
 
 mod in_use;
-pub mod kernel;
 mod pieces;
-pub mod sums;
 mod sys;
 
 pub use copier::{Copier, CopierConfig, CopyDone, Hosts, Job, JobToken, Method, PagePiece, Step};

@@ -289,6 +289,12 @@ fn copies_what_a_model_has(driver: &Driver, method: Method, seed: u64) {
     assert!(bench.copier.is_idle() && bench.copier.under_way() == (0, 0));
 }
 
+/// Whoever polls may be another thread than whoever made it.
+const _: () = {
+    const fn is_send<T: Send>() {}
+    is_send::<Copier>();
+};
+
 #[test]
 fn every_method_copies_what_a_model_has() {
     for (seed, method) in METHODS.into_iter().enumerate() {
@@ -365,7 +371,7 @@ fn the_length_of_pieces_says_how_they_are_copied() {
 #[test]
 fn a_driver_without_kernels_says_why_and_copies() {
     let missing: &[&str] = &["cuLaunchKernel"];
-    let table: [(&[&str], &str, Method, &str); 8] = [
+    let table: [(&[&str], &str, Method, &str); 9] = [
         (missing, "", Method::Batch, "the driver lacks cuLaunchKernel"),
         (
             &["cuMemHostGetDevicePointer_v2"],
@@ -374,6 +380,7 @@ fn a_driver_without_kernels_says_why_and_copies() {
             "CUDA 12.7, has no batched copies",
         ),
         (&[], "version=12030", Method::Loop, "cuModuleLoadData answers CUDA_ERROR_UNSUPPORTED_PTX_VERSION"),
+        (&[], "reach_hosts=0", Method::Batch, "it does not reach host memory by itself"),
         (
             &[],
             "fail=cuModuleLoadData:1:218",

@@ -40,6 +40,8 @@ pub(crate) struct Kernels {
     functions: HashMap<usize, (Kernel, usize)>,
     /// Where the registered host memory begins that kernels may reach.
     reachable: BTreeSet<usize>,
+    /// Whether they may at all.
+    pub(crate) can_reach_hosts: bool,
     /// Whether they reach it by the processor's address.
     pub(crate) has_host_addresses: bool,
     /// Which launch from now on fails when it is carried out, and how.
@@ -52,6 +54,7 @@ impl Default for Kernels {
             modules: HashMap::new(),
             functions: HashMap::new(),
             reachable: BTreeSet::new(),
+            can_reach_hosts: true,
             has_host_addresses: true,
             fails: None,
         }

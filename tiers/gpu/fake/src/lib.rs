@@ -26,6 +26,7 @@
 //! | `lose=DEVICE:CODE` | everything answers so from now on; copies under way stop half way; 0: it is back |
 //! | `lie_range=BYTES` | what is said of every allocation |
 //! | `hold=1` | copies stand still until it is 0 |
+//! | `reach_hosts=0` | kernels reach no host memory |
 //! | `host_addresses=0` | the device finds registered host memory at addresses of its own |
 //! | `fail_launch=WHICH:CODE` | the launch of that number from now on is taken, and the device is lost half way in it |
 //!
@@ -592,6 +593,9 @@ pub unsafe extern "C" fn cuDeviceGetAttribute(
         at if at == Attribute::CU_DEVICE_ATTRIBUTE_ASYNC_ENGINE_COUNT as u32 => 3,
         at if at == Attribute::CU_DEVICE_ATTRIBUTE_UNIFIED_ADDRESSING as u32 => 1,
         at if at == Attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT as u32 => 4,
+        at if at == Attribute::CU_DEVICE_ATTRIBUTE_CAN_MAP_HOST_MEMORY as u32 => {
+            state.kernels.can_reach_hosts.into()
+        }
         at if at == Attribute::CU_DEVICE_ATTRIBUTE_CAN_USE_HOST_POINTER_FOR_REGISTERED_MEM as u32 => {
             state.kernels.has_host_addresses.into()
         }

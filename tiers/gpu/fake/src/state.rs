@@ -179,6 +179,7 @@ impl State {
                     let holds = number(value)? != 0;
                     self.devices.iter().for_each(|device| device.health.holds.store(holds, Ordering::SeqCst));
                 }
+                "reach_hosts" => self.kernels.can_reach_hosts = number(value)? != 0,
                 "host_addresses" => self.kernels.has_host_addresses = number(value)? != 0,
                 "fail_launch" => {
                     let (nth, code) = value.split_once(':').ok_or("fail_launch=WHICH:CODE")?;
