@@ -10,7 +10,7 @@ use std::marker::PhantomData;
 use std::ptr;
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
-use cudarc::driver::sys::{CUcontext, CUdevice, CUresult};
+use cudarc::driver::sys::{CUcontext, CUdevice, CUdevice_attribute, CUresult};
 
 use crate::Error;
 use crate::driver::{Driver, Facts};
@@ -88,6 +88,22 @@ impl Device {
         self.inner.lost.get().map(|(_, error)| *error)
     }
 
+    /// What is wrong with something of another device.
+    pub(crate) fn is_same(&self, other: &Self) -> Result<(), Error> {
+        if Arc::ptr_eq(&self.inner, &other.inner) {
+            return Ok(());
+        }
+        Err(Error::OtherDevice { device: self.inner.ordinal(), wanted: other.facts().uuid })
+    }
+
+    /// The error that every call gives, once it is lost.
+    pub(crate) fn is_there(&self) -> Result<(), Error> {
+        let lost = self.inner.lost.get();
+        lost.map_or(Ok(()), |(call, source)| {
+            Err(Error::Lost { device: self.inner.ordinal(), call, source: *source })
+        })
+    }
+
     /// Bytes of its memory that nobody has, in any process.
     pub fn free_bytes(&self) -> Result<u64, Error> {
         let _current = self.inner.enter()?;
@@ -154,6 +170,14 @@ impl Inner {
         let code = unsafe { (self.entries().cuCtxPushCurrent_v2)(self.context) };
         self.check("cuCtxPushCurrent", code)?;
         Ok(Current { inner: self, _this_thread: PhantomData })
+    }
+
+    /// A number that the driver knows of the device.
+    pub(crate) fn attribute(&self, which: CUdevice_attribute) -> Result<i32, Error> {
+        let mut value = 0;
+        // SAFETY: a place to write to.
+        let code = unsafe { (self.entries().cuDeviceGetAttribute)(&mut value, which as u32, self.device) };
+        self.check("cuDeviceGetAttribute", code).map(|()| value)
     }
 
     /// What a call answered.

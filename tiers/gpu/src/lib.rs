@@ -5,6 +5,8 @@
 //!  driver   Driver::load: is there one, which devices; or why not      device   a device in use, and its end
 //!  memory   device memory; host memory that a device copies to and from
 //!  stream   streams and events                                         copy     pages, many at a time
+//!  copier   all copies of a device: jobs, bounds, streams
+//!  kernel   code of ours on the device, for short pieces              sums     checksums by it
 //!  ipc      memory and events of another process, by handle           shared   memory by descriptor
 //!  sys      libcuda itself, found at run time
 //! ```
@@ -13,22 +15,30 @@
 
 #![expect(unsafe_code, reason = "a device reads and writes memory by address, and its library is C")]
 
+pub mod copier;
 pub mod copy;
 pub mod device;
 pub mod driver;
 pub mod ipc;
+pub mod kernel;
 pub mod memory;
 pub mod shared;
 pub mod stream;
+pub mod sums;
 
+mod in_use;
+mod pieces;
 mod sys;
 
+pub use copier::{Copier, CopierConfig, CopyDone, Hosts, Job, JobToken, Method, PagePiece, Step};
 pub use copy::{Copying, PageCopy, Refused};
 pub use device::Device;
 pub use driver::{Absent, Driver, Facts, Uuid, Version};
 pub use ipc::{EventHandle, MemoryHandle};
+pub use kernel::Kernels;
 pub use memory::{DeviceMemory, HostBuffer, HostRegion, Sink, Source};
 pub use stream::{Event, Priority, Stream};
+pub use sums::Summing;
 pub use sys::CudaError;
 
 /// What went wrong with a device.
@@ -112,4 +122,36 @@ pub enum Error {
         /// In the kernel's words.
         errno: i32,
     },
+    // Of the copier.
+    /// Too much waits for the device already.
+    #[error("{waiting} copies of GPU {device} wait already; try again when some of them have ended")]
+    Busy {
+        /// Which device.
+        device: u32,
+        /// How many.
+        waiting: usize,
+    },
+    /// A job of this name was taken and has not ended.
+    #[error("there is a copy job {token} already; give another name, or wait for its end")]
+    JobTwice {
+        /// Its name.
+        token: u64,
+    },
+    /// There is no such job, or it takes no more steps.
+    #[error("no copy job {token} takes steps: it ended, failed, was cancelled or had its last")]
+    NoJob {
+        /// The name that was given.
+        token: u64,
+    },
+    /// The device runs no kernels of ours. Copies go without.
+    #[error("GPU {device} runs no kernels of ours: {why}")]
+    NoKernels {
+        /// Which device.
+        device: u32,
+        /// What is missing or was refused.
+        why: String,
+    },
+    /// Somebody cancelled the job before all of it was queued.
+    #[error("the copy job was cancelled")]
+    Cancelled,
 }

@@ -17,10 +17,13 @@ use rustix::mm::{MapFlags, ProtFlags};
 
 use crate::Error;
 use crate::device::{Device, Inner};
+use crate::pieces::Place;
 use crate::shared::Mapped;
 
 /// `CU_MEMHOSTREGISTER_PORTABLE`: for all contexts of the process.
 const PORTABLE: u32 = 1;
+/// `CU_MEMHOSTREGISTER_DEVICEMAP`: kernels reach it too.
+const DEVICEMAP: u32 = 2;
 
 /// Memory of a device: our own, or another process' by its handle. Cheap to clone; it goes with its last clone.
 ///
@@ -123,9 +126,8 @@ impl Registry {
     pub(crate) fn find(&self, address: usize, bytes: usize) -> Option<(Arc<Registered>, Device)> {
         let below = self.lock().range(..=address).next_back().and_then(|(_, (_, below))| below.upgrade());
         // Outside the lock, which the last user of a registration takes.
-        let below = below.filter(|below| address - below.address <= below.bytes)?;
-        let covers = bytes <= below.bytes - (address - below.address);
-        let device = below.device.upgrade().filter(|_| covers)?;
+        let below = below.filter(|below| below.covers(address, bytes))?;
+        let device = below.device.upgrade()?;
         Some((below, Device { inner: device }))
     }
 
@@ -154,6 +156,17 @@ pub(crate) struct Registered {
 }
 
 impl Registered {
+    /// Whether all of this lies within.
+    pub(crate) fn covers(&self, address: usize, bytes: usize) -> bool {
+        let offset = address.checked_sub(self.address);
+        offset.is_some_and(|offset| offset <= self.bytes && bytes <= self.bytes - offset)
+    }
+
+    /// Where it is.
+    pub(crate) fn place(&self) -> Place {
+        (self.address as u64, self.bytes as u64)
+    }
+
     /// # Safety
     /// `start` is memory of ours, which stays where it is as long as `memory` lives.
     unsafe fn new(
@@ -165,7 +178,8 @@ impl Registered {
         let inner = &device.inner;
         let _current = inner.enter()?;
         // SAFETY: of the caller.
-        let code = unsafe { (inner.entries().cuMemHostRegister_v2)(start.cast(), bytes, PORTABLE) };
+        let code =
+            unsafe { (inner.entries().cuMemHostRegister_v2)(start.cast(), bytes, PORTABLE | DEVICEMAP) };
         inner.check("cuMemHostRegister", code)?;
         let address = start.expose_provenance();
         let registered =
@@ -270,6 +284,18 @@ pub struct HostBuffer {
     bytes: usize,
     /// Has the pages. Copies hold it too, and read no byte by it.
     _registered: Arc<Registered>,
+}
+
+impl HostBuffer {
+    /// Cuts it into buffers of one length; what is over is nobody's. All have the one registration.
+    pub(crate) fn cut(self, bytes: usize) -> Vec<Self> {
+        let part = |at: usize| {
+            // SAFETY: within the pages, and no two parts meet.
+            let start = unsafe { self.start.add(at * bytes) };
+            Self { start, bytes, _registered: Arc::clone(&self._registered) }
+        };
+        (0..self.bytes / bytes).map(part).collect()
+    }
 }
 
 // SAFETY: bytes with one owner.

@@ -192,6 +192,6 @@ pub(crate) fn until(
 }
 
 #[expect(clippy::disallowed_methods, reason = "a wait for a device; nothing that is replayed")]
-fn now() -> Instant {
+pub(crate) fn now() -> Instant {
     Instant::now()
 }

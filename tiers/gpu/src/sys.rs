@@ -16,9 +16,9 @@ use std::ffi::{CStr, c_char, c_int, c_uint, c_ulonglong, c_void};
 use std::fmt;
 
 use cudarc::driver::sys::{
-    self, CUcontext, CUdevice, CUdeviceptr, CUevent, CUipcEventHandle, CUipcMemHandle, CUmemAccessDesc,
-    CUmemAllocationGranularity_flags, CUmemAllocationHandleType, CUmemAllocationProp,
-    CUmemGenericAllocationHandle, CUmemcpyAttributes, CUresult, CUstream, CUuuid,
+    self, CUcontext, CUdevice, CUdeviceptr, CUevent, CUfunction, CUipcEventHandle, CUipcMemHandle,
+    CUmemAccessDesc, CUmemAllocationGranularity_flags, CUmemAllocationHandleType, CUmemAllocationProp,
+    CUmemGenericAllocationHandle, CUmemcpyAttributes, CUmodule, CUresult, CUstream, CUuuid,
 };
 
 use crate::memory::Registry;
@@ -245,10 +245,48 @@ fn proc_address(loaded: &'static libloading::Library, name: &CStr, version: i32)
     (code == 0 && status == 0 && !address.is_null()).then_some(address)
 }
 
+// ---- kernels
+
+macro_rules! optional_entries {
+    ($(#[$about:meta])* struct $table:ident { $($name:ident: ($($argument:ty),*),)* }) => {
+        $(#[$about])*
+        #[expect(non_snake_case, reason = "the driver's names")]
+        pub(crate) struct $table {
+            $(pub(crate) $name: unsafe extern "C" fn($($argument),*) -> c_uint,)*
+        }
+
+        impl $table {
+            /// All, or the name of the first that is missing.
+            fn find(loaded: &'static libloading::Library) -> Result<Self, &'static str> {
+                Ok(Self { $($name: find(loaded, stringify!($name)).ok_or(stringify!($name))?,)* })
+            }
+        }
+
+        // The arguments are those of NVIDIA's headers, as cudarc has them.
+        $(const _: unsafe fn($($argument),*) -> CUresult = sys::$name;)*
+    };
+}
+
+optional_entries! {
+    /// What kernels need. Without it, everything is copied by the driver's own means.
+    struct KernelEntries {
+        cuModuleLoadData: (*mut CUmodule, *const c_void),
+        cuModuleUnload: (CUmodule),
+        cuModuleGetFunction: (*mut CUfunction, CUmodule, *const c_char),
+        cuLaunchKernel: (
+            CUfunction, c_uint, c_uint, c_uint, c_uint, c_uint, c_uint, c_uint, CUstream, *mut *mut c_void,
+            *mut *mut c_void
+        ),
+        cuMemHostGetDevicePointer_v2: (*mut CUdeviceptr, *mut c_void, c_uint),
+    }
+}
+
 /// The library and what it has.
 pub(crate) struct Library {
     pub(crate) entries: Entries,
     pub(crate) batch: Batch,
+    /// Or what of it is missing.
+    pub(crate) kernels: Result<KernelEntries, &'static str>,
     pub(crate) version: i32,
     /// Registered host memory: the driver counts it by process, not by device.
     pub(crate) registry: Registry,
@@ -278,7 +316,8 @@ impl Library {
         // SAFETY: a place to write to. It may be asked before the driver is initialised.
         let code = unsafe { (entries.cuDriverGetVersion)(&mut version) };
         let batch = Batch::find(loaded, version);
-        let library = Self { entries, batch, version, registry: Registry::default() };
+        let kernels = KernelEntries::find(loaded);
+        let library = Self { entries, batch, kernels, version, registry: Registry::default() };
         if code != 0 {
             return Err(NoLibrary::Version(library.error(code)));
         }

@@ -5,10 +5,11 @@
 //!  memory   allocations in memory files, which other processes open by handle      state    what exists, settings
 //!  stream   a thread per stream, so that copies are under way while the caller goes on; events
 //!  virtual_memory   memory and addresses apart (`cuMemCreate`), which others get as a descriptor
+//!  kernel   the module of kv-gpu, and its kernels carried out in Rust
 //! ```
 //! It is strict where the real one is lenient or undefined: device addresses cannot be read by the processor, batched
 //! copies want registered host memory, and memory that is given up under a copy is counted as a violation.
-//! It does not play: kernels, the legacy default stream, graphs, memory pools, and speed. Of virtual memory it plays
+//! It does not play: any other kernels, the legacy default stream, graphs, memory pools, and speed. Of virtual memory it plays
 //! whole pieces, mapped as they are.
 //!
 //! Settings come from the environment variable `FAKE_CUDA` when it is first used, or from `fake_cuda_set` at any time:
@@ -21,9 +22,13 @@
 //! | `version=12080` | of the driver, as CUDA counts |
 //! | `peers=0` | no device reaches another |
 //! | `delay_us=N` | copies wait so long before each 64 KiB |
-//! | `fail=NAME:WHICH:CODE` | the call of that number from now on, once |
+//! | `fail=NAME:WHICH:CODE` | the call of that number from now on, once; 0: each |
 //! | `lose=DEVICE:CODE` | everything answers so from now on; copies under way stop half way; 0: it is back |
 //! | `lie_range=BYTES` | what is said of every allocation |
+//! | `hold=1` | copies stand still until it is 0 |
+//! | `reach_hosts=0` | kernels reach no host memory |
+//! | `host_addresses=0` | the device finds registered host memory at addresses of its own |
+//! | `fail_launch=WHICH:CODE` | the launch of that number from now on is taken, and the device is lost half way in it |
 //!
 //! `fake_cuda_count` counts: see `State::count`.
 #![expect(unsafe_code, reason = "a C library, called with addresses")]
@@ -44,6 +49,7 @@ macro_rules! driver {
     )*};
 }
 
+pub mod kernel;
 mod memory;
 mod state;
 mod stream;
@@ -318,7 +324,7 @@ driver! {
             put(bytes, state.lie_range_bytes.unwrap_or(block.mapping.bytes))
         }
     }
-    fn cuMemHostRegister_v2(address: *mut c_void, bytes: usize, _flags: c_uint) {
+    fn cuMemHostRegister_v2(address: *mut c_void, bytes: usize, flags: c_uint) {
         let mut state = state();
         state.current()?;
         let start = address.expose_provenance();
@@ -330,6 +336,7 @@ driver! {
             return Err(Code::of(CUresult::CUDA_ERROR_HOST_MEMORY_ALREADY_REGISTERED));
         }
         state.hosts.insert(start, bytes);
+        state.kernels.registered(start, flags);
         Ok(())
     }
     fn cuMemHostUnregister(address: *mut c_void) {
@@ -337,6 +344,7 @@ driver! {
         state.current()?;
         let start = address.addr();
         let gone = state.hosts.remove(&start);
+        state.kernels.unregistered(start);
         let bytes = gone.ok_or(Code::of(CUresult::CUDA_ERROR_HOST_MEMORY_NOT_REGISTERED))?;
         if state.streams.values().any(|stream| stream.touches_host(&(start..start + bytes))) {
             state.violations += 1;
@@ -584,6 +592,13 @@ pub unsafe extern "C" fn cuDeviceGetAttribute(
         at if at == Attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR as u32 => 0,
         at if at == Attribute::CU_DEVICE_ATTRIBUTE_ASYNC_ENGINE_COUNT as u32 => 3,
         at if at == Attribute::CU_DEVICE_ATTRIBUTE_UNIFIED_ADDRESSING as u32 => 1,
+        at if at == Attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT as u32 => 4,
+        at if at == Attribute::CU_DEVICE_ATTRIBUTE_CAN_MAP_HOST_MEMORY as u32 => {
+            state.kernels.can_reach_hosts.into()
+        }
+        at if at == Attribute::CU_DEVICE_ATTRIBUTE_CAN_USE_HOST_POINTER_FOR_REGISTERED_MEM as u32 => {
+            state.kernels.has_host_addresses.into()
+        }
         at if at == Attribute::CU_DEVICE_ATTRIBUTE_IPC_EVENT_SUPPORTED as u32 => 1,
         _ => 0,
     };
@@ -605,9 +620,13 @@ pub unsafe extern "C" fn cuGetErrorName(error: c_uint, name: *mut *const c_char)
         205 => c"CUDA_ERROR_MAP_FAILED",
         214 => c"CUDA_ERROR_ECC_UNCORRECTABLE",
         217 => c"CUDA_ERROR_PEER_ACCESS_UNSUPPORTED",
+        218 => c"CUDA_ERROR_INVALID_PTX",
+        222 => c"CUDA_ERROR_UNSUPPORTED_PTX_VERSION",
         400 => c"CUDA_ERROR_INVALID_HANDLE",
+        500 => c"CUDA_ERROR_NOT_FOUND",
         600 => c"CUDA_ERROR_NOT_READY",
         700 => c"CUDA_ERROR_ILLEGAL_ADDRESS",
+        701 => c"CUDA_ERROR_LAUNCH_OUT_OF_RESOURCES",
         712 => c"CUDA_ERROR_HOST_MEMORY_ALREADY_REGISTERED",
         713 => c"CUDA_ERROR_HOST_MEMORY_NOT_REGISTERED",
         719 => c"CUDA_ERROR_LAUNCH_FAILED",

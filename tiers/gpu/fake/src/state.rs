@@ -8,6 +8,7 @@ use std::sync::{Arc, LazyLock, Mutex, MutexGuard, PoisonError};
 use cudarc::driver::sys::CUresult;
 
 use crate::Code;
+use crate::kernel::Kernels;
 use crate::memory::Mapping;
 use crate::stream::{End, Event, Health, Stream};
 
@@ -72,6 +73,7 @@ pub(crate) struct State {
     pub(crate) violations: u64,
     next_address: u64,
     next_handle: usize,
+    pub(crate) kernels: Kernels,
 }
 
 static STATE: LazyLock<Mutex<State>> = LazyLock::new(|| {
@@ -93,6 +95,7 @@ static STATE: LazyLock<Mutex<State>> = LazyLock::new(|| {
         violations: 0,
         next_address: DEVICE_ADDRESSES,
         next_handle: 0x100,
+        kernels: Kernels::default(),
     };
     if let Ok(settings) = std::env::var("FAKE_CUDA") {
         state.set(&settings).expect("FAKE_CUDA is understood");
@@ -125,6 +128,9 @@ impl State {
     pub(crate) fn enter(&mut self, name: &'static str) -> Result<(), Code> {
         *self.calls.entry(name).or_default() += 1;
         if let Some((left, code)) = self.fails.get_mut(name) {
+            if *left == 0 {
+                return Err(Code(*code));
+            }
             *left -= 1;
             if *left == 0 {
                 let code = *code;
@@ -167,7 +173,17 @@ impl State {
                     else {
                         return Err("fail=NAME:WHICH:CODE".into());
                     };
-                    self.fails.insert(name.to_owned(), (number(nth)?.max(1), number(code)? as u32));
+                    self.fails.insert(name.to_owned(), (number(nth)?, number(code)? as u32));
+                }
+                "hold" => {
+                    let holds = number(value)? != 0;
+                    self.devices.iter().for_each(|device| device.health.holds.store(holds, Ordering::SeqCst));
+                }
+                "reach_hosts" => self.kernels.can_reach_hosts = number(value)? != 0,
+                "host_addresses" => self.kernels.has_host_addresses = number(value)? != 0,
+                "fail_launch" => {
+                    let (nth, code) = value.split_once(':').ok_or("fail_launch=WHICH:CODE")?;
+                    self.kernels.fail(number(nth)?, number(code)? as u32);
                 }
                 _ => return Err(format!("{key:?} is unknown")),
             }
@@ -191,7 +207,12 @@ impl State {
             "streams" => self.streams.len() as u64,
             "events" => self.events.len() as u64,
             "contexts" => self.devices.iter().map(|device| u64::from(device.retained)).sum(),
-            "violations" => self.violations,
+            "under_way" => self.streams.values().map(|stream| stream.copies() as u64).sum(),
+            "modules" => self.kernels.modules() as u64,
+            "violations" => {
+                let found = |device: &Device| device.health.violations.load(Ordering::SeqCst);
+                self.violations + self.devices.iter().map(found).sum::<u64>()
+            }
             _ => self.calls.get(what.strip_prefix("calls:")?).copied().unwrap_or_default(),
         })
     }
@@ -305,5 +326,6 @@ impl State {
         self.memory.retain(|_, block| block.device != device);
         self.pieces.retain(|_, piece| piece.device != device);
         self.devices[device].used_bytes = 0;
+        self.kernels.destroy_context(device);
     }
 }

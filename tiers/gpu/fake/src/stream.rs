@@ -7,6 +7,7 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use crate::Code;
+use crate::kernel::{self, Launch};
 use crate::memory::{Kind, Mapping};
 
 /// A copy looks this often whether its device is still there, and waits this often when it is to be slow.
@@ -22,7 +23,7 @@ pub(crate) enum End {
 }
 
 impl End {
-    fn at(&self, offset: usize) -> *mut u8 {
+    pub(crate) fn at(&self, offset: usize) -> *mut u8 {
         match self {
             Self::Host(address) => std::ptr::with_exposed_provenance_mut(address + offset),
             Self::Device(mapping, start) => mapping.at(start + offset),
@@ -35,20 +36,27 @@ pub(crate) enum Work {
     Copy { from: End, to: End, bytes: usize },
     Record(Arc<Event>, u64),
     Wait(Arc<Event>, u64),
+    Launch(Arc<Launch>),
 }
 
 impl Work {
     /// Whether it reads or writes any of this host memory.
     fn touches_host(&self, range: &Range<usize>) -> bool {
-        let Self::Copy { from, to, bytes } = self else { return false };
-        let overlaps = |end: &End| match end {
+        let overlaps = |(end, bytes): (&End, usize)| match end {
             End::Host(address) => *address < range.end && range.start < address + bytes,
             End::Device(..) => false,
         };
-        overlaps(from) || overlaps(to)
+        match self {
+            Self::Copy { from, to, bytes } => overlaps((from, *bytes)) || overlaps((to, *bytes)),
+            Self::Launch(launch) => launch.ends().any(overlaps),
+            Self::Record(..) | Self::Wait(..) => false,
+        }
     }
 
     fn touches_device(&self, memory: &Arc<Mapping>) -> bool {
+        if let Self::Launch(launch) = self {
+            return kernel::touches_device(launch, memory);
+        }
         let Self::Copy { from, to, .. } = self else { return false };
         [from, to]
             .into_iter()
@@ -63,6 +71,10 @@ pub(crate) struct Health {
     lost: AtomicU32,
     /// How long a copy waits before each chunk.
     pub(crate) delay_us: AtomicU64,
+    /// Whether copies stand still.
+    pub(crate) holds: AtomicBool,
+    /// What launches found that no caller may do.
+    pub(crate) violations: AtomicU64,
 }
 
 impl Health {
@@ -145,6 +157,18 @@ impl Stream {
         self.queue().work.iter().any(|work| work.touches_device(memory))
     }
 
+    /// Copies and launches that are not done.
+    pub(crate) fn copies(&self) -> usize {
+        let is_copy = |work: &&Work| matches!(work, Work::Copy { .. } | Work::Launch(_));
+        self.queue().work.iter().filter(is_copy).count()
+    }
+
+    /// Whether a launch of this module is under way.
+    pub(crate) fn runs(&self, module: usize) -> bool {
+        let is_of = |work: &Work| matches!(work, Work::Launch(launch) if launch.is_of(module));
+        self.queue().work.iter().any(is_of)
+    }
+
     /// Its thread ends after what is queued, as on a device.
     pub(crate) fn close(&self) {
         self.queue().closed = true;
@@ -163,6 +187,18 @@ impl Stream {
 
     fn goes_on(&self) -> bool {
         !self.stopped.load(Ordering::SeqCst) && self.health.check().is_ok()
+    }
+
+    /// Waits as it is to, before so many chunks; `false`: it does not come to them.
+    fn comes_to(&self, chunks: u64) -> bool {
+        let delay_us = self.health.delay_us.load(Ordering::Relaxed) * chunks;
+        if delay_us > 0 {
+            std::thread::sleep(Duration::from_micros(delay_us));
+        }
+        while self.health.holds.load(Ordering::SeqCst) && self.goes_on() {
+            std::thread::sleep(LOOK);
+        }
+        self.goes_on()
     }
 
     fn run(&self) {
@@ -189,11 +225,7 @@ impl Stream {
             Work::Copy { from, to, bytes } => {
                 let mut at = 0;
                 while at < *bytes {
-                    let delay = self.health.delay_us.load(Ordering::Relaxed);
-                    if delay > 0 {
-                        std::thread::sleep(Duration::from_micros(delay));
-                    }
-                    if !self.goes_on() {
+                    if !self.comes_to(1) {
                         return;
                     }
                     let length = CHUNK_BYTES.min(bytes - at);
@@ -202,6 +234,9 @@ impl Stream {
                     unsafe { std::ptr::copy(from.at(at).cast_const(), to.at(at), length) };
                     at += length;
                 }
+            }
+            Work::Launch(launch) => {
+                launch.carry_out(&self.health, |bytes| self.comes_to(bytes.div_ceil(CHUNK_BYTES) as u64));
             }
             Work::Record(event, number) => {
                 event.words()[1].fetch_max(*number, Ordering::SeqCst);
