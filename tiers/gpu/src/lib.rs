@@ -5,7 +5,8 @@
 //!  driver   Driver::load: is there one, which devices; or why not      device   a device in use, and its end
 //!  memory   device memory; host memory that a device copies to and from
 //!  stream   streams and events                                         copy     pages, many at a time
-//!  ipc      memory and events of another process, by handle           shared   memory by descriptor
+//!  ipc      memory and events of another process, by handle           shared   memory by descriptor, in pieces
+//!  export   memory that somebody else in this process made, for other processes
 //!  sys      libcuda itself, found at run time
 //! ```
 //! What must hold: memory belongs to a copy from when it is queued until the device has said that it is done with it.
@@ -16,6 +17,7 @@
 pub mod copy;
 pub mod device;
 pub mod driver;
+pub mod export;
 pub mod ipc;
 pub mod memory;
 pub mod shared;
@@ -25,9 +27,11 @@ mod sys;
 
 pub use copy::{Copying, PageCopy, Refused};
 pub use device::Device;
-pub use driver::{Absent, Driver, Facts, Uuid, Version};
+pub use driver::{Absent, Driver, Facts, Reach, Uuid, Version};
+pub use export::{Exported, ExportedMemory};
 pub use ipc::{EventHandle, MemoryHandle};
 pub use memory::{DeviceMemory, HostBuffer, HostRegion, Sink, Source};
+pub use shared::SharedPiece;
 pub use stream::{Event, Priority, Stream};
 pub use sys::CudaError;
 
@@ -99,10 +103,50 @@ pub enum Error {
         source: CudaError,
     },
     /// It was not made to be shared in this way.
-    #[error("this memory of GPU {device} was not made to be shared by descriptor")]
+    #[error("this memory of GPU {device} was not made to be shared with other processes in this way")]
     NotShared {
         /// Which device.
         device: u32,
+    },
+    /// What is said of a piece of memory cannot be.
+    #[error("piece {piece} of the memory for GPU {device}: {what}")]
+    Piece {
+        /// Which device.
+        device: u32,
+        /// Which of the pieces, from 0.
+        piece: usize,
+        /// What is wrong, and what would be right.
+        what: &'static str,
+    },
+    /// Memory is in more pieces than are put together.
+    #[error(
+        "memory in {pieces} pieces; at most {most} are put together: let the owner make fewer and larger ones"
+    )]
+    ManyPieces {
+        /// How many.
+        pieces: usize,
+        /// How many may be.
+        most: usize,
+    },
+    /// The device or its driver has no fabric handles: they want NVLink between machines and its daemon (IMEX).
+    #[error("GPU {device} has no fabric handles; share its memory by descriptor")]
+    NoFabric {
+        /// Which device.
+        device: u32,
+    },
+    /// The driver lacks a function; a newer one has it.
+    #[error("the CUDA driver has no {call}; a newer one has")]
+    NoCall {
+        /// Which function.
+        call: &'static str,
+    },
+    /// No device has memory at this address of this process.
+    #[error("there is no device memory at {address:#x}")]
+    NoMemory {
+        /// Which address.
+        address: u64,
+        /// What the driver said.
+        source: CudaError,
     },
     /// The operating system gave no memory.
     #[error("no {bytes} bytes of host memory")]
