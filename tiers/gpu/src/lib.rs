@@ -1,5 +1,5 @@
-//! GPUs: the CUDA driver found at run time, device memory, batched copies, memory of other processes. The daemon does
-//! not use it yet.
+//! GPUs: the CUDA driver found at run time, device memory, batched copies, memory of other processes, spare memory as a
+//! tier. The daemon does not use it yet.
 //!
 //! ```text
 //!  driver   Driver::load: is there one, which devices; or why not      device   a device in use, and its end
@@ -7,6 +7,7 @@
 //!  stream   streams and events                                         copy     pages, many at a time
 //!  ipc      memory and events of another process, by handle           shared   memory by descriptor, in pieces
 //!  export   memory that somebody else in this process made, for other processes
+//!  pool     spare memory of a device as a store of blocks
 //!  sys      libcuda itself, found at run time
 //! ```
 //! What must hold: memory belongs to a copy from when it is queued until the device has said that it is done with it.
@@ -20,6 +21,7 @@ pub mod driver;
 pub mod export;
 pub mod ipc;
 pub mod memory;
+pub mod pool;
 pub mod shared;
 pub mod stream;
 
@@ -31,6 +33,7 @@ pub use driver::{Absent, Driver, Facts, Reach, Uuid, Version};
 pub use export::{Exported, ExportedMemory};
 pub use ipc::{EventHandle, MemoryHandle};
 pub use memory::{DeviceMemory, HostBuffer, HostRegion, Sink, Source};
+pub use pool::{Place, Pool, PoolConfig, Reserved};
 pub use shared::SharedPiece;
 pub use stream::{Event, Priority, Stream};
 pub use sys::CudaError;
