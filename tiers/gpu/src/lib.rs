@@ -7,7 +7,7 @@
 //!  stream   streams and events                                         copy     pages, many at a time
 //!  ipc      memory and events of another process, by handle           shared   memory by descriptor, in pieces
 //!  export   memory that somebody else in this process made, for other processes
-//!  pool     spare memory of a device as a store of blocks
+//!  pool     spare memory of a device as a store of blocks              cache    which blocks it keeps
 //!  sys      libcuda itself, found at run time
 //! ```
 //! What must hold: memory belongs to a copy from when it is queued until the device has said that it is done with it.
@@ -15,6 +15,7 @@
 
 #![expect(unsafe_code, reason = "a device reads and writes memory by address, and its library is C")]
 
+pub mod cache;
 pub mod copy;
 pub mod device;
 pub mod driver;
@@ -27,6 +28,7 @@ pub mod stream;
 
 mod sys;
 
+pub use cache::{Cache, CacheConfig};
 pub use copy::{Copying, PageCopy, Refused};
 pub use device::Device;
 pub use driver::{Absent, Driver, Facts, Reach, Uuid, Version};

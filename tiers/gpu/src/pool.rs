@@ -117,6 +117,11 @@ fn offset(at: DiskLocation) -> u64 {
     u64::from(at.page()) * u64::from(PAGE_BYTES)
 }
 
+/// How much of a segment a block takes.
+pub(crate) fn footprint(bytes: u32) -> u64 {
+    u64::from(bytes.div_ceil(PAGE_BYTES).max(1)) * u64::from(PAGE_BYTES)
+}
+
 /// What a device's error is to the node.
 fn failed(operation: &'static str, segment: u32, error: &Error) -> StoreError {
     match error {

@@ -270,7 +270,7 @@ fn pieces_that_lie_leave_nothing() {
         word % limit
     };
     let (mut right, mut wrong) = (0, 0);
-    for round in 0..400 {
+    for round in 0..200 {
         let (mut pieces, mut held) = (Vec::new(), Vec::new());
         for _ in 0..below(4) {
             let pages = 1 + below(2);
@@ -326,7 +326,7 @@ fn pieces_that_lie_leave_nothing() {
         drop(held);
         fake.is_clean_but_for(&["contexts", "streams"]);
     }
-    assert!(right > 50 && wrong > 50, "{right} {wrong}");
+    assert!(right > 30 && wrong > 30, "{right} {wrong}");
     assert!(device.lost().is_none());
     drop((stream, device, engine, elsewhere));
     fake.is_clean();
