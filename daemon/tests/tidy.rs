@@ -82,7 +82,7 @@ const ARROWS: &[(&str, &[&str])] = &[
     ("kv-tiers", &["kv-arena", "kv-block"]),
     ("kv-ssd", &["kv-arena", "kv-block", "kv-tiers"]),
     ("kv-object", &["kv-block"]),
-    ("kv-gpu", &["kv-arena"]),
+    ("kv-gpu", &["kv-arena", "kv-block", "kv-tiers"]),
     // Loaded by tests as a driver is, and known to nobody by name.
     ("kv-gpu-fake", &[]),
     ("kv-wire", &["kv-block"]),

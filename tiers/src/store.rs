@@ -1,4 +1,5 @@
-//! What the node expects of a durable tier, whatever the device.
+//! What the node expects of a durable tier, whatever the device. One that keeps nothing over a restart is empty after
+//! it, and the same in all else.
 //!
 //! A store takes owned operations and gives them back as completions; memory under I/O belongs to the
 //! operation and returns with it, success or not. Nothing blocks: [`BlockStore::submit`] queues,

@@ -125,7 +125,9 @@ impl Device {
         Ok(can != 0)
     }
 
-    /// Lets it read and write the other's memory by itself. Copies between devices work without, over host memory.
+    /// Lets it read and write the other's memory by itself; the other way is asked for by itself. Copies between
+    /// devices work without, over host memory. Of memory that is mapped in pieces, see
+    /// [`crate::DeviceMemory::open_to`].
     pub fn reach(&self, other: &Self) -> Result<(), Error> {
         let _current = self.inner.enter()?;
         // SAFETY: the other's context, which `other` keeps.

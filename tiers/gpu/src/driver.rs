@@ -3,7 +3,7 @@
 use std::ffi::{OsStr, c_char};
 use std::fmt;
 
-use cudarc::driver::sys::{CUdevice, CUdevice_attribute, CUresult, CUuuid};
+use cudarc::driver::sys::{CUdevice, CUdevice_P2PAttribute, CUdevice_attribute, CUresult, CUuuid};
 
 use crate::sys::{Batch, CudaError, Entries, Library, NoLibrary};
 
@@ -100,6 +100,20 @@ pub struct Facts {
     pub copy_engines: u32,
     /// Whether events can be handed to other processes.
     pub has_shared_events: bool,
+    /// Whether its memory can be handed to processes of other machines by fabric handle. The machine may still lack
+    /// what that wants (an IMEX channel): making such memory tells.
+    pub has_fabric: bool,
+}
+
+/// How one device gets at another's memory.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Reach {
+    /// By itself, over NVLink or PCIe; else copies go over host memory.
+    pub is_direct: bool,
+    /// Whether atomic operations work across. `None`: the driver does not say.
+    pub has_atomics: Option<bool>,
+    /// How the driver ranks the link; a lower number is a better one. `None`: it does not say.
+    pub rank: Option<u32>,
 }
 
 /// The CUDA driver of this machine. Cheap to copy.
@@ -208,7 +222,37 @@ impl Driver {
             ),
             copy_engines: attribute(CUdevice_attribute::CU_DEVICE_ATTRIBUTE_ASYNC_ENGINE_COUNT)?,
             has_shared_events: attribute(CUdevice_attribute::CU_DEVICE_ATTRIBUTE_IPC_EVENT_SUPPORTED)? != 0,
+            // Drivers before CUDA 12.3 do not know the question.
+            has_fabric: attribute(CUdevice_attribute::CU_DEVICE_ATTRIBUTE_HANDLE_TYPE_FABRIC_SUPPORTED)
+                .is_ok_and(|supported| supported != 0),
         };
         Ok((device, facts))
+    }
+
+    /// How device `from` gets at the memory of device `to`. No context is made for it.
+    pub fn reach(&self, from: u32, to: u32) -> Result<Reach, CudaError> {
+        let (library, entries) = (self.calls, &self.calls.entries);
+        let device = |ordinal: u32| {
+            let mut device = 0;
+            // SAFETY: a place to write to, here and below.
+            library.check(unsafe { (entries.cuDeviceGet)(&mut device, ordinal as i32) }).map(|()| device)
+        };
+        let (from, to) = (device(from)?, device(to)?);
+        let mut can = 0;
+        // SAFETY: as above.
+        library.check(unsafe { (entries.cuDeviceCanAccessPeer)(&mut can, from, to) })?;
+        let attribute = |which: CUdevice_P2PAttribute| {
+            let mut value = 0;
+            let ask = library.optional.cuDeviceGetP2PAttribute?;
+            // SAFETY: as above.
+            library.check(unsafe { ask(&mut value, which as u32, from, to) }).ok()?;
+            Some(value.max(0) as u32)
+        };
+        let atomics = attribute(CUdevice_P2PAttribute::CU_DEVICE_P2P_ATTRIBUTE_NATIVE_ATOMIC_SUPPORTED);
+        Ok(Reach {
+            is_direct: can != 0,
+            has_atomics: atomics.map(|supported| supported != 0),
+            rank: attribute(CUdevice_P2PAttribute::CU_DEVICE_P2P_ATTRIBUTE_PERFORMANCE_RANK),
+        })
     }
 }

@@ -6,7 +6,11 @@
 //!
 //! A handle names the whole allocation. An engine's tensors are pieces of larger allocations, and so is what
 //! `cuMemAlloc` gives below 2 MiB: who opens one can reach its neighbours. Memory of `cuMemCreate` (PyTorch's
-//! `expandable_segments`) has no such handle.
+//! `expandable_segments`) has no such handle: see [`crate::shared`].
+//!
+//! An event is both sides' once it is opened: either records it, waits for it and asks about it, each on streams of its
+//! own. Who waits takes what was recorded last, so the two must agree in another way who records when. When its maker
+//! destroys it, what the other does with it is undefined.
 
 use std::ffi::c_char;
 use std::sync::Arc;
@@ -93,7 +97,7 @@ impl Device {
         Ok(DeviceMemory { inner: Arc::new(allocation) })
     }
 
-    /// Opens an event of another process.
+    /// Opens an event of another process: to be waited for, asked about and recorded, as if it had been made here.
     pub fn open_event(&self, handle: &EventHandle) -> Result<Event, Error> {
         let inner = &self.inner;
         let _current = inner.enter()?;

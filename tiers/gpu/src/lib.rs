@@ -1,5 +1,5 @@
-//! GPUs: the CUDA driver found at run time, device memory, batched copies, memory of other processes. The daemon does
-//! not use it yet.
+//! GPUs: the CUDA driver found at run time, device memory, batched copies, memory of other processes, spare memory as a
+//! tier.
 //!
 //! ```text
 //!  driver   Driver::load: is there one, which devices; or why not      device   a device in use, and its end
@@ -7,7 +7,9 @@
 //!  stream   streams and events                                         copy     pages, many at a time
 //!  copier   all copies of a device: jobs, bounds, streams
 //!  kernel   code of ours on the device, for short pieces              sums     checksums by it
-//!  ipc      memory and events of another process, by handle           shared   memory by descriptor
+//!  ipc      memory and events of another process, by handle           shared   memory by descriptor, in pieces
+//!  export   memory that somebody else in this process made, for other processes
+//!  pool     spare memory of a device as a store of blocks              cache    which blocks it keeps
 //!  sys      libcuda itself, found at run time
 //! ```
 //! What must hold: memory belongs to a copy from when it is queued until the device has said that it is done with it.
@@ -15,13 +17,16 @@
 
 #![expect(unsafe_code, reason = "a device reads and writes memory by address, and its library is C")]
 
+pub mod cache;
 pub mod copier;
 pub mod copy;
 pub mod device;
 pub mod driver;
+pub mod export;
 pub mod ipc;
 pub mod kernel;
 pub mod memory;
+pub mod pool;
 pub mod shared;
 pub mod stream;
 pub mod sums;
@@ -30,13 +35,17 @@ mod in_use;
 mod pieces;
 mod sys;
 
+pub use cache::{Cache, CacheConfig};
 pub use copier::{Copier, CopierConfig, CopyDone, Hosts, Job, JobToken, Method, PagePiece, Step};
 pub use copy::{Copying, PageCopy, Refused};
 pub use device::Device;
-pub use driver::{Absent, Driver, Facts, Uuid, Version};
+pub use driver::{Absent, Driver, Facts, Reach, Uuid, Version};
+pub use export::{Exported, ExportedMemory};
 pub use ipc::{EventHandle, MemoryHandle};
 pub use kernel::Kernels;
 pub use memory::{DeviceMemory, HostBuffer, HostRegion, Sink, Source};
+pub use pool::{Place, Pool, PoolConfig, Reserved};
+pub use shared::SharedPiece;
 pub use stream::{Event, Priority, Stream};
 pub use sums::Summing;
 pub use sys::CudaError;
@@ -109,10 +118,50 @@ pub enum Error {
         source: CudaError,
     },
     /// It was not made to be shared in this way.
-    #[error("this memory of GPU {device} was not made to be shared by descriptor")]
+    #[error("this memory of GPU {device} was not made to be shared with other processes in this way")]
     NotShared {
         /// Which device.
         device: u32,
+    },
+    /// What is said of a piece of memory cannot be.
+    #[error("piece {piece} of the memory for GPU {device}: {what}")]
+    Piece {
+        /// Which device.
+        device: u32,
+        /// Which of the pieces, from 0.
+        piece: usize,
+        /// What is wrong, and what would be right.
+        what: &'static str,
+    },
+    /// Memory is in more pieces than are put together.
+    #[error(
+        "memory in {pieces} pieces; at most {most} are put together: let the owner make fewer and larger ones"
+    )]
+    ManyPieces {
+        /// How many.
+        pieces: usize,
+        /// How many may be.
+        most: usize,
+    },
+    /// The device or its driver has no fabric handles: they want NVLink between machines and its daemon (IMEX).
+    #[error("GPU {device} has no fabric handles; share its memory by descriptor")]
+    NoFabric {
+        /// Which device.
+        device: u32,
+    },
+    /// The driver lacks a function; a newer one has it.
+    #[error("the CUDA driver has no {call}; a newer one has")]
+    NoCall {
+        /// Which function.
+        call: &'static str,
+    },
+    /// No device has memory at this address of this process.
+    #[error("there is no device memory at {address:#x}")]
+    NoMemory {
+        /// Which address.
+        address: u64,
+        /// What the driver said.
+        source: CudaError,
     },
     /// The operating system gave no memory.
     #[error("no {bytes} bytes of host memory")]

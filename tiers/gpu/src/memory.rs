@@ -48,7 +48,7 @@ pub(crate) enum Origin {
     Own,
     /// Another process'; it was opened at this address.
     Opened(CUdeviceptr),
-    /// A piece of memory at addresses that were reserved for it.
+    /// Pieces of memory at addresses that were reserved for them.
     Mapped(Mapped),
 }
 

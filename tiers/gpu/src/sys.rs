@@ -155,6 +155,49 @@ entries! {
     cuIpcOpenEventHandle: (*mut CUevent, CUipcEventHandle),
 }
 
+macro_rules! optional {
+    ($($name:ident: ($($argument:ty),*),)*) => {
+        /// Entry points that some drivers lack; what wants one says so when it is missing. Enums of the headers are
+        /// numbers here.
+        #[expect(non_snake_case, reason = "the driver's names")]
+        pub(crate) struct Optional {
+            $(pub(crate) $name: Option<unsafe extern "C" fn($($argument),*) -> c_uint>,)*
+        }
+
+        impl Optional {
+            fn find(loaded: &'static libloading::Library) -> Self {
+                Self { $($name: find(loaded, stringify!($name)),)* }
+            }
+        }
+    };
+}
+
+optional! {
+    cuDeviceGetP2PAttribute: (*mut c_int, c_uint, CUdevice, CUdevice),
+    cuPointerGetAttribute: (*mut c_void, c_uint, CUdeviceptr),
+    cuMemRetainAllocationHandle: (*mut CUmemGenericAllocationHandle, *mut c_void),
+    cuMemGetAllocationPropertiesFromHandle: (*mut Properties, CUmemGenericAllocationHandle),
+}
+
+/// `CUmemAllocationProp` as the driver writes it: with numbers, for an enum must not hold one that it lacks.
+#[repr(C)]
+#[derive(Clone, Copy, Default)]
+pub(crate) struct Properties {
+    pub(crate) kind: c_uint,
+    pub(crate) handle_types: c_uint,
+    pub(crate) location: c_uint,
+    pub(crate) location_id: c_int,
+    pub(crate) meta_data: usize,
+    pub(crate) flags: [u8; 8],
+}
+const _: () = {
+    assert!(size_of::<Properties>() == size_of::<CUmemAllocationProp>());
+    assert!(
+        std::mem::offset_of!(Properties, location) == std::mem::offset_of!(CUmemAllocationProp, location)
+    );
+    assert!(std::mem::offset_of!(Properties, flags) == std::mem::offset_of!(CUmemAllocationProp, allocFlags));
+};
+
 type BatchV2 = unsafe extern "C" fn(
     *mut CUdeviceptr,
     *mut CUdeviceptr,
@@ -284,6 +327,7 @@ optional_entries! {
 /// The library and what it has.
 pub(crate) struct Library {
     pub(crate) entries: Entries,
+    pub(crate) optional: Optional,
     pub(crate) batch: Batch,
     /// Or what of it is missing.
     pub(crate) kernels: Result<KernelEntries, &'static str>,
@@ -316,8 +360,9 @@ impl Library {
         // SAFETY: a place to write to. It may be asked before the driver is initialised.
         let code = unsafe { (entries.cuDriverGetVersion)(&mut version) };
         let batch = Batch::find(loaded, version);
+        let optional = Optional::find(loaded);
         let kernels = KernelEntries::find(loaded);
-        let library = Self { entries, batch, kernels, version, registry: Registry::default() };
+        let library = Self { entries, optional, batch, kernels, version, registry: Registry::default() };
         if code != 0 {
             return Err(NoLibrary::Version(library.error(code)));
         }

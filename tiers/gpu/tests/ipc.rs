@@ -1,107 +1,19 @@
 //! Two processes and one device: handed over, given up, killed.
-//!
-//! The other process is this test's own program again, with `KVD_GPU_OTHER` saying what it is to do. It says a line
-//! when something is done and goes on when it is sent one.
 
 mod common;
 
-use std::io::{BufRead, BufReader, Write};
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
-use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
 use std::time::Duration;
 
+use common::other::{Other, go_on, hex, role, say, say_memory, unhex};
 use common::{LONG, cuda, filled, low, pattern, read, whole, write};
 use kv_gpu::{Device, Error, EventHandle, MemoryHandle, Stream, Uuid};
-use rustix::process::{Pid, PidfdFlags, PidfdGetfdFlags};
 
 const BYTES: usize = 3 << 20;
-const ROLE: &str = "KVD_GPU_OTHER";
-/// Before a line that is meant for the test; the test harness says lines too.
-const SAYS: &str = "other process: ";
-
-struct Other {
-    child: Child,
-    from: BufReader<ChildStdout>,
-    to: ChildStdin,
-}
-
-impl Other {
-    fn start(role: &str) -> Self {
-        let mut command = Command::new(std::env::current_exe().unwrap());
-        command.args(["--exact", "the_other_process", "--nocapture"]).env(ROLE, role);
-        let mut child = command.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().unwrap();
-        let (from, to) = (BufReader::new(child.stdout.take().unwrap()), child.stdin.take().unwrap());
-        Self { child, from, to }
-    }
-
-    fn hear(&mut self) -> String {
-        let mut line = String::new();
-        loop {
-            line.clear();
-            assert!(self.from.read_line(&mut line).unwrap() > 0, "the other process ended");
-            // The harness may have begun the line.
-            if let Some((_, said)) = line.split_once(SAYS) {
-                return said.trim().to_owned();
-            }
-        }
-    }
-
-    fn tell(&mut self) {
-        self.to.write_all(b"\n").unwrap();
-    }
-
-    fn memory(&mut self) -> MemoryHandle {
-        let said = self.hear();
-        let parts: Vec<_> = said.split(' ').collect();
-        MemoryHandle {
-            device: Uuid(unhex(parts[0])),
-            handle: unhex(parts[1]),
-            offset: parts[2].parse().unwrap(),
-            bytes: parts[3].parse().unwrap(),
-        }
-    }
-
-    fn ends_well(mut self) {
-        self.tell();
-        assert!(self.child.wait().unwrap().success());
-    }
-}
-
-impl Drop for Other {
-    fn drop(&mut self) {
-        let _ = self.child.kill();
-        let _ = self.child.wait();
-    }
-}
-
-fn hex(bytes: &[u8]) -> String {
-    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
-}
-
-fn unhex<const N: usize>(text: &str) -> [u8; N] {
-    std::array::from_fn(|at| u8::from_str_radix(&text[2 * at..2 * at + 2], 16).unwrap())
-}
-
-fn say(line: &str) {
-    println!("{SAYS}{line}");
-}
-
-fn say_memory(handle: &MemoryHandle) {
-    say(&format!("{} {} {} {}", hex(&handle.device.0), hex(&handle.handle), handle.offset, handle.bytes));
-}
-
-/// The next line of the test; when the test has ended, so does this.
-fn go_on() {
-    let mut line = String::new();
-    if std::io::stdin().read_line(&mut line).unwrap() == 0 {
-        std::process::exit(1);
-    }
-}
-
 /// Not a test of its own: what the tests below start.
 #[test]
 fn the_other_process() {
-    let Ok(role) = std::env::var(ROLE) else { return };
+    let Some(role) = role() else { return };
     let cuda = cuda();
     let device = cuda.driver.open(0).unwrap();
     let stream = low(&device);
@@ -273,22 +185,13 @@ fn the_owner_is_killed_while_its_memory_is_copied() {
     assert!(left.is_empty(), "{left:?}");
 }
 
-/// A descriptor of the other process, taken from it as its parent may.
-fn descriptor_of(other: &mut Other) -> (OwnedFd, u64) {
-    let said = other.hear();
-    let (descriptor, bytes) = said.split_once(' ').unwrap();
-    let process = Pid::from_raw(other.child.id() as i32).unwrap();
-    let process = rustix::process::pidfd_open(process, PidfdFlags::empty()).unwrap();
-    let descriptor = descriptor.parse().unwrap();
-    let descriptor = rustix::process::pidfd_getfd(&process, descriptor, PidfdGetfdFlags::empty());
-    (descriptor.unwrap(), bytes.parse().unwrap())
-}
-
 #[test]
 fn memory_is_shared_by_descriptor_and_outlives_its_owner() {
     let (cuda, device, stream) = opened();
     let mut other = Other::start("shares by descriptor");
-    let (descriptor, bytes) = descriptor_of(&mut other);
+    let said = other.hear();
+    let (descriptor, bytes) = said.split_once(' ').unwrap();
+    let (descriptor, bytes): (OwnedFd, u64) = (other.descriptor(descriptor), bytes.parse().unwrap());
     assert!(bytes >= BYTES as u64);
     for wrong in [0, 2 * bytes, bytes + 1] {
         let error = device.import(descriptor.as_fd(), wrong).unwrap_err();

@@ -4,7 +4,7 @@
 //! ```text
 //!  memory   allocations in memory files, which other processes open by handle      state    what exists, settings
 //!  stream   a thread per stream, so that copies are under way while the caller goes on; events
-//!  virtual_memory   memory and addresses apart (`cuMemCreate`), which others get as a descriptor
+//!  virtual_memory   memory and addresses apart (`cuMemCreate`), which others get as a descriptor or fabric handle
 //!  kernel   the module of kv-gpu, and its kernels carried out in Rust
 //! ```
 //! It is strict where the real one is lenient or undefined: device addresses cannot be read by the processor, batched
@@ -21,6 +21,8 @@
 //! | `memory=BYTES` | of each |
 //! | `version=12080` | of the driver, as CUDA counts |
 //! | `peers=0` | no device reaches another |
+//! | `fabric=0` | no fabric handles; 2: the device has them, and the machine forbids them |
+//! | `ask_in_context=1` | questions about addresses want a context |
 //! | `delay_us=N` | copies wait so long before each 64 KiB |
 //! | `fail=NAME:WHICH:CODE` | the call of that number from now on, once; 0: each |
 //! | `lose=DEVICE:CODE` | everything answers so from now on; copies under way stop half way; 0: it is back |
@@ -296,7 +298,7 @@ driver! {
         if bytes as u64 > state.memory_bytes - used {
             return Err(Code::of(CUresult::CUDA_ERROR_OUT_OF_MEMORY));
         }
-        let mapping = Arc::new(Mapping::new(bytes)?);
+        let mapping = Arc::new(Mapping::on(device, bytes, 0)?);
         state.devices[device].used_bytes += bytes as u64;
         let placed = state.place(Block { device, mapping, origin: Origin::Allocated });
         // SAFETY: of the caller.
@@ -600,10 +602,38 @@ pub unsafe extern "C" fn cuDeviceGetAttribute(
             state.kernels.has_host_addresses.into()
         }
         at if at == Attribute::CU_DEVICE_ATTRIBUTE_IPC_EVENT_SUPPORTED as u32 => 1,
+        at if at == Attribute::CU_DEVICE_ATTRIBUTE_HANDLE_TYPE_FABRIC_SUPPORTED as u32 => {
+            (state.fabric != state::Fabric::None).into()
+        }
         _ => 0,
     };
     // SAFETY: of the caller.
     unsafe { put(value, found) }.err().map_or(0, |code| code.0)
+}
+
+/// As above, with a number.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn cuDeviceGetP2PAttribute(
+    value: *mut c_int,
+    attribute: c_uint,
+    from: CUdevice,
+    to: CUdevice,
+) -> c_uint {
+    let state = &mut *state();
+    let found = state.enter("cuDeviceGetP2PAttribute").and_then(|()| {
+        if state.device(from)? == state.device(to)? {
+            return Err(Code::of(CUresult::CUDA_ERROR_INVALID_DEVICE));
+        }
+        let value_of = match attribute {
+            // How the link is ranked; whether there is access, atomics.
+            1 => (from - to).abs() - 1,
+            2 | 3 => state.has_peers.into(),
+            _ => return Err(INVALID_VALUE),
+        };
+        // SAFETY: of the caller.
+        unsafe { put(value, value_of) }
+    });
+    found.err().map_or(0, |code| code.0)
 }
 
 #[unsafe(no_mangle)]
@@ -630,6 +660,7 @@ pub unsafe extern "C" fn cuGetErrorName(error: c_uint, name: *mut *const c_char)
         712 => c"CUDA_ERROR_HOST_MEMORY_ALREADY_REGISTERED",
         713 => c"CUDA_ERROR_HOST_MEMORY_NOT_REGISTERED",
         719 => c"CUDA_ERROR_LAUNCH_FAILED",
+        800 => c"CUDA_ERROR_NOT_PERMITTED",
         801 => c"CUDA_ERROR_NOT_SUPPORTED",
         802 => c"CUDA_ERROR_SYSTEM_NOT_READY",
         999 => c"CUDA_ERROR_UNKNOWN",

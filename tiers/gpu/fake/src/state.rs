@@ -32,8 +32,8 @@ pub(crate) enum Origin {
     Allocated,
     /// Another process', opened so often.
     Opened(u32),
-    /// `cuMemMap`; it can be used after `cuMemSetAccess`.
-    Mapped { can_be_used: bool, imported: bool },
+    /// `cuMemMap`; devices can use it after `cuMemSetAccess`, each with a bit here.
+    Mapped { used_by: u64, imported: bool },
 }
 
 /// Memory without an address: `cuMemCreate`, or another process' by descriptor.
@@ -41,6 +41,15 @@ pub(crate) struct Piece {
     pub(crate) device: usize,
     pub(crate) mapping: Arc<Mapping>,
     pub(crate) imported: bool,
+}
+
+/// Whether there are handles for other machines.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Fabric {
+    None,
+    /// The device could, and the machine does not let it.
+    Forbidden,
+    There,
 }
 
 #[derive(Default)]
@@ -54,9 +63,9 @@ pub(crate) struct State {
     pub(crate) initialised: bool,
     pub(crate) devices: Vec<Device>,
     pub(crate) memory: BTreeMap<u64, Block>,
-    /// What `cuMemCreate` gave, by handle, and addresses that are reserved for such, with their lengths.
+    /// What `cuMemCreate` gave, by handle, and addresses that are reserved for such.
     pub(crate) pieces: HashMap<u64, Piece>,
-    pub(crate) reserved: BTreeMap<u64, usize>,
+    pub(crate) reserved: BTreeMap<u64, Arc<Mapping>>,
     /// Registered host memory: where, and how long.
     pub(crate) hosts: BTreeMap<usize, usize>,
     pub(crate) streams: HashMap<usize, Arc<Stream>>,
@@ -64,6 +73,9 @@ pub(crate) struct State {
     pub(crate) memory_bytes: u64,
     pub(crate) version: i32,
     pub(crate) has_peers: bool,
+    pub(crate) fabric: Fabric,
+    /// Whether questions about addresses want a context.
+    pub(crate) asks_in_context: bool,
     /// Said in place of the truth.
     pub(crate) lie_range_bytes: Option<usize>,
     /// By name: which call from now on fails, and how.
@@ -89,6 +101,8 @@ static STATE: LazyLock<Mutex<State>> = LazyLock::new(|| {
         memory_bytes: 256 << 20,
         version: 13000,
         has_peers: true,
+        fabric: Fabric::There,
+        asks_in_context: false,
         lie_range_bytes: None,
         fails: HashMap::new(),
         calls: HashMap::new(),
@@ -155,6 +169,14 @@ impl State {
                 "memory" => self.memory_bytes = number(value)?,
                 "version" => self.version = number(value)? as i32,
                 "peers" => self.has_peers = number(value)? != 0,
+                "fabric" => {
+                    self.fabric = match number(value)? {
+                        0 => Fabric::None,
+                        1 => Fabric::There,
+                        _ => Fabric::Forbidden,
+                    }
+                }
+                "ask_in_context" => self.asks_in_context = number(value)? != 0,
                 "delay_us" => {
                     let delay_us = number(value)?;
                     self.devices
@@ -258,11 +280,38 @@ impl State {
         address
     }
 
-    /// Addresses that were nobody's.
+    /// Addresses that were nobody's. So many bytes were mapped, so they do not run out.
     pub(crate) fn reserve(&mut self, bytes: usize) -> u64 {
         let address = self.next_address;
         self.next_address += (bytes as u64).next_multiple_of(ALIGNED);
         address
+    }
+
+    /// The reserved addresses in which all of this lies: where they begin, and what is there.
+    pub(crate) fn reservation(&self, address: u64, bytes: usize) -> Result<(u64, &Arc<Mapping>), Code> {
+        let below = self.reserved.range(..=address).next_back();
+        let fits = |(start, region): &(&u64, &Arc<Mapping>)| {
+            let end = address.checked_add(bytes as u64);
+            end.is_some_and(|end| end <= **start + region.bytes as u64)
+        };
+        let (start, region) = below.filter(fits).ok_or(Code::of(CUresult::CUDA_ERROR_INVALID_VALUE))?;
+        Ok((*start, region))
+    }
+
+    /// The pieces mapped in a row that are just this range.
+    pub(crate) fn mapped(&self, address: u64, bytes: usize) -> Result<Vec<u64>, Code> {
+        let invalid = Code::of(CUresult::CUDA_ERROR_INVALID_VALUE);
+        let end = address.checked_add(bytes as u64).filter(|_| bytes > 0).ok_or(invalid)?;
+        let (mut at, mut found) = (address, Vec::new());
+        while at < end {
+            let block = self.memory.get(&at).ok_or(invalid)?;
+            if !matches!(block.origin, Origin::Mapped { .. }) {
+                return Err(invalid);
+            }
+            found.push(at);
+            at += block.mapping.bytes as u64;
+        }
+        if at == end { Ok(found) } else { Err(invalid) }
     }
 
     /// Memory without an address is given back when it has neither handle nor address any more.
@@ -286,14 +335,35 @@ impl State {
 
     /// The end of a copy in device memory: all of it.
     pub(crate) fn on_device(&self, address: u64, bytes: usize) -> Result<End, Code> {
+        let invalid = Code::of(CUresult::CUDA_ERROR_INVALID_VALUE);
         let (base, block) = self.block(address)?;
+        if matches!(block.origin, Origin::Mapped { .. }) {
+            return self.on_pieces(address, bytes);
+        }
         let offset = (address - base) as usize;
-        if bytes > block.mapping.bytes - offset
-            || matches!(block.origin, Origin::Mapped { can_be_used: false, .. })
-        {
-            return Err(Code::of(CUresult::CUDA_ERROR_INVALID_VALUE));
+        if bytes > block.mapping.bytes - offset {
+            return Err(invalid);
         }
         Ok(End::Device(Arc::clone(&block.mapping), offset))
+    }
+
+    /// The same in pieces that are mapped in a row: each must let the device of the current context use it.
+    fn on_pieces(&self, address: u64, bytes: usize) -> Result<End, Code> {
+        let invalid = Code::of(CUresult::CUDA_ERROR_INVALID_VALUE);
+        let (device, end) = (self.current()?, address.checked_add(bytes as u64).ok_or(invalid)?);
+        let (start, region) = self.reservation(address, bytes)?;
+        let mut at = address;
+        loop {
+            let (base, block) = self.block(at)?;
+            match block.origin {
+                Origin::Mapped { used_by, .. } if used_by >> device & 1 == 1 => {}
+                _ => return Err(invalid),
+            }
+            at = base + block.mapping.bytes as u64;
+            if at >= end {
+                return Ok(End::Device(Arc::clone(region), (address - start) as usize));
+            }
+        }
     }
 
     pub(crate) fn is_registered(&self, address: usize, bytes: usize) -> bool {

@@ -64,6 +64,26 @@ impl Work {
     }
 }
 
+impl Work {
+    /// Whether it reads or writes any of this part of memory.
+    fn touches_part(&self, memory: &Arc<Mapping>, part: &Range<usize>) -> bool {
+        let Self::Copy { from, to, bytes } = self else { return false };
+        [from, to].into_iter().any(|end| match end {
+            End::Device(mapping, at) => {
+                Arc::ptr_eq(mapping, memory) && *at < part.end && part.start < at + bytes
+            }
+            End::Host(_) => false,
+        })
+    }
+}
+
+impl Stream {
+    /// Whether anything queued uses this part of memory.
+    pub(crate) fn touches_part(&self, memory: &Arc<Mapping>, part: &Range<usize>) -> bool {
+        self.queue().work.iter().any(|work| work.touches_part(memory, part))
+    }
+}
+
 /// What the streams of one device share.
 #[derive(Default)]
 pub(crate) struct Health {

@@ -2,6 +2,9 @@
 #![expect(unsafe_code, reason = "a library is loaded, and its functions are called")]
 #![allow(dead_code, reason = "each test file uses what it needs")]
 
+pub(crate) mod engine;
+pub(crate) mod other;
+
 use std::ffi::CString;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
