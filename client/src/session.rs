@@ -269,7 +269,7 @@ fn greet(path: &Path, options: &WorkerOptions, deadline: Duration) -> Result<(Ar
             let wait = Duration::from_millis(refused.retry_after_ms.into());
             return Err(if wait.is_zero() { fault } else { fault.retry_after(wait) }.into());
         }
-        Message::Hello(_) => return Err(bug("the daemon said hello")),
+        other => return Err(bug(format!("the daemon greeted with {other:?}"))),
     };
     if !(VERSION_MIN..=VERSION).contains(&welcome.version) {
         return Err(Fault::new(Code::Version, format!("the daemon chose version {}", welcome.version)).into());
