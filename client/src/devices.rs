@@ -47,12 +47,12 @@ pub struct PagedBlock {
     pub pages: Vec<u32>,
 }
 
-/// A KV cache that the daemon knows. Cheap to clone and to share between threads; the daemon lets go of it with the last
-/// clone.
+/// A KV cache that the daemon knows. Cheap to clone and to share between threads; the daemon lets go of it with the
+/// last clone.
 ///
-/// The pages of a save hold still until it has answered, those of a load are nobody else's until it has. A call that ends
-/// with an error other than a refusal (a kind such as `Invalid`, `NotFound`, `Busy`, `Full`, `Unsupported`, `Denied`) may
-/// leave copies under way: call [`DeviceCache::quiesce`], and use its pages when that has answered.
+/// The pages of a save hold still until it has answered, those of a load are nobody else's until it has. A call that
+/// ends with an error other than a refusal (a kind such as `Invalid`, `NotFound`, `Busy`, `Full`, `Unsupported`,
+/// `Denied`) may leave copies under way: call [`DeviceCache::quiesce`], and use its pages when that has answered.
 ///
 /// While the daemon is away, calls fail as `Unavailable`. A cache that it does not take back says why when it is used.
 #[derive(Clone, Debug)]
@@ -94,8 +94,8 @@ struct Named {
 }
 
 impl Worker {
-    /// Makes a KV cache in device memory known to the daemon. Refused when a handle leads nowhere, is of memory that is too
-    /// small for what the layout says, or of a device that the daemon does not have.
+    /// Makes a KV cache in device memory known to the daemon. Refused when a handle leads nowhere, is of memory that
+    /// is too small for what the layout says, or of a device that the daemon does not have.
     pub fn register_cache(&self, spec: DeviceCacheSpec) -> Call<DeviceCache> {
         if let Err(fault) = spec.check() {
             return Call::failed(fault.into());
@@ -139,8 +139,8 @@ impl DeviceCache {
         })
     }
 
-    /// Has the daemon let go of the cache, for all clones. Copies that have not begun end as failed; answers when the device
-    /// is done with the others.
+    /// Has the daemon let go of the cache, for all clones. Copies that have not begun end as failed; answers when the
+    /// device is done with the others.
     pub fn forget(&self) -> Call<()> {
         let (cached, client) = (Arc::clone(&self.cached), self.client());
         self.client().call(async move {

@@ -1,7 +1,7 @@
 //! Descriptors for the daemon, over the worker socket: memory that has no other handle.
 //!
 //! ```text
-//!   offer   Offer 1..n, each with its descriptor -> a call names the numbers -> Withdraw 1..n, said when `Offered` goes
+//!   offer   Offer 1..n, each with its descriptor -> a call names the numbers -> Withdraw 1..n, when `Offered` goes
 //! ```
 //! The daemon answers neither. A withdrawal for which the socket has no room is said before the next offer.
 

@@ -31,11 +31,11 @@ pub struct LoadOptions {
 }
 
 impl DeviceCache {
-    /// Brings blocks into pages. Answers as soon as the device has the copies in its queue and their events are recorded;
-    /// a worker that has streams wait for the events needs to wait for nothing else.
+    /// Brings blocks into pages. Answers as soon as the device has the copies in its queue and their events are
+    /// recorded; a worker that has streams wait for the events needs to wait for nothing else.
     ///
-    /// More blocks than one request takes go in several. Where events are to be recorded, all but the last are then loaded
-    /// before this answers, since an event stands for the copies of one request.
+    /// More blocks than one request takes go in several. Where events are to be recorded, all but the last are then
+    /// loaded before this answers, since an event stands for the copies of one request.
     pub fn load(&self, binding: &Binding, blocks: &[PagedBlock], options: &LoadOptions) -> Call<Load> {
         let cached = Arc::clone(&self.cached);
         let client = self.client().with_deadline(self.deadline.max(options.wait));

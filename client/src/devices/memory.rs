@@ -64,6 +64,29 @@ impl TensorHandles {
         Self { pieces: vec![MemoryPiece::CudaIpc(handle)], offset, bytes }
     }
 
+    /// Part of it, from `offset` on, with those pieces that it needs; it shares their descriptors.
+    #[must_use]
+    pub fn part(&self, offset: u64, bytes: u64) -> Self {
+        let (mut offset, mut pieces) = (self.offset.saturating_add(offset), &self.pieces[..]);
+        while let [MemoryPiece::Descriptor { bytes, .. } | MemoryPiece::Fabric { bytes, .. }, rest @ ..] =
+            pieces
+            && offset >= *bytes
+            && !rest.is_empty()
+        {
+            (offset, pieces) = (offset - bytes, rest);
+        }
+        let end = offset.saturating_add(bytes);
+        let mut there = 0u64;
+        let needed = pieces.iter().take_while(|piece| {
+            let before = there;
+            if let MemoryPiece::Descriptor { bytes, .. } | MemoryPiece::Fabric { bytes, .. } = piece {
+                there = there.saturating_add(*bytes);
+            }
+            before == 0 || before < end
+        });
+        Self { pieces: needed.cloned().collect(), offset, bytes }
+    }
+
     /// What is wrong with it.
     fn check(&self) -> Result<(), String> {
         let mut there = 0u64;
@@ -218,6 +241,29 @@ mod tests {
             let fault = spec(tensors).check().unwrap_err();
             assert!(fault.code == Code::BadRequest && fault.message.contains(words), "{fault}, not {words}");
         }
+    }
+
+    #[test]
+    fn a_part_has_the_pieces_that_it_needs() {
+        let whole = TensorHandles { pieces: (0..4).map(|_| piece(100)).collect(), offset: 30, bytes: 350 };
+        let lengths = |part: &TensorHandles| (part.pieces.len(), part.offset, part.bytes);
+        for (offset, bytes, wanted) in [
+            (0, 350, (4, 30, 350)),
+            (0, 70, (1, 30, 70)),
+            (0, 71, (2, 30, 71)),
+            (69, 2, (2, 99, 2)),
+            (70, 100, (1, 0, 100)),
+            (70, 101, (2, 0, 101)),
+            (340, 10, (1, 70, 10)),
+        ] {
+            let part = whole.part(offset, bytes);
+            assert_eq!(lengths(&part), wanted, "{offset} {bytes}");
+            part.check().unwrap();
+        }
+        // What is not there is not made up.
+        assert!(whole.part(340, 100).check().is_err() && whole.part(u64::MAX, 1).check().is_err());
+        let one = TensorHandles::ipc([1; 64], 512, 4096).part(1024, 8);
+        assert_eq!(lengths(&one), (1, 1536, 8));
     }
 
     #[test]

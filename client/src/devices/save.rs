@@ -31,8 +31,8 @@ pub struct SaveOptions {
     pub durable: bool,
     /// The block before the first in its prefix, where that is known.
     pub after: Option<SequenceHash>,
-    /// Which of the cache's events the copies wait for, on the device: recorded by the worker before the call. None: they
-    /// wait for nothing, and the pages are complete.
+    /// Which of the cache's events the copies wait for, on the device: recorded by the worker before the call. None:
+    /// they wait for nothing, and the pages are complete.
     pub event: Option<u32>,
 }
 
@@ -84,9 +84,9 @@ impl DeviceCache {
         })
     }
 
-    /// [`DeviceCache::save`] while the pages fill: the daemon copies each layer as soon as it hears that it is ready, and
-    /// stores the blocks with the last. `options.event` has no meaning here. The call's deadline counts from now until all
-    /// is stored, so allow for the time that the layers take ([`DeviceCache::with_deadline`]).
+    /// [`DeviceCache::save`] while the pages fill: the daemon copies each layer as soon as it hears that it is ready,
+    /// and stores the blocks with the last. `options.event` has no meaning here. The call's deadline counts from now
+    /// until all is stored, so allow for the time that the layers take ([`DeviceCache::with_deadline`]).
     pub fn save_by_layer(
         &self,
         binding: &Binding,
@@ -143,8 +143,8 @@ pub struct LayerSave {
 type Answer = Result<Vec<Result<Stored, Error>>, Error>;
 
 impl LayerSave {
-    /// Says that the first `layers` of those that the binding's slice has are ready; their copies wait for `event` on the
-    /// device, recorded behind the last of them, where one is named. Fails when the save has failed already.
+    /// Says that the first `layers` of those that the binding's slice has are ready; their copies wait for `event` on
+    /// the device, recorded behind the last of them, where one is named. Fails when the save has failed already.
     pub fn ready(&mut self, layers: u32, event: Option<u32>) -> Result<(), Error> {
         if let Some(error) = self.over.get() {
             return Err(error.clone());

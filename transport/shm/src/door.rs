@@ -447,8 +447,8 @@ mod socket {
             })
         }
 
-        /// [`Connection::send`] for messages of which there may be many: false when there is no room until the other side
-        /// has taken some.
+        /// [`Connection::send`] for messages of which there may be many: false when there is no room until the other
+        /// side has taken some.
         pub fn try_send(&self, message: &Message, fds: &[BorrowedFd<'_>]) -> Result<bool, Error> {
             self.send_bytes(&message.encode(), fds)
         }
