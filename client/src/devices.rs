@@ -147,11 +147,11 @@ impl DeviceCache {
             let mut state = cached.lock(&client).await?;
             let was = std::mem::replace(&mut *state, State::Forgotten);
             drop(state);
-            match was {
-                State::Known { session, number } if cached.worker.life().session == session => {
-                    forget(&client, session, number).await
-                }
-                _ => Ok(()),
+            let State::Known { session, number } = was else { return Ok(()) };
+            match forget(&client, session, number).await {
+                // Then it ended with its session.
+                Err(error) if matches!(error.kind(), FaultKind::Unavailable | FaultKind::Fenced) => Ok(()),
+                answer => answer,
             }
         })
     }
@@ -219,16 +219,13 @@ impl Cached {
 impl Drop for Cached {
     fn drop(&mut self) {
         let State::Known { session, number } = *self.state.get_mut() else { return };
-        let life = self.worker.life();
-        // The next session knows nothing of it.
-        if life.session == session && life.check().is_ok() {
-            let client = self.worker.client.clone();
-            self.worker.client.runtime().spawn(async move {
-                if let Err(error) = forget(&client, session, number).await {
-                    tracing::debug!(%error, "a cache could not be forgotten; it ends with the session");
-                }
-            });
-        }
+        // Whichever session that is: it may be about to be the worker's.
+        let client = self.worker.client.clone();
+        self.worker.client.runtime().spawn(async move {
+            if let Err(error) = forget(&client, session, number).await {
+                tracing::debug!(%error, "a cache could not be forgotten; it ends with its session");
+            }
+        });
     }
 }
 

@@ -442,7 +442,8 @@ fn the_next_daemon_hears_of_all_caches_before_it_is_asked_for_anything() {
         let spec = if door.is_some() { spec_of(&fd) } else { spec() };
         let cache = worker.register_cache(spec.clone()).wait().unwrap();
         let gone = worker.register_cache(spec.clone()).wait().unwrap();
-        let forgotten = worker.register_cache(spec).wait().unwrap();
+        let forgotten = worker.register_cache(spec.clone()).wait().unwrap();
+        let unwanted = worker.register_cache(spec).wait().unwrap();
         drop(gone);
         forgotten.forget().wait().unwrap();
         soon(|| played.board.heard().contains(&Heard::Forget(2)));
@@ -453,6 +454,8 @@ fn the_next_daemon_hears_of_all_caches_before_it_is_asked_for_anything() {
         assert_eq!(error.kind(), FaultKind::Unavailable, "{error}");
         let error = cache.load(&binding, &blocks(0..1), &LoadOptions::default()).wait().unwrap_err();
         assert_eq!(error.kind(), FaultKind::Unavailable, "{error}");
+        // With nobody there it is forgotten all the same.
+        unwanted.forget().wait().unwrap();
         played.start_again();
         assert!(worker.wait_until_connected());
         let saved = cache.save(&binding, &blocks(0..1), &SaveOptions::default()).wait().unwrap();
@@ -464,7 +467,7 @@ fn the_next_daemon_hears_of_all_caches_before_it_is_asked_for_anything() {
         };
         assert!(session == bound && *session == request.session && *session == worker.session().0);
         let header = headers(&played).pop().unwrap();
-        assert_eq!((header.session, header.cache), (*session, 4));
+        assert_eq!((header.session, header.cache), (*session, 5));
         let error = forgotten.quiesce().wait().unwrap_err();
         assert!(error.to_string().contains("forgotten"), "{error}");
     }

@@ -234,6 +234,7 @@ impl Message {
     }
 
     /// Descriptors that come with it.
+    #[cfg(not(loom))]
     fn descriptors(&self) -> usize {
         match self {
             Self::Welcome(welcome) => welcome.shards.len() * FDS_PER_SHARD,
