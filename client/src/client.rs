@@ -161,6 +161,13 @@ impl Client {
             .max_encoding_message_size(MESSAGE_BYTES_MAX)
     }
 
+    /// The `Devices` service as generated.
+    pub fn devices(&self) -> v1::devices_client::DevicesClient<Channel> {
+        v1::devices_client::DevicesClient::new(self.inner.channel.clone())
+            .max_decoding_message_size(MESSAGE_BYTES_MAX)
+            .max_encoding_message_size(MESSAGE_BYTES_MAX)
+    }
+
     /// The `Worker` service as generated.
     pub fn sessions(&self) -> v1::worker_client::WorkerClient<Channel> {
         v1::worker_client::WorkerClient::new(self.inner.channel.clone())

@@ -32,15 +32,19 @@
 //!   read.rs     lookup, acquire: the shared table and the arena, asking the shard only when it must
 //!   write.rs    put, reserve, commit: staging slots and the ring
 //!   hub.rs      the ring of one shard, for all threads
+//!   devices.rs  KV caches in device memory, which the daemon copies blocks to and from by itself
+//!   offers.rs   descriptors for the daemon, over the worker socket
 //!   events.rs   what happens to blocks, without gaps
 //!   client.rs   gRPC
 //! ```
 
 mod binding;
 mod client;
+mod devices;
 mod error;
 mod events;
 mod hub;
+mod offers;
 mod options;
 mod read;
 mod runtime;
@@ -50,9 +54,14 @@ mod write;
 
 pub use binding::Binding;
 pub use client::{Client, Description};
+pub use devices::{
+    DeviceCache, DeviceCacheSpec, LayerSave, Load, LoadOptions, MemoryPiece, PagedBlock, SaveOptions,
+    TensorHandles,
+};
 pub use error::{Error, Miss};
 pub use events::{EventBatch, EventCursor, Events, WatchOptions};
 pub use kv_api::v1;
+pub use kv_block::layout;
 pub use kv_block::{
     BlockEvent, BlockKey, Checksum, Epoch, EventKind, Fault, FaultKind, MissReason, Priority, Scope,
     ScopeKind, SequenceHash, SessionId, ShardId, Slice, Tier,

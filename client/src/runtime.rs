@@ -137,6 +137,16 @@ impl Runtime {
         Call { answer: Answer::Coming(receiver), runtime: Some(Arc::clone(self)) }
     }
 
+    /// [`Runtime::spawn`] for work that gives something.
+    pub(crate) fn task<T: Send + 'static>(
+        &self,
+        work: impl Future<Output = T> + Send + 'static,
+    ) -> tokio::task::JoinHandle<T> {
+        let task = self.shared.runtime.spawn(work);
+        self.shared.run_behind();
+        task
+    }
+
     pub(crate) fn spawn(&self, work: impl Future<Output = ()> + Send + 'static) {
         self.shared.runtime.spawn(work);
         self.shared.run_behind();

@@ -18,6 +18,7 @@ use tonic::Streaming;
 use crate::client::Client;
 use crate::error::{Error, bug, of_status, timed_out, unreachable};
 use crate::hub::Hub;
+use crate::offers::{Offered, Offers};
 use crate::options::WorkerOptions;
 
 /// Longest silence of a session stream; the daemon speaks every five seconds.
@@ -44,8 +45,8 @@ pub(crate) struct Shm {
     pub(crate) may_write: bool,
     /// The shard of the worker's own NUMA node.
     near: Option<usize>,
-    /// Its end is the session's end; closed with the last reader.
-    _connection: Connection,
+    /// The connection. Its end is the session's end; closed with the last reader.
+    offers: Offers,
 }
 
 /// Shared memory with one shard.
@@ -150,6 +151,23 @@ impl Life {
         let _ = self.ended.set(fault.clone());
         if let Way::Shm(shm) = &self.way {
             shm.links.iter().for_each(|link| link.hub.fail(fault.clone()));
+        }
+    }
+
+    /// Hands descriptors over to the daemon, `until` at the latest; `None` when there are none.
+    pub(crate) async fn offer(
+        &self,
+        fds: &[Arc<OwnedFd>],
+        until: Instant,
+    ) -> Result<Option<Offered<'_>>, Error> {
+        match &self.way {
+            _ if fds.is_empty() => Ok(None),
+            Way::Shm(shm) => shm.offers.offer(fds, until).await.map(Some),
+            Way::Grpc(why) => {
+                let text =
+                    format!("memory by descriptor goes over the worker socket, which is not in use: {why}");
+                Err(Fault::new(Code::Version, text).into())
+            }
         }
     }
 
@@ -269,7 +287,7 @@ fn greet(path: &Path, options: &WorkerOptions, deadline: Duration) -> Result<(Ar
             let wait = Duration::from_millis(refused.retry_after_ms.into());
             return Err(if wait.is_zero() { fault } else { fault.retry_after(wait) }.into());
         }
-        Message::Hello(_) => return Err(bug("the daemon said hello")),
+        other => return Err(bug(format!("the daemon greeted with {other:?}"))),
     };
     if !(VERSION_MIN..=VERSION).contains(&welcome.version) {
         return Err(Fault::new(Code::Version, format!("the daemon chose version {}", welcome.version)).into());
@@ -299,7 +317,12 @@ fn greet(path: &Path, options: &WorkerOptions, deadline: Duration) -> Result<(Ar
     let life = Life {
         epoch: welcome.epoch,
         session: welcome.session,
-        way: Way::Shm(Shm { links, may_write: welcome.may_write, near, _connection: connection }),
+        way: Way::Shm(Shm {
+            links,
+            may_write: welcome.may_write,
+            near,
+            offers: Offers::new(connection, welcome.version),
+        }),
         ended: OnceLock::new(),
     };
     Ok((Arc::new(life), watch))

@@ -10,6 +10,7 @@ use tokio::sync::Notify;
 
 use crate::binding::{Binding, Bound};
 use crate::client::Client;
+use crate::devices::Cached;
 use crate::error::{Error, Miss, bug};
 use crate::options::{DEADLINE_MAX, WorkerOptions};
 use crate::runtime::Call;
@@ -27,7 +28,7 @@ const INSIST: Duration = Duration::from_secs(10);
 /// gRPC can do gives a [`Call`]: await it, or wait for it.
 ///
 /// When the daemon goes away, what is under way ends as `Unavailable`. The worker reconnects by itself and
-/// registers its bindings again; until then, calls fail at once and blocks in host memory stay readable.
+/// registers its bindings and caches again; until then, calls fail at once and blocks in host memory stay readable.
 #[derive(Clone, Debug)]
 pub struct Worker {
     pub(crate) inner: Arc<Inner>,
@@ -40,6 +41,7 @@ pub(crate) struct Inner {
     options: WorkerOptions,
     life: RwLock<Arc<Life>>,
     bindings: Mutex<Vec<Weak<Bound>>>,
+    caches: Mutex<Vec<Weak<Cached>>>,
     stop: Arc<Notify>,
 }
 
@@ -108,7 +110,8 @@ impl Worker {
             client,
             options,
             life: RwLock::new(life),
-            bindings: Mutex::new(Vec::new()),
+            bindings: Mutex::default(),
+            caches: Mutex::default(),
             stop: Arc::clone(&stop),
         });
         inner.client.runtime().spawn(supervise(Arc::downgrade(&inner), end, stop));
@@ -320,7 +323,14 @@ impl Inner {
         })
     }
 
-    /// A new session in place of the one that ended, with all bindings.
+    /// Registers a cache again in each session to come, until it is gone.
+    pub(crate) fn remember(&self, cached: &Arc<Cached>) {
+        let mut caches = self.caches.lock().unwrap_or_else(PoisonError::into_inner);
+        caches.retain(|cached| cached.strong_count() > 0);
+        caches.push(Arc::downgrade(cached));
+    }
+
+    /// A new session in place of the one that ended, with all bindings and caches.
     async fn renew(&self, insist: bool) -> Result<End, Error> {
         let (life, end) = Life::open(&self.client, &self.options, insist).await?;
         let bindings: Vec<Arc<Bound>> = {
@@ -335,6 +345,19 @@ impl Inner {
                     return Err(error);
                 }
                 tracing::warn!(%error, "a binding could not be registered again");
+            }
+        }
+        let caches: Vec<Arc<Cached>> = {
+            let caches = self.caches.lock().unwrap_or_else(PoisonError::into_inner);
+            caches.iter().filter_map(Weak::upgrade).collect()
+        };
+        for cached in caches {
+            if let Err(error) = cached.renew(&self.client, &life).await {
+                // As above. A GPU that is not there for the moment keeps nobody from the blocks.
+                if matches!(error.code(), Some(Code::Unreachable | Code::Draining)) {
+                    return Err(error);
+                }
+                tracing::warn!(%error, "a KV cache in device memory is not registered");
             }
         }
         tracing::info!(epoch = %life.epoch, session = %life.session, "connected to the daemon again");

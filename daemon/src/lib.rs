@@ -17,6 +17,7 @@ pub mod disk;
 pub mod drain;
 pub mod gauges;
 pub mod growth;
+pub mod handed;
 pub mod http;
 pub mod listen;
 #[cfg(feature = "lmcache")]

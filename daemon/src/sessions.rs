@@ -5,12 +5,13 @@
 //! 64 bits of it: nobody can name what he was not told, and a number of an earlier life is none of this one.
 
 use std::collections::BTreeMap;
-use std::sync::Mutex;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::Instant;
 
 use kv_block::code::Code;
 use kv_block::{Fault, SessionId};
 
+use crate::handed::{Handed, Line};
 use crate::peercred::Caller;
 
 /// By which way a session came.
@@ -53,16 +54,22 @@ pub struct SessionInfo {
 pub struct Sessions {
     max: usize,
     all: Mutex<BTreeMap<SessionId, SessionInfo>>,
+    /// The connections of those that came by the worker socket, whose door has them.
+    lines: Mutex<BTreeMap<SessionId, Weak<Line>>>,
 }
 
 impl Sessions {
     /// No sessions; at most `max` at once.
     pub fn new(max: usize) -> Self {
-        Self { max, all: Mutex::new(BTreeMap::new()) }
+        Self { max, all: Mutex::default(), lines: Mutex::default() }
     }
 
-    fn lock(&self) -> std::sync::MutexGuard<'_, BTreeMap<SessionId, SessionInfo>> {
-        self.all.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
+    fn lock(&self) -> MutexGuard<'_, BTreeMap<SessionId, SessionInfo>> {
+        self.all.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn lines(&self) -> MutexGuard<'_, BTreeMap<SessionId, Weak<Line>>> {
+        self.lines.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// A new session of this caller.
@@ -102,8 +109,21 @@ impl Sessions {
         }
     }
 
+    /// Says over which connection the worker of a session hands descriptors over.
+    pub fn attach(&self, id: SessionId, line: &Arc<Line>) {
+        self.lines().insert(id, Arc::downgrade(line));
+    }
+
+    /// A descriptor that the worker of this session handed over under this number, and has not withdrawn. Everything
+    /// that it offered before now counts; the number stays, for whoever names it next.
+    pub fn descriptor(&self, id: SessionId, number: u64) -> Option<Handed> {
+        let line = self.lines().get(&id).and_then(Weak::upgrade)?;
+        line.get(id, number)
+    }
+
     /// Forgets a session; says whether it was there.
     pub fn close(&self, id: SessionId) -> bool {
+        self.lines().remove(&id);
         self.lock().remove(&id).is_some()
     }
 

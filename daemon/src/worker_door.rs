@@ -2,7 +2,7 @@
 //!
 //! A connection that says nothing, says nonsense or comes from a user who may not is closed. A greeted worker
 //! is alive as long as its connection is open and its process lives; whichever ends first ends the session
-//! on every shard.
+//! on every shard. What it hands over meanwhile is kept by its [`Line`].
 
 use std::collections::HashMap;
 use std::os::fd::{AsFd, OwnedFd};
@@ -17,6 +17,8 @@ use kv_shm::{Layout, ShardEnd, peer};
 use rustix::event::epoll::{self, EventData, EventFlags};
 
 use crate::config::Config;
+use crate::connections::raise_descriptor_limit;
+use crate::handed::{Line, Over, Room};
 use crate::node::Node;
 use crate::peercred::{Caller, Who};
 use crate::sessions::Door;
@@ -84,16 +86,25 @@ pub struct WorkerDoor {
     epoll: OwnedFd,
     next_token: u64,
     guests: HashMap<u64, Guest>,
+    /// For what workers hand over.
+    room: Arc<Room>,
     own_uid: u32,
     stop: Waker,
     stopped: Arc<std::sync::atomic::AtomicBool>,
 }
 
 struct Guest {
-    connection: Connection,
+    connection: Arc<Connection>,
     peer: peer::Peer,
     since: Instant,
-    session: Option<(SessionId, Option<OwnedFd>)>,
+    session: Option<Greeted>,
+}
+
+/// What a guest is once it was greeted.
+struct Greeted {
+    session: SessionId,
+    line: Arc<Line>,
+    pidfd: Option<OwnedFd>,
 }
 
 const LISTENER: u64 = 0;
@@ -135,6 +146,7 @@ impl WorkerDoor {
             epoll,
             next_token: 2,
             guests: HashMap::new(),
+            room: Room::of(raise_descriptor_limit()),
             own_uid,
             stop,
             stopped,
@@ -181,6 +193,7 @@ impl WorkerDoor {
             let token = self.next_token;
             self.next_token += 1;
             if epoll::add(&self.epoll, &connection, EventData::new_u64(token), EventFlags::IN).is_ok() {
+                let connection = Arc::new(connection);
                 let guest = Guest { connection, peer, since: Instant::now(), session: None };
                 self.guests.insert(token, guest);
             }
@@ -189,11 +202,19 @@ impl WorkerDoor {
 
     fn hear(&mut self, token: u64) {
         let Some(guest) = self.guests.get(&token) else { return };
+        if let Some(Greeted { session, line, .. }) = &guest.session {
+            match line.hear(*session) {
+                Ok(()) => {}
+                Err(Over::Closed) => self.close(token, Over::Closed.why()),
+                Err(over) => self.refuse(token, &Fault::new(Code::BadRequest, over.why())),
+            }
+            return;
+        }
         match guest.connection.try_recv() {
             Ok(None) => {}
-            Ok(Some((Message::Hello(hello), _))) if guest.session.is_none() => self.greet(token, &hello),
+            Ok(Some((Message::Hello(hello), _))) => self.greet(token, &hello),
             Ok(Some(_)) => self.close(token, "it spoke out of turn"),
-            Err(kv_shm::Error::Closed) => self.close(token, "it closed its connection"),
+            Err(kv_shm::Error::Closed) => self.close(token, Over::Closed.why()),
             Err(error) => {
                 let message = error.to_string();
                 self.refuse(token, &Fault::new(Code::BadRequest, message));
@@ -275,6 +296,9 @@ impl WorkerDoor {
             passed.extend([memory.meta.as_fd(), data.as_fd(), hazard.1.as_fd(), ring.as_fd(), bell.as_fd()]);
         }
         let Some(guest) = self.guests.get_mut(&token) else { return Ok(()) };
+        // A worker that was welcomed may offer, and name what it offered, before we are back here.
+        let line = Arc::new(Line::new(Arc::clone(&guest.connection), version, Arc::clone(&self.room)));
+        self.node.sessions.attach(info.id, &line);
         if let Err(error) = guest.connection.send(&welcome, &passed) {
             self.node.sessions.close(info.id);
             return Err(Fault::new(Code::BadRequest, error.to_string()));
@@ -284,7 +308,7 @@ impl WorkerDoor {
         if let Some(pidfd) = &pidfd {
             let _ = epoll::add(&self.epoll, pidfd, EventData::new_u64(token | PIDFD), EventFlags::IN);
         }
-        guest.session = Some((info.id, pidfd));
+        guest.session = Some(Greeted { session: info.id, line, pidfd });
         for ((end, (hazards, _), _), memory) in links.into_iter().zip(memory_of(&self.memory, principal)) {
             let link = Some(Box::new(WorkerLink { end, hazards, may_write }));
             let Some(shard) = self.node.shard(memory.shard) else { continue };
@@ -326,7 +350,7 @@ impl WorkerDoor {
 
     fn close(&mut self, token: u64, why: &str) {
         let Some(guest) = self.guests.remove(&token) else { return };
-        let Some((session, pidfd)) = &guest.session else {
+        let Some(Greeted { session, pidfd, .. }) = &guest.session else {
             tracing::debug!(pid = guest.peer.pid, why, "connection closed before a session began");
             return;
         };

@@ -3,6 +3,7 @@
 mod support;
 
 use std::io::{BufRead as _, Write as _};
+use std::os::fd::AsFd as _;
 use std::os::unix::fs::FileExt as _;
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
@@ -18,7 +19,7 @@ const WAIT: Duration = Duration::from_secs(10);
 
 /// A worker made by hand: what the client crate does, without its manners.
 struct RawWorker {
-    _connection: Connection,
+    connection: Connection,
     welcome: Welcome,
     end: WorkerEnd,
     /// The ring memory, to be written at will.
@@ -39,9 +40,9 @@ fn hello() -> Hello {
 }
 
 impl RawWorker {
-    fn connect(home: &Home) -> Self {
+    fn connect(home: &Home, hello: Hello) -> Self {
         let connection = Connection::connect(&home.run_dir().join("worker.sock"), WAIT).unwrap();
-        connection.send(&Message::Hello(hello()), &[]).unwrap();
+        connection.send(&Message::Hello(hello), &[]).unwrap();
         let (message, fds) = connection.recv(WAIT).unwrap().expect("an answer");
         let Message::Welcome(welcome) = message else { panic!("{message:?}") };
         let mut fds = fds.into_iter();
@@ -49,7 +50,7 @@ impl RawWorker {
             std::array::from_fn(|_| fds.next().expect("five descriptors"));
         let file = std::fs::File::from(ring.try_clone().unwrap());
         let end = kv_shm::open(welcome.shards[0].layout, [ring, bell]).unwrap();
-        Self { _connection: connection, welcome, end, ring: file }
+        Self { connection, welcome, end, ring: file }
     }
 
     fn ask(&mut self, request: Request) -> Outcome {
@@ -82,7 +83,7 @@ fn wrong_ring_requests_are_answered_with_a_typed_fault() {
     let mut daemon = home.start();
     let door = Door::of(&home);
     let binding = BindingId(fill(&door, 4) as u16);
-    let mut worker = RawWorker::connect(&home);
+    let mut worker = RawWorker::connect(&home, hello());
     assert!(!worker.welcome.may_write, "nobody is trusted unless the configuration says so");
     let put = |offset, bytes, binding| Request::Put {
         key: key(100),
@@ -147,7 +148,7 @@ fn a_worker_that_scribbles_over_its_ring_harms_only_itself() {
                     state >> 20
                 };
                 while Instant::now() < until {
-                    let worker = RawWorker::connect(home);
+                    let worker = RawWorker::connect(home, hello());
                     let rings = worker.welcome.shards[0].layout.staging_offset();
                     for _ in 0..2000 {
                         let bytes = random().to_le_bytes();
@@ -196,11 +197,64 @@ fn garbage_on_the_sockets_is_closed_and_others_are_served() {
     // Connections that never say hello do not keep others out. With those above, which a busy daemon may not
     // have closed yet, they are fewer than the strangers it lets in at one moment.
     let silent: Vec<_> = (0..50).map(|_| Connection::connect(&path, WAIT).unwrap()).collect();
-    let mut worker = RawWorker::connect(&home);
+    let mut worker = RawWorker::connect(&home, hello());
     assert_eq!(worker.ask(Request::Ping), Outcome::Done);
     drop(silent);
     assert!(daemon.is_alive());
     assert!(door.get(&scope("a"), binding, 1).is_ok());
+}
+
+/// Waits until nobody has the other end of a pipe any more.
+fn wait_for_end(reader: &std::io::PipeReader) {
+    use rustix::event::{PollFd, PollFlags, poll};
+    let limit = rustix::time::Timespec { tv_sec: WAIT.as_secs() as i64, tv_nsec: 0 };
+    assert_eq!(
+        poll(&mut [PollFd::new(reader, PollFlags::HUP)], Some(&limit)),
+        Ok(1),
+        "somebody still has it"
+    );
+}
+
+/// Whether somebody has it.
+fn is_held(reader: &std::io::PipeReader) -> bool {
+    use rustix::event::{PollFd, PollFlags, poll};
+    let at_once = rustix::time::Timespec { tv_sec: 0, tv_nsec: 0 };
+    poll(&mut [PollFd::new(reader, PollFlags::HUP)], Some(&at_once)) == Ok(0)
+}
+
+#[test]
+fn handed_over_descriptors_end_with_withdrawal_session_or_nonsense() {
+    let home = Home::new("handed");
+    let mut daemon = home.start();
+    // An end of a pipe each, of which the daemon has the only one.
+    let offer = |worker: &RawWorker, number| {
+        let (reader, writer) = std::io::pipe().unwrap();
+        worker.connection.send(&Message::Offer { number }, &[writer.as_fd()]).unwrap();
+        reader
+    };
+    let mut worker = RawWorker::connect(&home, hello());
+    assert_eq!(worker.welcome.version, kv_shm::door::VERSION_OFFERS);
+    let [one, two, three] = [1, 2, 3].map(|number| offer(&worker, number));
+    worker.connection.send(&Message::Withdraw { number: 2 }, &[]).unwrap();
+    wait_for_end(&two);
+    assert!(is_held(&one) && is_held(&three));
+    assert_eq!(worker.ask(Request::Ping), Outcome::Done);
+    // What makes no sense ends it all.
+    let second = RawWorker::connect(&home, hello());
+    let theirs = [offer(&second, 1), offer(&second, 1)];
+    theirs.iter().for_each(wait_for_end);
+    assert!(is_held(&one), "each has its own numbers");
+    let third = RawWorker::connect(&home, hello());
+    let theirs = offer(&third, 1);
+    third.connection.send(&Message::Offer { number: 2 }, &[]).unwrap();
+    wait_for_end(&theirs);
+    // A worker of before there were offers is served, and may not make any.
+    let mut old = RawWorker::connect(&home, Hello { version_max: 2, ..hello() });
+    assert_eq!((old.welcome.version, old.ask(Request::Ping)), (2, Outcome::Done));
+    wait_for_end(&offer(&old, 1));
+    drop(worker);
+    [one, three].iter().for_each(wait_for_end);
+    assert!(daemon.is_alive());
 }
 
 /// Not a story: what the next story starts a thousand times. Takes leases, announces blocks, and waits to be

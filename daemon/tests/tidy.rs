@@ -55,7 +55,7 @@ const ARROWS: &[(&str, &[&str])] = &[
     ("kv-api", &["kv-block"]),
     ("kv-client", &["kv-api", "kv-arena", "kv-block", "kv-shm"]),
     ("kvctl", &["kv-api", "kv-block", "kv-client"]),
-    ("kv-python", &["kv-client"]),
+    ("kv-python", &["kv-client", "kv-gpu"]),
     ("kv-node", &["kv-arena", "kv-block", "kv-tiers", "kv-transport", "kv-wire"]),
     // A worker like any other, only inside the daemon: it opens sessions at the daemon's own socket.
     ("kv-lmcache", &["kv-client"]),

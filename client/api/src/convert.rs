@@ -1,6 +1,7 @@
 //! Messages <-> block types. A wrong message stops here with the field named.
 
 use kv_block::code::Code;
+use kv_block::layout::{Content, EngineLayout, Place, Shape, Step, Strides, TensorIndex};
 use kv_block::{BlockKey, Fault, MissReason, Priority, Scope, ScopeKind, SequenceHash, Slice, Tier};
 
 use crate::v1;
@@ -142,6 +143,73 @@ pub fn slice_message(slice: &Slice) -> v1::Slice {
         head_end: slice.heads.end.into(),
         layers_total: slice.layers_total.into(),
         heads_total: slice.heads_total.into(),
+    }
+}
+
+/// How a worker's KV cache lies in its tensors, checked.
+pub fn cache_layout(message: Option<v1::CacheLayout>) -> Result<EngineLayout, Fault> {
+    let message = message.ok_or_else(|| bad("field `layout` is missing".into()))?;
+    let content = match message.content() {
+        v1::cache_layout::Content::KeyValue => Content::KeyValue,
+        v1::cache_layout::Content::Latent => Content::Latent,
+        v1::cache_layout::Content::Unspecified => {
+            return Err(bad("layout field `content` is missing or not known".into()));
+        }
+    };
+    let step = |field, step: Option<v1::Step>| match step.and_then(|step| step.step) {
+        Some(v1::step::Step::Bytes(bytes)) => Ok(Step::Bytes(bytes)),
+        Some(v1::step::Step::Tensors(tensors)) => Ok(Step::Tensors(tensors)),
+        None => Err(bad(format!("layout field `{field}` is missing"))),
+    };
+    let shape = Shape {
+        slice: slice(message.slice)?,
+        content,
+        page_count: message.page_count,
+        page_tokens: message.page_tokens,
+        head_dim: message.head_dim,
+        element_bits: message.element_bits,
+    };
+    let strides = Strides {
+        layer: step("layer", message.layer)?,
+        kv: step("kv", message.kv)?,
+        page: message.page_stride,
+        head: message.head_stride,
+        token: message.token_stride,
+        dim: message.dim_stride,
+    };
+    let first = Place { tensor: TensorIndex(message.first_tensor), offset: message.first_offset };
+    EngineLayout::new(shape, strides, first).map_err(|error| bad(format!("field `layout`: {error}")))
+}
+
+/// How a KV cache lies in its tensors, as a message.
+pub fn cache_layout_message(layout: &EngineLayout) -> v1::CacheLayout {
+    let (shape, strides, first) = (layout.shape(), layout.strides(), layout.first());
+    let content = match shape.content {
+        Content::KeyValue => v1::cache_layout::Content::KeyValue,
+        Content::Latent => v1::cache_layout::Content::Latent,
+    };
+    let step = |step| {
+        let step = match step {
+            Step::Bytes(bytes) => v1::step::Step::Bytes(bytes),
+            Step::Tensors(tensors) => v1::step::Step::Tensors(tensors),
+        };
+        Some(v1::Step { step: Some(step) })
+    };
+    v1::CacheLayout {
+        slice: Some(slice_message(&shape.slice)),
+        content: content.into(),
+        page_count: shape.page_count,
+        page_tokens: shape.page_tokens,
+        head_dim: shape.head_dim,
+        element_bits: shape.element_bits,
+        layer: step(strides.layer),
+        kv: step(strides.kv),
+        page_stride: strides.page,
+        head_stride: strides.head,
+        token_stride: strides.token,
+        dim_stride: strides.dim,
+        first_tensor: first.tensor.0,
+        first_offset: first.offset,
     }
 }
 

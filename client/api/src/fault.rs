@@ -28,15 +28,27 @@ pub fn status_code(kind: FaultKind) -> Code {
 
 /// The status that carries `fault`, whole, in its details.
 pub fn to_status(fault: &Fault) -> Status {
-    let details = v1::Fault {
+    Status::with_details(status_code(fault.kind), fault.to_string(), message(fault).encode_to_vec().into())
+}
+
+/// `fault` as a message, for an answer in which only part of what was asked failed.
+pub fn message(fault: &Fault) -> v1::Fault {
+    v1::Fault {
         kind: u32::from(fault.kind.wire()),
         code: u32::from(fault.code as u16),
         message: fault.message.clone(),
         retry_after_ms: fault
             .retry_after
             .map_or(0, |wait| wait.as_millis().clamp(1, u128::from(u32::MAX)) as u32),
-    };
-    Status::with_details(status_code(fault.kind), fault.to_string(), details.encode_to_vec().into())
+    }
+}
+
+/// The fault in a message; `None` when it is of a kind or code that this version does not know.
+pub fn from_message(fault: v1::Fault) -> Option<Fault> {
+    let kind = FaultKind::from_wire(u8::try_from(fault.kind).ok()?)?;
+    let code = FaultCode::from_number(u16::try_from(fault.code).ok()?)?;
+    let retry_after = (fault.retry_after_ms > 0).then(|| Duration::from_millis(fault.retry_after_ms.into()));
+    Some(Fault { kind, code, message: fault.message, retry_after })
 }
 
 /// The fault in `status`. A status that we did not make becomes the nearest fault of its own.
@@ -48,11 +60,7 @@ fn carried(status: &Status) -> Option<Fault> {
     if status.details().is_empty() {
         return None;
     }
-    let fault = v1::Fault::decode(status.details()).ok()?;
-    let kind = FaultKind::from_wire(u8::try_from(fault.kind).ok()?)?;
-    let code = FaultCode::from_number(u16::try_from(fault.code).ok()?)?;
-    let retry_after = (fault.retry_after_ms > 0).then(|| Duration::from_millis(fault.retry_after_ms.into()));
-    Some(Fault { kind, code, message: fault.message, retry_after })
+    from_message(v1::Fault::decode(status.details()).ok()?)
 }
 
 fn foreign(status: &Status) -> Fault {

@@ -4,19 +4,23 @@ import sys
 from collections.abc import Sequence
 from os import PathLike
 from types import TracebackType
-from typing import Literal, Self, TypeAlias, final
+from typing import Any, Literal, Protocol, Self, TypeAlias, final
 
 from typing_extensions import Buffer
 
 __all__ = [
     "Binding",
     "Block",
+    "CacheLayout",
     "Client",
     "Description",
+    "DeviceCache",
     "Event",
     "EventBatch",
     "Events",
     "Evicted",
+    "LayerSave",
+    "Load",
     "Lookup",
     "Miss",
     "Pinned",
@@ -37,6 +41,20 @@ _Hash: TypeAlias = bytes | str | int
 
 _Tier: TypeAlias = Literal["device", "host", "disk", "object"]
 _Priority: TypeAlias = Literal["low", "normal", "high"]
+_Content: TypeAlias = Literal["key_value", "latent"]
+_Tensors: TypeAlias = Literal["one", "layers", "halves", "halves_of_layers"]
+
+class _DeviceTensor(Protocol):
+    """A tensor in device memory, such as PyTorch's and CuPy's."""
+
+    @property
+    def __cuda_array_interface__(self) -> dict[str, Any]: ...
+
+_Memory: TypeAlias = _DeviceTensor | tuple[int, int]
+"""A tensor, or where one is: its address and its length in bytes."""
+
+_PagedBlock: TypeAlias = tuple[_Hash, Sequence[int]]
+"""A block and the pages that hold its tokens, in their order."""
 
 def connect(
     endpoint: str | PathLike[str] | None = None,
@@ -369,6 +387,22 @@ class Session:
     def register(self, scope: Scope, block_bytes: int, *, slice: Slice | None = None) -> Binding:
         """Say what this worker's blocks mean. The same again gives a binding of the same blocks."""
 
+    def register_kv_cache(
+        self, tensors: Sequence[_Memory], layout: CacheLayout, *, events: Sequence[bytes] | None = None
+    ) -> DeviceCache:
+        """Make a KV cache in the memory of a GPU known, so that the daemon copies blocks to and from its pages by itself.
+
+        ``tensors`` are the engine's own, as many as the layout is of, in its sequence; nothing is copied, and they must
+        live as long as the cache. ``events``: handles of events that were made to be shared
+        (``torch.cuda.Event(interprocess=True).ipc_handle()``, 64 bytes each); later calls name them by their place here.
+
+        The blocks of a binding lie as the ``layout`` of its scope says: an order of axes such as
+        ``layer,kv,head,token,dim``.
+
+        Raises :class:`kvd.Unsupported` without a CUDA driver, for memory that was not made to be shared, and when the
+        daemon has no use for GPUs; :class:`kvd.Invalid` when there is no device memory at an address, or too little.
+        """
+
     def lookup(self, binding: Binding, hashes: Sequence[_Hash]) -> Lookup:
         """What is here, from the first block on. Holds nothing; wakes nobody up where there is shared memory."""
 
@@ -461,6 +495,183 @@ class Session:
 
     def explain(self, binding: Binding, hash: _Hash) -> Miss | None:
         """Why a block is not here, down to the fields of the scope that differ; ``None`` when it is here."""
+
+@final
+class CacheLayout:
+    """How an engine's KV cache lies in its tensors: which layers and heads, what a page is, and which bytes of it are what.
+
+    ``order`` is a letter for each axis, outermost first: ``L`` layer, ``B`` page (vLLM: block), ``2`` K and V, ``H`` head,
+    ``N`` token of a page, ``D`` element of a vector; ``C`` is ``2D`` (vLLM's ``LBNHC``, to 0.25 ``LB2NHD`` and so on). Or a
+    name of SGLang's: ``layer_first``, ``page_first``, ``page_first_direct``, ``page_head``, ``page_unified``. Every axis has
+    its place, also one of length 1.
+
+    ``tensors`` says how the cache is handed over: as ``one``, as one for each of the ``layers``, as ``halves`` (K, V), or as
+    ``halves_of_layers`` (K of each layer, then V of each). Where the axis is not the outermost of the order, the tensors
+    are views of one cache.
+
+    ``slice``: layers and KV heads of this worker, of how many. ``head_dim``: elements of a vector; ``element_bits``: bits
+    of one, whole bytes. ``content``: a key and a value, or one ``latent`` vector as in MLA.
+    """
+
+    def __new__(
+        cls,
+        order: str,
+        *,
+        slice: Slice,
+        page_count: int,
+        page_tokens: int,
+        head_dim: int,
+        element_bits: int,
+        content: _Content = "key_value",
+        tensors: _Tensors = "layers",
+    ) -> Self: ...
+    @staticmethod
+    def strided(
+        strides: dict[str, int],
+        tensors: dict[str, int] | None = None,
+        *,
+        slice: Slice,
+        page_count: int,
+        page_tokens: int,
+        head_dim: int,
+        element_bits: int,
+        content: _Content = "key_value",
+        first: tuple[int, int] | None = None,
+    ) -> CacheLayout:
+        """A cache with gaps, or in an order without a name.
+
+        ``strides``: bytes from one index to the next, of ``layer``, ``kv``, ``page``, ``head``, ``token`` and ``dim``.
+        ``tensors``: for ``layer`` and ``kv`` instead, how many tensors further the next one is, at the same byte. An axis
+        of length 1 may be left out. ``first``: tensor and byte of the first element of page 0; the first of all when it is not
+        said.
+
+        Raises ``ValueError`` for strides of which it cannot be said that no two elements share a byte.
+        """
+
+    @property
+    def tensor_count(self) -> int:
+        """Tensors that there must be."""
+
+    @property
+    def tensor_bytes(self) -> int:
+        """Bytes that each of them must have."""
+
+    def block_bytes(self, pages: int) -> int:
+        """Length of a block of so many pages, of all that this worker has: what to register its binding with."""
+
+    def __eq__(self, other: object, /) -> bool: ...
+    def __ne__(self, other: object, /) -> bool: ...
+
+@final
+class DeviceCache:
+    """A KV cache that the daemon knows. It lets go of it when nobody refers to it any more.
+
+    The pages of a :meth:`save` hold still until it has returned; those of a :meth:`load` are nobody else's until
+    :meth:`Load.finish` has. **When a call ends with an error that is not a refusal (:class:`kvd.DeadlineExceeded`,
+    :class:`kvd.Unavailable`, :class:`kvd.Fenced`, :class:`kvd.Internal`), copies may be under way for a moment: call**
+    :meth:`quiesce`, **and use the pages when it has returned.**
+
+    While the daemon is away, calls raise :class:`kvd.Unavailable`; the session registers the cache again by itself. One
+    that is not taken back says why when it is used.
+    """
+
+    @property
+    def deadline(self) -> float:
+        """How many seconds a call may take."""
+
+    def with_deadline(self, deadline: float) -> DeviceCache:
+        """The same cache with another deadline, 600 s at most."""
+
+    def save(
+        self,
+        binding: Binding,
+        blocks: Sequence[_PagedBlock],
+        *,
+        priority: _Priority = "normal",
+        ttl: float | None = None,
+        durable: bool = False,
+        after: _Hash | None = None,
+        event: int | None = None,
+    ) -> list[bool | Exception]:
+        """Store blocks from pages; for each, in order, what :meth:`Session.put` would return, or raise.
+
+        ``after``: the block before the first in its prefix, where that is known. ``event``: which of the cache's events
+        the copies wait for, on the device; record it before. Without, the pages are complete.
+
+        In the order of their prefix, where they have one: a tier below may keep them together; nothing else depends on
+        it.
+        """
+
+    def save_by_layer(
+        self,
+        binding: Binding,
+        blocks: Sequence[_PagedBlock],
+        *,
+        priority: _Priority = "normal",
+        ttl: float | None = None,
+        durable: bool = False,
+        after: _Hash | None = None,
+    ) -> LayerSave:
+        """The same while the pages fill: each layer is copied when it is ready. The deadline counts from now until all is
+        stored, so allow for the time that the layers take (:meth:`with_deadline`)."""
+
+    def load(
+        self,
+        binding: Binding,
+        blocks: Sequence[_PagedBlock],
+        *,
+        wait: float = 0.0,
+        node: str | None = None,
+        by_layer: bool = False,
+        events: Sequence[int] | None = None,
+    ) -> Load:
+        """Bring blocks into pages, from whichever tier has them. Returns when it is known which come and the device has
+        the copies in its queue.
+
+        ``wait``: how many seconds to wait for blocks that are announced, on disk, with a peer of the node, or in the
+        object store; ``node``: the peer to ask first. ``by_layer``: copy layer by layer, each behind the one before.
+        ``events``: which of the cache's events are recorded, with ``by_layer`` one behind each layer, else one behind all;
+        streams that wait for them need to wait for nothing else.
+        """
+
+    def quiesce(self) -> None:
+        """Wait until no copy of this cache is under way any more that had begun before."""
+
+    def forget(self) -> None:
+        """Have the daemon let go of the cache now. Copies that have not begun fail; waits for the others."""
+
+@final
+class LayerSave:
+    """Blocks that are stored layer by layer. Given up when nobody refers to it before :meth:`finish`."""
+
+    def ready(self, layers: int, event: int | None = None) -> None:
+        """Say that the first ``layers`` of the binding's slice are ready; their copies wait for ``event`` on the device,
+        recorded behind the last of them. Raises when the save has failed already."""
+
+    def finish(self) -> list[bool | Exception]:
+        """Wait until all is stored, as :meth:`DeviceCache.save` does. All layers must be ready."""
+
+    def abort(self) -> None:
+        """Give it up; nothing is stored. Call :meth:`DeviceCache.quiesce` before the pages are used for something else."""
+
+@final
+class Load:
+    """Blocks on their way into pages. It goes on when nobody refers to it any more."""
+
+    @property
+    def found(self) -> list[_Tier | Miss]:
+        """For each block, in order, the tier that its bytes come from, or why it does not come: its pages are left as they
+        are then."""
+
+    @property
+    def layers_arrived(self) -> int:
+        """Layers that have arrived by now, from the first on; all at once when it is not by layer."""
+
+    def wait_for_layers(self, layers: int) -> None:
+        """Wait until the first ``layers`` have arrived."""
+
+    def finish(self) -> None:
+        """Wait until the device is done with all copies; raises when that failed. Once."""
 
 @final
 class Event:

@@ -32,6 +32,12 @@ pub(crate) fn exception<'py>(py: Python<'py>, error: &Error) -> PyResult<Bound<'
     class.call((PyString::new(py, &error.to_string()),), Some(&named))
 }
 
+/// An exception of one of those classes, to be raised where no fault of the daemon's is behind it.
+pub(crate) fn of_class(py: Python<'_>, class: &str, message: &str) -> PyErr {
+    let made = py.import("kvd.errors").and_then(|errors| errors.getattr(class)?.call1((message,)));
+    made.map_or_else(|other| other, PyErr::from_value)
+}
+
 /// An error, to be raised.
 pub(crate) fn raised(py: Python<'_>, error: &Error) -> PyErr {
     match exception(py, error) {

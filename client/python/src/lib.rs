@@ -7,12 +7,14 @@
 //!   session.rs  Client, Session, Events: one method for one of kv_client
 //!   block.rs    Block and Reservation: buffers over shared memory
 //!   buffer.rs   raw memory, ours and Python's
+//!   devices.rs  CacheLayout, DeviceCache and what it does; memory of a GPU by its address
 //!   names.rs    Scope, Slice, Binding, hashes, Miss
 //!   errors.rs   faults as exceptions of kvd/errors.py
 //! ```
 
 mod block;
 mod buffer;
+mod devices;
 mod errors;
 mod names;
 mod session;
@@ -36,6 +38,10 @@ fn _native(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_class::<session::PyEvicted>()?;
     module.add_class::<block::PyBlock>()?;
     module.add_class::<block::PyReservation>()?;
+    module.add_class::<devices::PyCacheLayout>()?;
+    module.add_class::<devices::PyDeviceCache>()?;
+    module.add_class::<devices::PyLayerSave>()?;
+    module.add_class::<devices::PyLoad>()?;
     module.add_class::<names::PyScope>()?;
     module.add_class::<names::PySlice>()?;
     module.add_class::<names::PyBinding>()?;

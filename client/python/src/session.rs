@@ -8,11 +8,13 @@ use kv_client::{
     Client, ClientOptions, Doors, Endpoint, EventCursor, Events, Got, PutOptions, SequenceHash, Sighting,
     Tls, WatchOptions, Worker, WorkerOptions,
 };
+use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
 use pyo3::types::{PyBytes, PyList};
 
 use crate::block::{PyBlock, PyReservation};
 use crate::buffer::BorrowedBytes;
+use crate::devices::{self, PyCacheLayout, PyDeviceCache};
 use crate::errors::{exception, raised};
 use crate::names::{Hash, PyBinding, PyMiss, PyScope, PySlice, priority, seconds, tier};
 
@@ -281,6 +283,25 @@ impl PySession {
         let slice = slice.map_or_else(|| kv_client::Slice::whole(1, 1), |slice| slice.0);
         let bound = py.detach(|| self.0.register(scope.0, slice, block_bytes).wait());
         bound.map(PyBinding).map_err(|error| raised(py, &error))
+    }
+
+    #[pyo3(signature = (tensors, layout, *, events=None))]
+    fn register_kv_cache(
+        &self,
+        py: Python<'_>,
+        tensors: Vec<Bound<'_, PyAny>>,
+        layout: PyCacheLayout,
+        events: Option<Vec<Vec<u8>>>,
+    ) -> PyResult<PyDeviceCache> {
+        let event = |event: Vec<u8>| {
+            let bytes = event.len();
+            <[u8; 64]>::try_from(event)
+                .map_err(|_| PyValueError::new_err(format!("a handle of an event has 64 bytes, not {bytes}")))
+        };
+        let events = events.unwrap_or_default().into_iter().map(event).collect::<PyResult<_>>()?;
+        let spec = devices::spec(py, tensors, layout.0, events)?;
+        let cache = py.detach(|| self.0.register_cache(spec).wait());
+        cache.map(PyDeviceCache).map_err(|error| raised(py, &error))
     }
 
     fn lookup(&self, py: Python<'_>, binding: &PyBinding, hashes: Vec<Hash>) -> PyResult<PyLookup> {

@@ -1,10 +1,14 @@
-//! How a worker meets its daemon: three messages on a `SOCK_SEQPACKET` Unix socket.
+//! How a worker meets its daemon: three messages on a `SOCK_SEQPACKET` Unix socket, and descriptors of device memory
+//! later.
 //!
 //! ```text
 //! worker                                                   daemon
 //!   | -- Hello (versions, sizes wanted) -------------------> |   uid, gid, pid from the kernel
 //!   | <- Welcome (session, epoch, sizes given) + 5 fds each  |   or Refused (code, words)
 //!   |    shard: meta, data, hazard, ring, bell               |
+//!   |                                                        |
+//!   | -- Offer (number) + 1 fd, Withdraw (number) ---------> |   since version 3, whenever it likes; no answer:
+//!   |                                                        |   who names the number hears whether it is there
 //!   | ........ the connection stays open: its end is the session's end ........ |
 //!
 //! every message  0 "kvdshm" | 6 kind u8 | 7 zero
@@ -16,8 +20,15 @@
 //!                0 shard u16 | 2 numa_node u16 | 4 hazards u32 | 8 ring_entries u32 | 12 zero
 //!               16 staging_bytes u64
 //! Refused        8 code u16 | 10 length u16 | 12 retry_after_ms u32 | then `length` bytes of UTF-8
+//! Offer          8 number u64
+//! Withdraw       8 number u64
 //! ```
 //! All integers are little-endian. A message of another length than its kind says is refused.
+//!
+//! An offered descriptor stays with the daemon under its number, which its session alone can name, until it is
+//! withdrawn or the session ends; what was made of it meanwhile stays. A number that is in use is not offered again.
+//! Versions 2 and 3 differ in nothing else, so either side may be the older one: a worker offers nothing to a daemon
+//! that welcomed it in version 2.
 
 use kv_block::code::Code;
 use kv_block::{Epoch, SessionId, ShardId};
@@ -28,9 +39,13 @@ use crate::{Error, Layout};
 pub use socket::{Connection, Listener};
 
 /// Newest version of the handshake and the rings that this crate speaks.
-pub const VERSION: u16 = 2;
+pub const VERSION: u16 = 3;
 /// Oldest version that this crate speaks.
 pub const VERSION_MIN: u16 = 2;
+/// The version from which on a worker may hand over descriptors.
+pub const VERSION_OFFERS: u16 = 3;
+/// Most descriptors of one session that are offered and not withdrawn.
+pub const OFFERS_MAX: usize = 4096;
 /// Descriptors per shard in a [`Welcome`]: meta, data, hazard, ring, bell.
 pub const FDS_PER_SHARD: usize = 5;
 /// Most shards of one daemon: all their descriptors fit one message (the kernel's limit is 253).
@@ -106,7 +121,7 @@ pub struct Refused {
     pub message: String,
 }
 
-/// One message of the handshake.
+/// One message on the worker socket.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Message {
     /// Worker to daemon.
@@ -115,6 +130,16 @@ pub enum Message {
     Welcome(Welcome),
     /// Daemon to worker, without.
     Refused(Refused),
+    /// Worker to daemon, with a descriptor: what it is called from here on.
+    Offer {
+        /// Its number, of the worker's choice.
+        number: u64,
+    },
+    /// Worker to daemon: the descriptor of this number may be closed.
+    Withdraw {
+        /// Its number.
+        number: u64,
+    },
 }
 
 impl Hello {
@@ -175,6 +200,14 @@ impl Message {
                 bytes.extend(refused.retry_after_ms.to_le_bytes());
                 bytes.extend(&refused.message.as_bytes()[..end]);
             }
+            Self::Offer { number } => {
+                bytes.extend([4, 0]);
+                bytes.extend(number.to_le_bytes());
+            }
+            Self::Withdraw { number } => {
+                bytes.extend([5, 0]);
+                bytes.extend(number.to_le_bytes());
+            }
         }
         bytes
     }
@@ -193,9 +226,21 @@ impl Message {
             1 => Self::Hello(Self::decode_hello(&mut rest)?),
             2 => Self::Welcome(Self::decode_welcome(&mut rest)?),
             3 => Self::Refused(Self::decode_refused(&mut rest)?),
+            4 => Self::Offer { number: rest.u64()? },
+            5 => Self::Withdraw { number: rest.u64()? },
             _ => return Err(refuse("unknown message")),
         };
         if rest.0.is_empty() { Ok(message) } else { Err(refuse("the message is too long")) }
+    }
+
+    /// Descriptors that come with it.
+    #[cfg(not(loom))]
+    fn descriptors(&self) -> usize {
+        match self {
+            Self::Welcome(welcome) => welcome.shards.len() * FDS_PER_SHARD,
+            Self::Offer { .. } => 1,
+            Self::Hello(_) | Self::Refused(_) | Self::Withdraw { .. } => 0,
+        }
     }
 
     fn decode_hello(rest: &mut Reader<'_>) -> Result<Hello, Error> {
@@ -314,8 +359,8 @@ mod socket {
     use rustix::io::Errno;
     use rustix::net::{
         self, AddressFamily, RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, ReturnFlags,
-        SendAncillaryBuffer, SendAncillaryMessage, SendFlags, SocketAddrUnix, SocketFlags, SocketType,
-        sockopt,
+        SendAncillaryBuffer, SendAncillaryMessage, SendFlags, Shutdown, SocketAddrUnix, SocketFlags,
+        SocketType, sockopt,
     };
 
     use super::{Error, FDS_PER_SHARD, MESSAGE_BYTES_MAX, Message, SHARDS_MAX, refuse};
@@ -397,10 +442,19 @@ mod socket {
 
         /// Sends one message with `fds`. Never blocks: the messages of a handshake always find room.
         pub fn send(&self, message: &Message, fds: &[BorrowedFd<'_>]) -> Result<(), Error> {
+            self.try_send(message, fds).and_then(|sent| match sent {
+                true => Ok(()),
+                false => Err(Error::io("sending a handshake")(Errno::AGAIN)),
+            })
+        }
+
+        /// [`Connection::send`] for messages of which there may be many: false when there is no room until the other
+        /// side has taken some.
+        pub fn try_send(&self, message: &Message, fds: &[BorrowedFd<'_>]) -> Result<bool, Error> {
             self.send_bytes(&message.encode(), fds)
         }
 
-        pub(super) fn send_bytes(&self, bytes: &[u8], fds: &[BorrowedFd<'_>]) -> Result<(), Error> {
+        pub(super) fn send_bytes(&self, bytes: &[u8], fds: &[BorrowedFd<'_>]) -> Result<bool, Error> {
             let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(FDS_MAX))];
             let mut control = SendAncillaryBuffer::new(&mut space);
             if !fds.is_empty() && !control.push(SendAncillaryMessage::ScmRights(fds)) {
@@ -408,7 +462,9 @@ mod socket {
             }
             let flags = SendFlags::DONTWAIT | SendFlags::NOSIGNAL;
             match net::sendmsg(&self.0, &[IoSlice::new(bytes)], &mut control, flags) {
-                Ok(_) => Ok(()),
+                Ok(_) => Ok(true),
+                // The last: descriptors that nobody has received yet count against the user's limit.
+                Err(Errno::AGAIN | Errno::INTR | Errno::TOOMANYREFS) => Ok(false),
                 Err(Errno::PIPE | Errno::CONNRESET) => Err(Error::Closed),
                 Err(errno) => Err(Error::io("sending a handshake")(errno)),
             }
@@ -444,14 +500,16 @@ mod socket {
                 return Err(refuse("the message or its descriptors were cut short"));
             }
             let message = Message::decode(&bytes[..received.bytes])?;
-            let wanted = match &message {
-                Message::Welcome(welcome) => welcome.shards.len() * FDS_PER_SHARD,
-                Message::Hello(_) | Message::Refused(_) => 0,
-            };
-            if fds.len() != wanted {
+            if fds.len() != message.descriptors() {
                 return Err(refuse("the message has another number of descriptors than it should"));
             }
             Ok(Some((message, fds)))
+        }
+
+        /// Ends the connection in both directions; the descriptor stays. Both sides see it closed.
+        pub fn shut(&self) {
+            // All that can go wrong is that it has ended already.
+            let _ = net::shutdown(&self.0, Shutdown::Both);
         }
 
         /// [`Connection::try_recv`], waiting up to `timeout`.
@@ -527,6 +585,8 @@ mod tests {
             Message::Welcome(Welcome { may_write: true, ..welcome(SHARDS_MAX as u16) }),
             Message::Refused(refused("uid 7 may not")),
             Message::Refused(refused("")),
+            Message::Offer { number: u64::MAX },
+            Message::Withdraw { number: 7 },
         ]
     }
 
@@ -566,14 +626,14 @@ mod tests {
     #[test]
     fn the_newest_common_version_is_spoken() {
         let speaks = |min, max| Hello { version_min: min, version_max: max, ..hello() }.common_version();
-        assert_eq!((speaks(2, 2), speaks(2, 9), speaks(0, 2)), (Some(2), Some(2), Some(2)));
-        assert_eq!((speaks(3, 9), speaks(0, 1)), (None, None));
+        assert_eq!((speaks(2, 2), speaks(2, 3), speaks(0, 2)), (Some(2), Some(3), Some(2)));
+        assert_eq!((speaks(3, 9), speaks(4, 9), speaks(0, 1)), (Some(3), None, None));
     }
 
     proptest! {
         #[test]
         fn a_changed_byte_never_panics_and_never_hides(
-            which in 0..6usize, at: prop::sample::Index, byte: u8
+            which in 0..8usize, at: prop::sample::Index, byte: u8
         ) {
             let mut bytes = messages()[which].encode();
             let at = at.index(bytes.len());
@@ -673,6 +733,38 @@ mod tests {
         let (daemon, worker) = Connection::pair().unwrap();
         daemon.send(&Message::Welcome(welcome(1)), &[]).unwrap();
         assert!(matches!(worker.recv(LONG), Err(Error::Handshake { .. })), "too few");
+
+        let (daemon, worker) = Connection::pair().unwrap();
+        let (reader, _writer) = std::io::pipe().unwrap();
+        for fds in [&[][..], &[reader.as_fd(), reader.as_fd()]] {
+            worker.send(&Message::Offer { number: 7 }, fds).unwrap();
+            assert!(matches!(daemon.recv(LONG), Err(Error::Handshake { .. })), "an offer is of one");
+        }
+        worker.send(&Message::Withdraw { number: 7 }, &[reader.as_fd()]).unwrap();
+        assert!(matches!(daemon.recv(LONG), Err(Error::Handshake { .. })), "a withdrawal is of none");
+    }
+
+    #[test]
+    fn offers_wait_for_room_and_arrive_in_order() {
+        let (daemon, worker) = Connection::pair().unwrap();
+        let file: OwnedFd = tempfile::tempfile().unwrap().into();
+        let offer = |number| worker.try_send(&Message::Offer { number }, &[file.as_fd()]).unwrap();
+        let sent = (0..100_000).take_while(|number| offer(*number)).count() as u64;
+        assert!((1..100_000).contains(&sent), "a socket holds so many and no more: {sent}");
+        for wanted in 0..sent {
+            let (message, fds) = daemon.try_recv().unwrap().unwrap();
+            assert_eq!((message, fds.len()), (Message::Offer { number: wanted }, 1));
+        }
+        assert!(daemon.try_recv().unwrap().is_none() && offer(sent), "there is room again");
+    }
+
+    #[test]
+    fn a_connection_that_is_shut_is_closed_to_both() {
+        let (daemon, worker) = Connection::pair().unwrap();
+        daemon.shut();
+        assert!(matches!(worker.recv(LONG), Err(Error::Closed)));
+        assert!(matches!(daemon.recv(LONG), Err(Error::Closed)));
+        assert!(matches!(worker.send(&Message::Withdraw { number: 1 }, &[]), Err(Error::Closed)));
     }
 
     #[test]

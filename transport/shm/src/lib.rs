@@ -9,7 +9,8 @@
 //! ```
 //!
 //! [`door`] is how both meet: a `SOCK_SEQPACKET` connection, one [`door::Hello`], one [`door::Welcome`]
-//! with the descriptors. The connection stays open; its end is the session's end.
+//! with the descriptors. The connection stays open, for descriptors of device memory that the worker hands over; its end
+//! is the session's end.
 //!
 //! Nothing read from memory that the other side can write is trusted: indices are checked, entries are
 //! copied out before they are parsed, offsets are checked before they become pointers, and a bell cannot
