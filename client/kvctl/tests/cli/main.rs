@@ -683,3 +683,21 @@ fn without_gpus_the_reason_is_said_and_status_is_silent() {
     kvctl(&old.socket(), "get gpus").fails(1, "does not know this call", "compare the two with");
     assert!(!kvctl(&old.socket(), "status").exits(0).out.contains("gpus"));
 }
+
+#[test]
+fn doctor_looks_at_gpus_where_there_are_any() {
+    let fake = Fake::start(Mood::Gpus);
+    let ran = kvctl(&fake.socket(), "doctor").exits(1);
+    let line = |check: &str| ran.out.lines().find(|line| line.contains(check)).unwrap_or_default();
+    assert!(line("gpu driver").contains("CUDA 12.8, "), "{}", ran.out);
+    assert!(line("gpu lost").starts_with("missing gpu lost    GPU 1 (0000:5e:00.0): "), "{}", ran.out);
+    assert!(line("gpu ipc").starts_with("ok      gpu ipc     1 worker with 2 registered"), "{}", ran.out);
+    let names = kvctl(&fake.socket(), "doctor -o name").exits(1);
+    assert!(names.out.lines().any(|name| name == "gpu lost"), "{}", names.out);
+    // Whether this machine has one or not: of a daemon that uses none, and of one that knows of none, one line is said.
+    for mood in [Mood::Well, Mood::Old] {
+        let fake = Fake::start(mood);
+        let page = kvctl(&fake.socket(), "doctor").out;
+        assert_eq!(page.lines().filter(|line| line.contains(" gpu ")).count(), 1, "{page}");
+    }
+}
