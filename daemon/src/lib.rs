@@ -16,6 +16,7 @@ pub mod connections;
 pub mod disk;
 pub mod drain;
 pub mod gauges;
+pub mod gpu;
 pub mod growth;
 pub mod handed;
 pub mod http;

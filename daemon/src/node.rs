@@ -17,6 +17,7 @@ use kv_node::{BlockReport, Event, Found, Grant, Op, Reach, Reply, ShardReport, S
 use kv_wire::message::Sight;
 
 use crate::drain::Drain;
+use crate::gpu::view::GpusView;
 use crate::plan::PrincipalPlan;
 use crate::registry::{Bound, Registry};
 use crate::sessions::{SessionInfo, Sessions};
@@ -124,6 +125,11 @@ impl Node {
         let mut all = self.sessions.all();
         all.retain(|info| info.id != self.guest);
         all
+    }
+
+    /// Its GPUs as operators see them.
+    pub fn gpus(&self) -> GpusView {
+        GpusView::none("this build does not look for GPUs")
     }
 
     /// Whether no new work is taken.

@@ -4,6 +4,7 @@
 mod admin;
 mod blocks;
 mod events;
+mod gpus;
 mod guard;
 mod intake;
 mod objects;

@@ -59,9 +59,9 @@ pub(crate) struct Global {
 pub(crate) enum Command {
     /// Health of the daemon, on one screen
     Status(cmd::status::Arguments),
-    /// List tiers, blocks, clients, leases, tenants, peers, packs, ...
+    /// List tiers, blocks, clients, tenants, peers, packs, GPUs, ...
     Get(cmd::get::Arguments),
-    /// Everything about one tier, block, client, tenant, peer or pack
+    /// All about one tier, block, client, tenant, peer, pack or GPU
     Describe(cmd::describe::Arguments),
     /// Why a block is here, or why it is not
     Why(cmd::why::Arguments),

@@ -33,7 +33,7 @@ named! {
     ListBlocksResponse GetConfigResponse SetQuotaResponse Progress DrainResponse TierInfo ClientInfo
     TenantInfo BlockInfo ExplainResponse PinResponse UnpinResponse EvictResponse DescribeResponse Found
     ListPeersResponse DescribePeerResponse ListTransfersResponse ListObjectTiersResponse ListPacksResponse
-    DescribePackResponse CollectObjectsResponse
+    DescribePackResponse CollectObjectsResponse ListGpusResponse GpuInfo
 }
 
 static POOL: LazyLock<DescriptorPool> =

@@ -81,7 +81,7 @@ pub(crate) fn ink_of(state: &str) -> Ink {
         "ok" | "present" | "up" => Ink::Good,
         "warn" | "degraded" | "pending" | "connecting" | "leaving" | "opening" | "incompatible"
         | "unread" => Ink::Warn,
-        "error" | "off" | "quarantined" | "down" | "damaged" | "broken" => Ink::Bad,
+        "error" | "off" | "quarantined" | "down" | "damaged" | "broken" | "lost" => Ink::Bad,
         _ => Ink::Plain,
     }
 }
@@ -193,6 +193,12 @@ pub(crate) fn fields(pairs: &[(&str, String)]) -> String {
             format!("{:width$}  {value}\n", format!("{name}:"))
         })
         .collect()
+}
+
+/// Lines under a title, an empty one before it.
+pub(crate) fn section(title: &str, text: &str, paint: Paint) -> String {
+    let lines: String = text.lines().map(|line| format!("  {line}\n")).collect();
+    format!("\n{}\n{lines}", paint.ink(Ink::Head, title))
 }
 
 #[cfg(test)]

@@ -14,7 +14,7 @@ use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Request, Response, Status};
 
 use super::blocks::block_info;
-use super::{Shared, deadline, deadline_asked, objects, peers, status};
+use super::{Shared, deadline, deadline_asked, gpus, objects, peers, status};
 use crate::config::units::Size;
 use crate::node::{Node, unexpected};
 use crate::peers::{Evacuation, PeerView, evacuate, named};
@@ -306,6 +306,8 @@ impl v1::admin_server::Admin for AdminService {
         let peers_down = down.len() as u32;
         warnings.extend(down.into_iter().map(|(code, text)| v1::Warning { code: code.to_string(), text }));
         warnings.extend(objects::warnings(&self.shared.object_views()));
+        let gpus = node.gpus();
+        warnings.extend(gpus::warnings(&gpus));
         for note in &node.recovered.notes {
             warnings.push(v1::Warning { code: Code::SetAside.to_string(), text: note.clone() });
         }
@@ -346,6 +348,7 @@ impl v1::admin_server::Admin for AdminService {
             peers: views.len() as u32,
             peers_down,
             object_tiers: self.shared.object_tiers(),
+            gpus: gpus::list(gpus).gpus,
         }))
     }
 
@@ -647,6 +650,13 @@ impl v1::admin_server::Admin for AdminService {
         request: Request<v1::CollectObjectsRequest>,
     ) -> Result<Response<v1::CollectObjectsResponse>, Status> {
         self.shared.collect_objects(request.get_ref().dry_run).await.map(Response::new)
+    }
+
+    async fn list_gpus(
+        &self,
+        _: Request<v1::ListGpusRequest>,
+    ) -> Result<Response<v1::ListGpusResponse>, Status> {
+        Ok(Response::new(gpus::list(self.shared.node.gpus())))
     }
 }
 

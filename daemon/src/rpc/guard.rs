@@ -71,6 +71,7 @@ pub const METHODS: &[(&str, Needs)] = &[
     ("Admin/ListPacks", Needs::Admin),
     ("Admin/DescribePack", Needs::Admin),
     ("Admin/CollectObjects", Needs::Admin),
+    ("Admin/ListGpus", Needs::Admin),
 ];
 
 /// What stands before the names of our own services.

@@ -116,6 +116,9 @@ codes! {
     PeerDown = 3006, Unavailable, "a peer is down",
         "It cannot be reached, fell silent, or sent what it may not; its circuit is open and its blocks miss.",
         "It is tried again by itself. See `kvctl describe peer` for the last error, and the peer's own log.";
+    GpuLost = 3007, Unavailable, "a GPU is lost to the daemon, or never ended a copy",
+        "Its driver failed in a way from which this process does not come back, or a copy outlived every wait.",
+        "Look for Xid in the kernel log and at `nvidia-smi`; when the GPU is well, restart kvd to have it back.";
 
     HostFull = 4001, Full, "no host slot can be freed",
         "Every slot is pinned, leased or being written.",

@@ -6,15 +6,15 @@ use kv_block::Tier;
 
 use crate::cli::{Format, Global, Show};
 use crate::cmd::get::{TIERS, is_object, part, priority_name, tier_name, tier_names};
-use crate::cmd::object;
 use crate::cmd::peers::{self, round_trip};
+use crate::cmd::{gpus, object};
 use crate::connect;
 use crate::exit::{Exit, Failure, printable};
 use crate::names;
 use crate::out;
-use crate::paint::{Ink, Paint};
+use crate::paint::Paint;
 use crate::structured::{self, Named, hex};
-use crate::table::{Cell, Kind, Look, column, fields};
+use crate::table::{Cell, Kind, Look, column, fields, section};
 use crate::units::{bytes, count, counted, milliseconds, percent, seconds};
 
 #[derive(Debug, Args)]
@@ -64,6 +64,13 @@ enum What {
     Pack {
         /// Id, or its first digits, as in `kvctl get packs`
         id: String,
+        #[command(flatten)]
+        show: Show,
+    },
+    /// A GPU: its state and why, what is registered on it, what is copied
+    Gpu {
+        /// Its number in `kvctl get gpus`, or the beginning of its UUID
+        name: String,
         #[command(flatten)]
         show: Show,
     },
@@ -153,6 +160,13 @@ pub(crate) async fn run(global: &Global, arguments: Arguments) -> Result<Exit, F
             let blocks = if show.output == Format::Wide { usize::MAX } else { object::BLOCKS_SHOWN };
             let text = object::pack_page(&answer, blocks, out::now(), Paint::stdout());
             print(show.output, &answer, &format!("pack/{name}"), text)?;
+        }
+        What::Gpu { name, show } => {
+            let daemon = connect::connect(global).await?;
+            let answer = gpus::list(&daemon).await?;
+            let gpu = gpus::pick(&answer, &name)?;
+            let text = gpus::page(gpu, &answer.gpus, Paint::stdout());
+            print(show.output, gpu, &format!("gpu/{}", printable(&gpu.uuid)), text)?;
         }
     }
     Ok(Exit::Ok)
@@ -322,11 +336,7 @@ fn peer_page(peer: &v1::PeerInfo, paths: &[v1::PathInfo], paint: Paint) -> Strin
         ("Not used", UNUSED.table(&unused, &look, &mut Vec::new())),
     ];
     let sections = sections.iter().filter(|(_, text)| !text.is_empty());
-    let section = |(title, text): &(&str, String)| {
-        let lines: String = text.lines().map(|line| format!("  {line}\n")).collect();
-        format!("\n{}\n{lines}", paint.ink(Ink::Head, title))
-    };
-    head + &sections.map(section).collect::<String>()
+    head + &sections.map(|(title, text)| section(title, text, paint)).collect::<String>()
 }
 
 /// The most frequent first.

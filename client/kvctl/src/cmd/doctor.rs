@@ -5,6 +5,7 @@
 //! ```
 
 mod facts;
+mod gpus;
 
 use clap::Args;
 use serde_json::json;
@@ -132,6 +133,7 @@ fn judge(facts: &Facts) -> Vec<Finding> {
         data_dir(facts),
         numa(facts),
     ]);
+    findings.extend(gpus::judge(facts));
     findings
 }
 
@@ -187,17 +189,18 @@ fn memlock(facts: &Facts) -> Finding {
             Finding::ok("memlock", format!("{} ({whose})", bytes(limit)))
         }
         Some(limit) => {
-            let fix = if facts.systemd {
-                "sudo systemctl edit kvd, add [Service] LimitMEMLOCK=infinity; then restart kvd"
-            } else {
-                "ulimit -l unlimited, as root, in the shell that starts kvd"
-            };
-            Finding::hint(
-                "memlock",
-                format!("{} ({whose}): I/O buffers cannot be registered", bytes(limit)),
-                fix,
-            )
+            let found = format!("{} ({whose}): I/O buffers cannot be registered", bytes(limit));
+            Finding::hint("memlock", found, memlock_fix(facts))
         }
+    }
+}
+
+/// What raises the limit of memory that may be locked.
+fn memlock_fix(facts: &Facts) -> &'static str {
+    if facts.systemd {
+        "sudo systemctl edit kvd, add [Service] LimitMEMLOCK=infinity; then restart kvd"
+    } else {
+        "ulimit -l unlimited, as root, in the shell that starts kvd"
     }
 }
 
@@ -301,18 +304,22 @@ fn numa(facts: &Facts) -> Finding {
 
 #[cfg(test)]
 mod tests {
+    use kv_api::v1;
+
+    use super::facts::gpus::GpuFacts;
     use super::facts::{DaemonFacts, HugePages, MemoryDir, Space};
     use super::*;
 
-    fn healthy() -> Facts {
+    pub(super) fn healthy() -> Facts {
         Facts {
             address: "/run/kvd/kvd.sock".into(),
-            socket: Socket::Open { pid: Some(7) },
+            socket: Socket::Open { pid: Some(7), uid: Some(0) },
             daemon: Some(Ok(DaemonFacts {
                 node: "a".into(),
                 version: OWN.into(),
                 health: "ok".into(),
                 shards: 1,
+                gpus: Some(v1::ListGpusResponse::default()),
             })),
             start: "sudo systemctl start kvd",
             systemd: true,
@@ -324,6 +331,7 @@ mod tests {
             host_bytes_wanted: 4 << 30,
             data: Some(("/d".into(), DataDir::Direct { free: 1 << 40 })),
             numa_nodes: 1,
+            gpu: GpuFacts::default(),
         }
     }
 

@@ -5,7 +5,7 @@ use kv_api::v1;
 use kv_block::Tier;
 
 use crate::cli::{Format, Global, Listing, parse_key_prefix, parse_tenant, tier_parser};
-use crate::cmd::{object, peers};
+use crate::cmd::{gpus, object, peers};
 use crate::connect::{self, Daemon};
 use crate::exit::{Exit, Failure};
 use crate::out;
@@ -48,6 +48,9 @@ enum What {
     /// Packs in the object store that this node knows
     #[command(visible_alias = "pack")]
     Packs(Packs),
+    /// GPUs: state, what workers registered on them, what is copied
+    #[command(visible_alias = "gpu")]
+    Gpus(Listing),
 }
 
 #[derive(Debug, Args)]
@@ -186,6 +189,19 @@ pub(crate) async fn run(global: &Global, arguments: Arguments) -> Result<Exit, F
                         let listed = answer.packs.len();
                         out::note(&format!("the first {listed} are listed; --limit 0 lists all"));
                     }
+                    Ok(answer)
+                },
+            )
+            .await
+        }
+        What::Gpus(listing) => {
+            list(
+                &listing,
+                &gpus::GPUS,
+                |r: &mut v1::ListGpusResponse| &mut r.gpus,
+                async || {
+                    let answer = gpus::list(&daemon).await?;
+                    say_when(answer.gpus.is_empty(), &listing, &gpus::none(&answer));
                     Ok(answer)
                 },
             )

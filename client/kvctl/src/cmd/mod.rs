@@ -1,5 +1,5 @@
-//! One file per command: its arguments, its call, and pure functions from the answer to text. `peers` is no command: it
-//! has what several of them say of peers, as `object` has of packs.
+//! One file per command: its arguments, its call, and pure functions from the answer to text. `peers` and `gpus` are no
+//! commands: they have what several of them say of peers and of GPUs, as `object` has of packs.
 
 pub(crate) mod bench;
 pub(crate) mod completion;
@@ -10,6 +10,7 @@ pub(crate) mod drain;
 pub(crate) mod evict;
 pub(crate) mod explain;
 pub(crate) mod get;
+pub(crate) mod gpus;
 pub(crate) mod object;
 pub(crate) mod options;
 pub(crate) mod peers;

@@ -117,11 +117,12 @@ fn page(status: &v1::StatusResponse, lines_max: usize, columns: usize, paint: Pa
     rest.push(checks(status));
     rest.extend(status.recovery.as_ref().map(recovery));
     let mut page = vec![head(status)];
-    // It may be left out where a warning has no other line: its tier has one already.
-    if page.len() + rest.len() + 1 < lines_max
-        && let Some(line) = object(&status.object_tiers)
-    {
-        rest.insert(at, line);
+    // They may be left out where a warning has no other line: tiers have one already, and a GPU that is lost is among
+    // the warnings.
+    for line in [gpus(&status.gpus), object(&status.object_tiers)].into_iter().flatten() {
+        if page.len() + rest.len() + 1 < lines_max {
+            rest.insert(at, line);
+        }
     }
     let room = lines_max.saturating_sub(page.len() + rest.len());
     page.extend(warnings(&status.warnings, room));
@@ -215,6 +216,26 @@ fn object(tiers: &[v1::ObjectTierInfo]) -> Option<Line> {
         first.store
     );
     Some(Line::new("object", text))
+}
+
+/// One line for all of them. Why one is lost stands in the warnings.
+fn gpus(gpus: &[v1::GpuInfo]) -> Option<Line> {
+    let sum = |of: fn(&v1::GpuInfo) -> u64| gpus.iter().map(of).sum::<u64>();
+    let lost = sum(|gpu| u64::from(gpu.state == "lost"));
+    let ink = if lost == 0 { Ink::Plain } else { Ink::Bad };
+    let mut text = format!(
+        "  in {}, out {}; copies: {} under way, {} waiting",
+        bytes(sum(|gpu| gpu.bytes_in)),
+        bytes(sum(|gpu| gpu.bytes_out)),
+        count(sum(|gpu| gpu.copies_under_way)),
+        count(sum(|gpu| gpu.copies_waiting)),
+    );
+    if sum(|gpu| gpu.pool_bytes_max) > 0 {
+        text += &format!("; pool {}", bytes(sum(|gpu| gpu.pool_bytes_used)));
+    }
+    let words =
+        vec![(Ink::Plain, format!("{}, ", gpus.len())), (ink, format!("{lost} lost")), (Ink::Plain, text)];
+    (!gpus.is_empty()).then_some(Line { label: "gpus", words })
 }
 
 /// One line for all of them. Why one is down stands in the warnings.
@@ -363,6 +384,8 @@ start    brought back 12,034 host and 400,000 disk blocks in 1.4s; shard-1.metaâ
         }
         status.misses =
             kv_block::MissReason::ALL.map(|reason| (reason.name().to_owned(), u64::MAX >> 5)).into();
+        let gpu = v1::GpuInfo { state: "lost".into(), bytes_in: u64::MAX >> 9, ..Default::default() };
+        status.gpus = vec![gpu; 16];
         let page = page(&status, LINES_MAX, COLUMNS_MAX, Paint::plain());
         assert!(page.lines().count() <= LINES_MAX, "{page}");
         assert!(page.lines().all(|line| line.chars().count() <= COLUMNS_MAX), "{page}");
@@ -375,5 +398,30 @@ start    brought back 12,034 host and 400,000 disk blocks in 1.4s; shard-1.metaâ
         assert!(page.contains("hits     none\nmisses   of what kvd was asked: none\n"), "{page}");
         assert!(!page.contains("peers"), "nor does it speak of peers that it has not: {page}");
         assert!(!page.contains("object"), "nor of a store: {page}");
+        assert!(!page.contains("gpus"), "nor of GPUs: {page}");
+    }
+
+    #[test]
+    fn gpus_have_one_line_before_the_object_store_has_one() {
+        let ok = v1::GpuInfo {
+            state: "ok".into(),
+            bytes_in: 8 << 40,
+            bytes_out: 2 << 40,
+            copies_under_way: 7,
+            copies_waiting: 1,
+            ..Default::default()
+        };
+        let lost = v1::GpuInfo { state: "lost".into(), bytes_out: 1 << 40, ..Default::default() };
+        let mut status = status();
+        status.gpus = vec![ok.clone(), ok, lost];
+        let line = "\ngpus     3, 1 lost  in 16.0TiB, out 5.0TiB; copies: 14 under way, 2 waiting\n";
+        let tight = page(&status, LINES_MAX, COLUMNS_MAX, Paint::plain());
+        assert!(tight.contains(line) && !tight.contains("object   4,200"), "{tight}");
+        assert_eq!(tight.lines().count(), LINES_MAX, "{tight}");
+        status.gpus[0].pool_bytes_max = 1 << 40;
+        status.gpus[0].pool_bytes_used = 1 << 30;
+        let wide = page(&status, usize::MAX, usize::MAX, Paint::plain());
+        assert!(wide.contains("2 waiting; pool 1.0GiB\n"), "{wide}");
+        assert!(wide.find("object   4,200") < wide.find("gpus     3"), "{wide}");
     }
 }

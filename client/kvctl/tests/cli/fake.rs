@@ -34,12 +34,14 @@ pub(crate) enum Mood {
     PeersFull,
     /// Its peers never answer an offer.
     PeersSilent,
-    /// Knows nothing of peers: it is of an older version.
+    /// Knows nothing of peers or GPUs: it is of an older version.
     Old,
     /// Has an object store with two packs, of which one cannot be read.
     Object,
     /// Has an object store that is not open yet.
     Opening,
+    /// Has two GPUs, of which one is lost.
+    Gpus,
 }
 
 /// A fake daemon; ends when dropped.
@@ -242,6 +244,44 @@ impl Service {
         }
     }
 
+    fn gpus(&self) -> v1::ListGpusResponse {
+        if self.0.mood != Mood::Gpus {
+            let absent = "no CUDA driver: libcuda.so.1: cannot open shared object file".into();
+            return v1::ListGpusResponse { absent, ..Default::default() };
+        }
+        let well = v1::GpuInfo {
+            ordinal: 0,
+            uuid: "GPU-0a1b2c3d-0000-0000-0000-000000000000".into(),
+            name: "NVIDIA H200".into(),
+            bus: "0000:3b:00.0".into(),
+            numa_node: Some(0),
+            memory_bytes: 141 << 30,
+            free_bytes: Some(9 << 30),
+            state: "ok".into(),
+            method: "auto(batch)".into(),
+            caches: 2,
+            cache_bytes: 110 << 30,
+            copies_under_way: 14,
+            copies_waiting: 3,
+            bytes_in: 12 << 30,
+            bytes_out: 5 << 30,
+            copies_failed: 2,
+            reaches: vec!["GPU-0a1b0000-0000-0000-0000-000000000001".into()],
+            ..Default::default()
+        };
+        let lost = v1::GpuInfo {
+            ordinal: 1,
+            uuid: "GPU-0a1b0000-0000-0000-0000-000000000001".into(),
+            name: "NVIDIA H200".into(),
+            bus: "0000:5e:00.0".into(),
+            state: "lost".into(),
+            reason: "GPU 1 is lost to this process, as cuEventQuery said".into(),
+            kept: 4,
+            ..Default::default()
+        };
+        v1::ListGpusResponse { driver: "12.8".into(), absent: String::new(), gpus: vec![well, lost] }
+    }
+
     fn progress(&self) -> Messages<v1::Progress> {
         let broken = self.0.mood == Mood::Broken;
         let report = |done, finished| {
@@ -278,8 +318,12 @@ impl Service {
 impl admin_server::Admin for Service {
     async fn status(&self, _: Request<v1::StatusRequest>) -> Answer<v1::StatusResponse> {
         self.admin()?;
-        let warn = self.0.mood == Mood::Warn;
-        let warning = v1::Warning { code: "KVD-3001".into(), text: "disk: circuit open for 41s".into() };
+        let warn = matches!(self.0.mood, Mood::Warn | Mood::Gpus);
+        let (code, text) = match self.0.mood {
+            Mood::Gpus => ("KVD-3007", "GPU 1 (0000:5e:00.0): is lost until kvd restarts"),
+            _ => ("KVD-3001", "disk: circuit open for 41s"),
+        };
+        let warning = v1::Warning { code: code.into(), text: text.into() };
         Ok(Response::new(v1::StatusResponse {
             node: "fake".into(),
             version: env!("CARGO_PKG_VERSION").into(),
@@ -292,6 +336,7 @@ impl admin_server::Admin for Service {
             peers: self.peers().len() as u32,
             peers_down: self.peers().iter().filter(|peer| peer.state == "down").count() as u32,
             object_tiers: self.object_tiers(),
+            gpus: self.gpus().gpus,
             ..Default::default()
         }))
     }
@@ -533,6 +578,14 @@ impl admin_server::Admin for Service {
         let round = v1::Collected { round: 4, packs: 2, deleted: 1, deleted_ids, ..early.clone() };
         let one = if request.into_inner().dry_run { round } else { early };
         Ok(Response::new(v1::CollectObjectsResponse { collected: vec![one] }))
+    }
+
+    async fn list_gpus(&self, _: Request<v1::ListGpusRequest>) -> Answer<v1::ListGpusResponse> {
+        self.admin()?;
+        match self.0.mood {
+            Mood::Old => Err(Status::unimplemented("")),
+            _ => Ok(Response::new(self.gpus())),
+        }
     }
 }
 

@@ -626,3 +626,78 @@ fn without_an_object_store_it_is_said_what_to_set_and_before_it_is_open_to_wait(
     let page = kvctl(&opening.socket(), "describe tier object").exits(0).out;
     assert!(page.contains("opening") && page.contains("Circuit:      -\n"), "{page}");
 }
+
+#[test]
+fn gpus_are_listed_and_described() {
+    let fake = Fake::start(Mood::Gpus);
+    let socket = fake.socket();
+    let wanted = "\
+GPU   NAME          STATE   CACHES   CACHE-BYTES   POOL   COPYING   WAITING        IN      OUT   FAILED
+  0   NVIDIA H200   ok           2        110GiB      -        14         3   12.0GiB   5.0GiB        2
+  1   NVIDIA H200   lost         0            0B      -         0         0        0B       0B        0
+";
+    let gpus = kvctl(&socket, "get gpus").exits(0);
+    assert_eq!((gpus.out.as_str(), gpus.err.as_str()), (wanted, ""), "\n{}", gpus.out);
+    let wide = kvctl(&socket, "get gpu -o wide --sort-by free --no-headers").exits(0).out;
+    let lost = wide.lines().nth(1).unwrap();
+    assert!(lost.contains("0000:5e:00.0") && lost.ends_with("as cuEventQuery said"), "{wide}");
+    let names = kvctl(&socket, "get gpus -o name").exits(0).out;
+    assert_eq!(
+        names,
+        "gpu/GPU-0a1b2c3d-0000-0000-0000-000000000000\ngpu/GPU-0a1b0000-0000-0000-0000-000000000001\n"
+    );
+    let json: serde_json::Value =
+        serde_json::from_str(&kvctl(&socket, "get gpus -o json").exits(0).out).unwrap();
+    assert_eq!((&json["driver"], &json["gpus"][0]["bytes_out"]), (&"12.8".into(), &(5u64 << 30).into()));
+    assert!(json["gpus"][1]["free_bytes"].is_null(), "nobody can ask it any more");
+    let page = kvctl(&socket, "describe gpu 1").exits(0).out;
+    assert!(page.contains("as cuEventQuery said\n") && page.contains("  Never ended:       4\n"), "{page}");
+    for name in ["gpu GPU-0a1b0", "gpu 0a1b0000", names.lines().nth(1).unwrap()] {
+        assert_eq!(kvctl(&socket, &format!("describe {name}")).exits(0).out, page);
+    }
+    let json = kvctl(&socket, "describe gpu 0 -o json").exits(0).out;
+    let json: serde_json::Value = serde_json::from_str(&json).unwrap();
+    assert_eq!((&json["state"], &json["numa_node"]), (&"ok".into(), &0.into()));
+    kvctl(&socket, "describe gpu 2").fails(3, "no gpu is called `2`", "`kvctl get gpus` lists them");
+    kvctl(&socket, "describe gpu 0a1b").fails(2, "the UUIDs of 2 GPUs begin with", "give more of it");
+    let page = kvctl(&socket, "status").exits(4).out;
+    assert!(page.contains("\n         KVD-3007 GPU 1 (0000:5e:00.0): is lost until"), "{page}");
+    let line = "\ngpus     2, 1 lost  in 12.0GiB, out 5.0GiB; copies: 14 under way, 3 waiting\n";
+    assert!(page.contains(line), "{page}");
+}
+
+#[test]
+fn without_gpus_the_reason_is_said_and_status_is_silent() {
+    let fake = Fake::start(Mood::Well);
+    let socket = fake.socket();
+    let ran = kvctl(&socket, "get gpus --no-headers").exits(0);
+    assert!(ran.err.starts_with("no GPUs: no CUDA driver: libcuda.so.1: "), "{}", ran.err);
+    assert_eq!(ran.out, "", "a script counts none");
+    let json = kvctl(&socket, "get gpus -o json").exits(0);
+    let told: serde_json::Value = serde_json::from_str(&json.out).unwrap();
+    assert!(told["absent"].as_str().unwrap().starts_with("no CUDA driver"), "{told}");
+    assert_eq!((&told["gpus"], json.err.as_str()), (&serde_json::json!([]), ""));
+    kvctl(&socket, "describe gpu 0").fails(3, "there is no GPU `0`, nor any other", "`kvctl doctor`");
+    assert!(!kvctl(&socket, "status").exits(0).out.contains("gpus"));
+    let old = Fake::start(Mood::Old);
+    kvctl(&old.socket(), "get gpus").fails(1, "does not know this call", "compare the two with");
+    assert!(!kvctl(&old.socket(), "status").exits(0).out.contains("gpus"));
+}
+
+#[test]
+fn doctor_looks_at_gpus_where_there_are_any() {
+    let fake = Fake::start(Mood::Gpus);
+    let ran = kvctl(&fake.socket(), "doctor").exits(1);
+    let line = |check: &str| ran.out.lines().find(|line| line.contains(check)).unwrap_or_default();
+    assert!(line("gpu driver").contains("CUDA 12.8, "), "{}", ran.out);
+    assert!(line("gpu lost").starts_with("missing gpu lost    GPU 1 (0000:5e:00.0): "), "{}", ran.out);
+    assert!(line("gpu ipc").starts_with("ok      gpu ipc     1 worker with 2 registered"), "{}", ran.out);
+    let names = kvctl(&fake.socket(), "doctor -o name").exits(1);
+    assert!(names.out.lines().any(|name| name == "gpu lost"), "{}", names.out);
+    // Whether this machine has one or not: of a daemon that uses none, and of one that knows of none, one line is said.
+    for mood in [Mood::Well, Mood::Old] {
+        let fake = Fake::start(mood);
+        let page = kvctl(&fake.socket(), "doctor").out;
+        assert_eq!(page.lines().filter(|line| line.contains(" gpu ")).count(), 1, "{page}");
+    }
+}

@@ -1,5 +1,7 @@
 //! What `doctor` judges by: looked up on this machine and asked of the daemon, without an opinion.
 
+pub(super) mod gpus;
+
 use std::fs::{File, OpenOptions};
 use std::io::ErrorKind;
 use std::os::unix::fs::{MetadataExt as _, OpenOptionsExt as _};
@@ -7,6 +9,7 @@ use std::path::{Path, PathBuf};
 
 use kv_api::v1;
 
+use self::gpus::GpuFacts;
 use crate::cli::Global;
 use crate::connect;
 use crate::exit::Failure;
@@ -34,11 +37,12 @@ pub(super) struct Facts {
     /// `None` when the disk tier is off.
     pub(super) data: Option<(PathBuf, DataDir)>,
     pub(super) numa_nodes: u32,
+    pub(super) gpu: GpuFacts,
 }
 
 #[derive(Debug)]
 pub(super) enum Socket {
-    Open { pid: Option<i32> },
+    Open { pid: Option<i32>, uid: Option<u32> },
     Remote,
     Absent,
     Refused,
@@ -51,6 +55,8 @@ pub(super) struct DaemonFacts {
     pub(super) version: String,
     pub(super) health: String,
     pub(super) shards: u32,
+    /// `None`: it is of a version that knows of no GPUs.
+    pub(super) gpus: Option<v1::ListGpusResponse>,
 }
 
 #[derive(Clone, Copy)]
@@ -97,9 +103,11 @@ pub(super) async fn gather(
     let path = connect::socket(&endpoint);
     let socket = path.as_deref().map_or(Socket::Remote, look_at_socket);
     let (mut daemon, mut config, mut host_bytes) = (None, toml::Table::new(), None);
+    let mut clients = Vec::new();
     if matches!(socket, Socket::Open { .. } | Socket::Remote) {
         daemon = Some(match ask(global).await {
-            Ok((status, toml)) => {
+            Ok(told) => {
+                let status = told.status;
                 let host = i32::from(v1::Tier::Host);
                 host_bytes = Some(
                     status
@@ -109,15 +117,17 @@ pub(super) async fn gather(
                         .map(|t| t.bytes_wanted.max(t.bytes_max))
                         .sum(),
                 );
-                config = toml;
+                config = told.config;
+                clients = told.clients;
                 let v1::StatusResponse { node, version, health, shards, .. } = status;
-                Ok(DaemonFacts { node, version, health, shards })
+                Ok(DaemonFacts { node, version, health, shards, gpus: told.gpus })
             }
             Err(failure) => Err(failure),
         });
     }
     let meminfo = std::fs::read_to_string("/proc/meminfo").unwrap_or_default();
-    let pid = if let Socket::Open { pid } = socket { pid } else { None };
+    let pid = if let Socket::Open { pid, .. } = socket { pid } else { None };
+    let gpu = gpus::gather(&socket, &clients);
     let memory_dir = memory_dir.or_else(|| configured(&config, "host", "memory_dir"));
     let data_dir = data_dir.or_else(|| configured(&config, "disk", "dir"));
     Ok(Facts {
@@ -139,14 +149,31 @@ pub(super) async fn gather(
             (dir, found)
         }),
         numa_nodes: numa_nodes(),
+        gpu,
     })
 }
 
-async fn ask(global: &Global) -> Result<(v1::StatusResponse, toml::Table), Failure> {
+/// What the daemon tells.
+struct Told {
+    status: v1::StatusResponse,
+    config: toml::Table,
+    gpus: Option<v1::ListGpusResponse>,
+    /// Only where there are GPUs.
+    clients: Vec<v1::ClientInfo>,
+}
+
+async fn ask(global: &Global) -> Result<Told, Failure> {
     let daemon = connect::connect(global).await?;
     let status = daemon.within(daemon.admin().status(daemon.request(v1::StatusRequest {}))).await?;
     let config = daemon.within(daemon.admin().get_config(daemon.request(v1::GetConfigRequest {}))).await?;
-    Ok((status, config.toml.parse().unwrap_or_default()))
+    let request = daemon.request(v1::ListGpusRequest {});
+    let gpus = daemon.within_if_known(daemon.admin().list_gpus(request)).await?;
+    let mut clients = Vec::new();
+    if gpus.as_ref().is_some_and(|told| !told.gpus.is_empty()) {
+        let request = daemon.request(v1::ListClientsRequest {});
+        clients = daemon.within(daemon.admin().list_clients(request)).await?.clients;
+    }
+    Ok(Told { status, config: config.toml.parse().unwrap_or_default(), gpus, clients })
 }
 
 /// A directory in the daemon's configuration; `off` and `auto` are none.
@@ -159,7 +186,10 @@ fn look_at_socket(path: &Path) -> Socket {
     match std::os::unix::net::UnixStream::connect(path) {
         Ok(stream) => {
             let peer = rustix::net::sockopt::socket_peercred(&stream).ok();
-            Socket::Open { pid: peer.map(|peer| peer.pid.as_raw_nonzero().get()) }
+            Socket::Open {
+                pid: peer.map(|peer| peer.pid.as_raw_nonzero().get()),
+                uid: peer.map(|peer| peer.uid.as_raw()),
+            }
         }
         Err(error) => match error.kind() {
             ErrorKind::NotFound => Socket::Absent,

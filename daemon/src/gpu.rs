@@ -1,0 +1,3 @@
+//! The GPUs of this node.
+
+pub mod view;
