@@ -86,6 +86,12 @@ codes! {
     UnknownTenant = 1014, NotFound, "no such tenant",
         "No block or quota of that tenant is known here.",
         "List tenants with `kvctl get tenants`.";
+    BadHandle = 1015, Invalid, "a handle of device memory or of an event cannot be used",
+        "It leads nowhere, its owner is gone, it is of another device, or what lies behind is shorter than was said.",
+        "Read the message. The worker exports the handle anew, from the process that has the memory.";
+    UnknownCache = 1016, NotFound, "the KV cache is not registered",
+        "The session named a cache that it has not registered, or has forgotten, often after a restart.",
+        "Register it again; the client crate does so by itself.";
 
     CorruptHost = 2001, Corrupt, "a block in host memory failed its checksum",
         "Memory kept from an earlier life of the daemon, or damaged since, is not what was sealed.",
@@ -96,6 +102,9 @@ codes! {
     SetAside = 2003, Unavailable, "a data directory or memory file was set aside",
         "It has another format version or is broken. It was renamed, not deleted.",
         "Run the version that wrote it, or remove the renamed files when they are not wanted.";
+    CorruptTransfer = 2004, Corrupt, "a block was damaged on its way from a GPU",
+        "Its checksum in host memory is not the one that the device computed of it: the bus or memory changed a byte.",
+        "Nothing was stored. Look at the kernel log for PCIe and ECC errors, and take the device out if it comes again.";
 
     TierDegraded = 3001, Unavailable, "a tier is out of service",
         "Repeated errors or slowness opened its circuit; requests miss instead of waiting.",
@@ -119,6 +128,12 @@ codes! {
     GpuLost = 3007, Unavailable, "a GPU is lost to the daemon, or never ended a copy",
         "Its driver failed in a way from which this process does not come back, or a copy outlived every wait.",
         "Look for Xid in the kernel log and at `nvidia-smi`; when the GPU is well, restart kvd to have it back.";
+    NoGpu = 3008, Unavailable, "no GPU can be used",
+        "There is no CUDA driver, no device of that name, or `gpu.enabled` is off.",
+        "See `kvctl get gpus` for the reason. Blocks still come and go through host memory.";
+    GpuError = 3009, Unavailable, "a GPU failed an operation",
+        "The CUDA driver refused or failed a call; the device is still there.",
+        "Read the message for the driver's own words. Recompute what was not loaded or stored.";
 
     HostFull = 4001, Full, "no host slot can be freed",
         "Every slot is pinned, leased or being written.",
@@ -141,6 +156,9 @@ codes! {
     TooManyBindings = 4007, Full, "too many bindings",
         "As many scopes and slices were named since the daemon started as there are numbers for them.",
         "Restart the daemon: it keeps those that some block in memory or on disk is of, and forgets the others.";
+    TooManyCaches = 4008, Busy, "too many KV caches in one session",
+        "The session has registered as many as it may, or too many events or pieces of memory with them.",
+        "Forget some, or raise `gpu.caches_max`.";
 
     Draining = 5001, Unavailable, "the daemon is draining",
         "It was told to stop and takes no new work.",

@@ -203,6 +203,18 @@ impl Cache {
         self.remove(key);
     }
 
+    /// Gives up all blocks but those of which `keep` says so; how many went.
+    pub fn retain(&mut self, mut keep: impl FnMut(&BlockKey) -> bool) -> usize {
+        let gone: Vec<BlockKey> = self.keys().filter(|key| !keep(key)).collect();
+        gone.iter().for_each(|key| self.forget(key));
+        gone.len()
+    }
+
+    /// The blocks that it has, or that are being written, in no order; some twice.
+    pub fn keys(&self) -> impl Iterator<Item = BlockKey> + '_ {
+        self.entries.keys().chain(self.writing.keys()).copied()
+    }
+
     /// Takes what has happened since, and answers the pool. Never blocks.
     pub fn poll(&mut self) {
         let mut done = std::mem::take(&mut self.done);

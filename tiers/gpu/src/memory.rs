@@ -63,6 +63,11 @@ impl DeviceMemory {
         &self.inner.device
     }
 
+    /// Whether both are the same memory, not only alike.
+    pub fn is(&self, other: &Self) -> bool {
+        Arc::ptr_eq(&self.inner, &other.inner)
+    }
+
     /// The address of a piece of it, if it lies within.
     pub(crate) fn address_of(&self, offset: u64, bytes: u64) -> Result<CUdeviceptr, Error> {
         let within = self.inner.bytes;

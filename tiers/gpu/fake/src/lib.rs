@@ -30,6 +30,7 @@
 //! | `hold=1` | copies stand still until it is 0 |
 //! | `reach_hosts=0` | kernels reach no host memory |
 //! | `host_addresses=0` | the device finds registered host memory at addresses of its own |
+//! | `flip=WHICH` | the copy of that number from now on, between host memory and a device, lands with a bit changed |
 //! | `fail_launch=WHICH:CODE` | the launch of that number from now on is taken, and the device is lost half way in it |
 //!
 //! `fake_cuda_count` counts: see `State::count`.

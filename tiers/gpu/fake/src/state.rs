@@ -183,6 +183,12 @@ impl State {
                         .iter()
                         .for_each(|device| device.health.delay_us.store(delay_us, Ordering::Relaxed));
                 }
+                "flip" => {
+                    let flips = number(value)?;
+                    self.devices
+                        .iter()
+                        .for_each(|device| device.health.flips.store(flips, Ordering::Relaxed));
+                }
                 "lie_range" => self.lie_range_bytes = Some(number(value)? as usize),
                 "lose" => {
                     let (device, code) = value.split_once(':').ok_or("lose=DEVICE:CODE")?;

@@ -67,13 +67,17 @@ impl Work {
 impl Work {
     /// Whether it reads or writes any of this part of memory.
     fn touches_part(&self, memory: &Arc<Mapping>, part: &Range<usize>) -> bool {
-        let Self::Copy { from, to, bytes } = self else { return false };
-        [from, to].into_iter().any(|end| match end {
+        let touches = |(end, bytes): (&End, usize)| match end {
             End::Device(mapping, at) => {
                 Arc::ptr_eq(mapping, memory) && *at < part.end && part.start < at + bytes
             }
             End::Host(_) => false,
-        })
+        };
+        match self {
+            Self::Copy { from, to, bytes } => [from, to].into_iter().any(|end| touches((end, *bytes))),
+            Self::Launch(launch) => launch.ends().any(touches),
+            Self::Record(..) | Self::Wait(..) => false,
+        }
     }
 }
 
@@ -93,6 +97,8 @@ pub(crate) struct Health {
     pub(crate) delay_us: AtomicU64,
     /// Whether copies stand still.
     pub(crate) holds: AtomicBool,
+    /// After so many copies over the bus, one lands with another bit; 0: none does.
+    pub(crate) flips: AtomicU64,
     /// What launches found that no caller may do.
     pub(crate) violations: AtomicU64,
 }
@@ -240,6 +246,15 @@ impl Stream {
         }
     }
 
+    /// The bus changes a bit of the copy of that number, where it was asked to.
+    fn may_flip(&self, to: &End) {
+        let next = |left: u64| left.checked_sub(1);
+        if self.health.flips.fetch_update(Ordering::SeqCst, Ordering::SeqCst, next) == Ok(1) {
+            // SAFETY: the first byte of what was just copied there, as above.
+            unsafe { *to.at(0) ^= 0x10 };
+        }
+    }
+
     fn perform(&self, work: &Work) {
         match work {
             Work::Copy { from, to, bytes } => {
@@ -253,6 +268,9 @@ impl Stream {
                     // contract of the call that queued it, which is what is tested here.
                     unsafe { std::ptr::copy(from.at(at).cast_const(), to.at(at), length) };
                     at += length;
+                }
+                if let (End::Device(..), End::Host(_)) | (End::Host(_), End::Device(..)) = (from, to) {
+                    self.may_flip(to);
                 }
             }
             Work::Launch(launch) => {
