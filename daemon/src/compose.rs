@@ -199,7 +199,7 @@ impl Running {
     }
 }
 
-fn spawn(
+pub(crate) fn spawn(
     name: String,
     cpus: Vec<u32>,
     body: impl FnOnce() + Send + 'static,

@@ -22,8 +22,8 @@ use serde::{Deserialize, Serialize};
 
 pub use layer::{ConfigError, Facts, Loaded, Origin, Problem, Sources};
 use units::{
-    Address, Admission, Engine, FilePath, HugePages, Label, LogFormat, Member, Mode, OrAuto, OrOff, Place,
-    Policy, Rdma, Share, Size, SizeOrShare, Span, StoreAt, Sync, UidRule,
+    Address, Admission, CopyMethod, Engine, FilePath, GpuUse, HugePages, Label, LogFormat, Member, Mode,
+    OrAuto, OrOff, Place, Policy, Rdma, Share, Size, SizeOrShare, Span, StoreAt, Sync, UidRule,
 };
 
 /// Status with which the daemon ends when its configuration is refused (`EX_CONFIG`).
@@ -65,6 +65,8 @@ pub struct Config {
     pub listen: Listen,
     /// What engine workers may do and how much they get.
     pub workers: Workers,
+    /// GPUs, and what is kept in their memory.
+    pub gpu: Gpu,
     /// The host tier.
     pub host: Host,
     /// The disk tier.
@@ -94,6 +96,7 @@ impl Config {
         ("listen", Listen::DOCS),
         ("listen.tls", Tls::DOCS),
         ("workers", Workers::DOCS),
+        ("gpu", Gpu::DOCS),
         ("host", Host::DOCS),
         ("disk", Disk::DOCS),
         ("object", Object::DOCS),
@@ -168,6 +171,36 @@ section! {
         staging_bytes_max: Size = Size::mib(64),
         /// Blocks a session may read at one moment without asking, per shard.
         hazards_max: u32 = 4096,
+    }
+}
+
+section! {
+    /// GPUs: the daemon copies blocks between its memory and what workers register of a device's, and may keep some in
+    /// spare memory of the device.
+    Gpu {
+        /// Whether GPUs are used: auto (where there is a CUDA driver with a device), off or required.
+        enabled: GpuUse = GpuUse::Auto,
+        /// The CUDA driver: auto, as the system's loader finds it, or the file of another.
+        driver: OrAuto<FilePath> = OrAuto::Auto,
+        /// Memory of each device for blocks that are read again and again; 0: none. It is taken at the start: leave it
+        /// out of what the engine may use.
+        pool_bytes: Size = Size(0),
+        /// Memory of a device that a pool leaves to others when it is opened.
+        leave_bytes: Size = Size::gib(1),
+        /// How pages are copied: auto, kernel, batch or loop.
+        method: CopyMethod = CopyMethod::Auto,
+        /// Streams of a device in each direction.
+        streams: u32 = 2,
+        /// Copies that a device has in its queues at one moment...
+        copies_max: u32 = 64,
+        /// ...and their bytes. A longer copy goes alone.
+        in_flight_bytes_max: Size = Size::mib(256),
+        /// Copies that wait for that; more are refused with a hint.
+        waiting_max: u32 = 4096,
+        /// KV caches that one session may register.
+        caches_max: u32 = 64,
+        /// Threads that sum what came from devices. auto: a quarter of the CPUs, 4 at most.
+        sum_threads: OrAuto<u64> = OrAuto::Auto,
     }
 }
 

@@ -10,6 +10,8 @@ use kv_transport::health::Circuit;
 use metrics_exporter_prometheus::PrometheusHandle;
 
 use crate::beats::Beats;
+use crate::gpu::Gpus;
+use crate::gpu::view::GpuState;
 use crate::metrics as m;
 use crate::node::Node;
 use crate::object::{ObjectView, Objects};
@@ -18,17 +20,21 @@ use crate::sessions::Door;
 use crate::shard::ShardHandle;
 
 const PERIOD: Duration = Duration::from_secs(1);
+/// Every so many periods GPUs give up what the catalog does not know any more.
+const SWEEP: u32 = 5;
 
 /// Keeps the metrics up to date for as long as the runtime lives.
 pub async fn follow(
     node: Arc<Node>,
     (peers, objects): (Option<Peers>, Option<Objects>),
+    gpus: Gpus,
     recorder: PrometheusHandle,
 ) {
     let mut beat = tokio::time::interval(PERIOD);
     beat.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
     let mut beats = Beats::default();
     let mut seen = Seen::default();
+    let mut turn: u32 = 0;
     loop {
         beat.tick().await;
         recorder.run_upkeep();
@@ -47,6 +53,12 @@ pub async fn follow(
         }
         for principal in objects.iter().flat_map(Objects::all) {
             of_objects(&principal.view(), &mut seen);
+        }
+        of_gpus(&gpus);
+        turn += 1;
+        if turn.is_multiple_of(SWEEP) && gpus.has_pool() {
+            let (gpus, node) = (gpus.clone(), Arc::clone(&node));
+            tokio::task::spawn_blocking(move || gpus.sweep(&node));
         }
     }
 }
@@ -194,6 +206,26 @@ fn of_objects(view: &ObjectView, seen: &mut Seen) {
     ] {
         seen.count(metric, &[principal], count);
     }
+}
+
+/// What each GPU does.
+fn of_gpus(gpus: &Gpus) {
+    let set = |metric: &m::Metric, labels: &[&str], value: u64| metric.gauge(labels).set(value as f64);
+    for gpu in gpus.view().gpus {
+        let uuid = &gpu.uuid[..];
+        set(&m::GPU_SERVING, &[uuid], u64::from(gpu.state == GpuState::Ok));
+        set(&m::GPU_CACHES, &[uuid], gpu.caches.into());
+        set(&m::GPU_CACHE_BYTES, &[uuid], gpu.cache_bytes);
+        set(&m::GPU_COPIES_UNDER_WAY, &[uuid], gpu.copies_under_way);
+        set(&m::GPU_COPIES_WAITING, &[uuid], gpu.copies_waiting);
+        set(&m::GPU_KEPT, &[uuid], gpu.kept);
+        m::GPU_BYTES.counter(&[uuid, "in"]).absolute(gpu.bytes_in);
+        m::GPU_BYTES.counter(&[uuid, "out"]).absolute(gpu.bytes_out);
+        m::GPU_BYTES.counter(&[uuid, "across"]).absolute(gpu.bytes_across);
+        m::GPU_COPIES.counter(&[uuid, "ok"]).absolute(gpu.copies_done);
+        m::GPU_COPIES.counter(&[uuid, "failed"]).absolute(gpu.copies_failed);
+    }
+    m::CHECKSUM_FAILURES.counter(&["device"]).absolute(gpus.damaged());
 }
 
 /// The tenants with the most bytes by name, the others together.

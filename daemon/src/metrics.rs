@@ -115,6 +115,22 @@ metrics! {
     SERVE_HELD = "kvd_serve_held_bytes", Gauge, Bytes, ["peer"],
         "Bytes of blocks held for a peer";
 
+    GPU_SERVING = "kvd_gpu_serving", Gauge, Count, ["gpu"],
+        "Whether the GPU can be used: 0 when it is lost to the daemon";
+    GPU_CACHES = "kvd_gpu_caches", Gauge, Count, ["gpu"],
+        "KV caches that workers have registered";
+    GPU_CACHE_BYTES = "kvd_gpu_cache_bytes", Gauge, Bytes, ["gpu"],
+        "Device memory of those";
+    GPU_COPIES_UNDER_WAY = "kvd_gpu_copies_under_way", Gauge, Count, ["gpu"],
+        "Copies that the device has in its queues";
+    GPU_COPIES_WAITING = "kvd_gpu_copies_waiting", Gauge, Count, ["gpu"],
+        "Copies that wait for their turn, or for layers to be ready";
+    GPU_KEPT = "kvd_gpu_kept_operations", Gauge, Count, ["gpu"],
+        "Copies whose memory is fenced because the device never said that it was done";
+    GPU_BYTES = "kvd_gpu_copied_bytes_total", Counter, Bytes, ["gpu", "direction"],
+        "Bytes copied to the device (in), from it (out) and between devices' memories (across)";
+    GPU_COPIES = "kvd_gpu_copies_total", Counter, Count, ["gpu", "result"],
+        "Copies that ended";
     OBJECT_SERVING = "kvd_object_serving", Gauge, Count, ["principal"],
         "1 while the object store is open and its circuit closed; else its blocks miss";
     OBJECT_PACKS = "kvd_object_packs", Gauge, Count, ["principal", "state"],

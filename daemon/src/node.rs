@@ -12,16 +12,15 @@ use bytes::Bytes;
 use kv_api::convert::Names;
 use kv_arena::Held;
 use kv_block::code::Code;
-use kv_block::{BlockKey, Epoch, Fault, MissReason, Scope, SessionId, ShardId, Slice, Tier};
+use kv_block::{BlockKey, Checksum, Epoch, Fault, MissReason, Scope, SessionId, ShardId, Slice, Tier};
 use kv_node::{BlockReport, Event, Found, Grant, Op, Reach, Reply, ShardReport, Step};
 use kv_wire::message::Sight;
 
 use crate::drain::Drain;
-use crate::gpu::view::GpusView;
 use crate::plan::PrincipalPlan;
 use crate::registry::{Bound, Registry};
 use crate::sessions::{SessionInfo, Sessions};
-use crate::shard::{Letter, ReplyTo, ShardHandle};
+use crate::shard::{Body, Letter, ReplyTo, ShardHandle};
 
 /// What a start brought back.
 #[derive(Clone, Debug, Default)]
@@ -127,11 +126,6 @@ impl Node {
         all
     }
 
-    /// Its GPUs as operators see them.
-    pub fn gpus(&self) -> GpusView {
-        GpusView::none("this build does not look for GPUs")
-    }
-
     /// Whether no new work is taken.
     pub fn is_draining(&self) -> bool {
         self.drain.is_on()
@@ -187,10 +181,10 @@ impl Node {
         session: SessionId,
         deadline: Instant,
         op: Op,
-        body: Bytes,
+        body: impl Into<Body>,
     ) -> Result<Reply, Fault> {
         let (sender, receiver) = tokio::sync::oneshot::channel();
-        let letter = Letter::Ask { session, deadline, op, body, reply: ReplyTo::Once(sender) };
+        let letter = Letter::Ask { session, deadline, op, body: body.into(), reply: ReplyTo::Once(sender) };
         post(shard, letter)?;
         let mut answer = Answer { receiver, shard, session };
         // The shard ends everything at its deadline; a little more tells a sick shard from a slow answer.
@@ -212,7 +206,7 @@ impl Node {
     ) -> Result<tokio::sync::mpsc::UnboundedReceiver<Reply>, Fault> {
         let (sender, receiver) = tokio::sync::mpsc::unbounded_channel();
         let reply = ReplyTo::Stream(sender);
-        post(shard, Letter::Ask { session: SessionId(0), deadline, op, body: Bytes::new(), reply })?;
+        post(shard, Letter::Ask { session: SessionId(0), deadline, op, body: Bytes::new().into(), reply })?;
         Ok(receiver)
     }
 
@@ -408,14 +402,15 @@ impl<'a> View<'a> {
     pub async fn read(
         &self,
         session: SessionId,
-        key: &BlockKey,
+        step: Step,
         wait: (bool, Reach),
         deadline: Instant,
     ) -> Result<Result<(Held, Tier), MissReason>, Fault> {
-        if let Some(held) = self.shards.iter().find_map(|shard| shard.hold_now(session, key)) {
+        let key = step.key;
+        if let Some(held) = self.shards.iter().find_map(|shard| shard.hold_now(session, &key)) {
             return Ok(Ok((held, Tier::Host)));
         }
-        let (shard, grant) = self.acquire(session, Step { key: *key, after: None }, wait, deadline).await?;
+        let (shard, grant) = self.acquire(session, step, wait, deadline).await?;
         let grant = match grant {
             Ok(grant) => grant,
             Err(reason) => return Ok(Err(reason)),
@@ -427,6 +422,11 @@ impl<'a> View<'a> {
         let held =
             held.ok_or_else(|| Fault::new(Code::Bug, format!("leased block {key} is not in its slot")))?;
         Ok(Ok((held, grant.tier)))
+    }
+
+    /// The checksum of a block that can be read here, for whoever has a copy of its bytes elsewhere. Wakes nobody up.
+    pub fn known_sum(&self, session: SessionId, key: &BlockKey) -> Option<Checksum> {
+        self.shards.iter().find_map(|shard| shard.known_sum(session, key))
     }
 
     /// Starts bringing blocks up, each on the shard that has it or would: how many are on their way, and how many

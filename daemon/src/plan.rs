@@ -18,7 +18,7 @@ use kv_ssd::SEGMENTS_MIN;
 use crate::config::units::{OrAuto, Share, Size, SizeOrShare};
 use crate::config::{Config, ConfigError, Loaded, Problem};
 use crate::growth::READY_BYTES;
-use crate::topology::{NumaNode, Topology};
+use crate::topology::{DeviceKind, NumaNode, Topology};
 
 /// Host memory taken when nobody says: this share of the machine's...
 pub const HOST_SHARE: Share = Share::percent(25);
@@ -66,6 +66,8 @@ pub struct Plan {
     pub peer_threads: usize,
     /// Threads that long blocks from and to peers move on.
     pub bulk_threads: usize,
+    /// GPUs of the machine, by bus address, and the CPUs near each.
+    pub gpus: Vec<GpuPlan>,
     /// Bounds of queues and pools.
     pub bounds: Bounds,
     /// What may be taken at most, one line per owner.
@@ -81,6 +83,17 @@ pub struct PrincipalPlan {
     pub name: String,
     /// Its shards, by number.
     pub shards: Range<usize>,
+}
+
+/// Where a GPU hangs.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct GpuPlan {
+    /// Bus address, as sysfs has it.
+    pub address: String,
+    /// Its NUMA node; 0 where the firmware does not tell.
+    pub node: u32,
+    /// CPUs of that node which this process may use.
+    pub cpus: Vec<u32>,
 }
 
 /// One shard.
@@ -162,6 +175,11 @@ pub struct BudgetLine {
 }
 
 impl Plan {
+    /// Where the GPU with this bus address hangs, where that is known.
+    pub fn gpu(&self, address: &str) -> Option<&GpuPlan> {
+        self.gpus.iter().find(|gpu| gpu.address == address)
+    }
+
     /// Memory that may be taken at most, in bytes.
     pub fn memory_bytes(&self) -> u64 {
         self.budget.iter().map(|line| line.bytes).fold(0, u64::saturating_add)
@@ -278,6 +296,7 @@ pub fn plan(topology: &Topology, loaded: &Loaded, resources: &Resources) -> Resu
         control_threads: (cpus / 8).clamp(1, 8),
         peer_threads: (cpus / 16).clamp(1, 4),
         bulk_threads: (cpus / 4).clamp(2, 8),
+        gpus: gpus(topology),
         bounds,
         budget,
         notes,
@@ -307,6 +326,17 @@ pub fn plan(topology: &Topology, loaded: &Loaded, resources: &Resources) -> Resu
         ));
     }
     Ok(plan)
+}
+
+/// The GPUs, each with the CPUs of its node.
+fn gpus(topology: &Topology) -> Vec<GpuPlan> {
+    let gpus = topology.devices.iter().filter(|device| device.kind == DeviceKind::Gpu);
+    gpus.map(|device| {
+        let home = topology.nodes.iter().find(|node| node.number == device.node);
+        let cpus = home.map_or_else(Vec::new, |node| node.cpus.clone());
+        GpuPlan { address: device.address.clone(), node: device.node, cpus }
+    })
+    .collect()
 }
 
 /// The node to use when none has both CPUs and memory for us: the memory nearest to a CPU we may use.

@@ -3,6 +3,7 @@
 
 mod admin;
 mod blocks;
+mod devices;
 mod events;
 mod gpus;
 mod guard;
@@ -17,17 +18,20 @@ use std::time::{Duration, Instant};
 use kv_api::fault::to_status;
 use kv_block::Fault;
 use kv_block::code::Code;
+use kv_node::PeerId;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tonic::{Request, Status};
 
 pub use admin::AdminService;
 pub use blocks::BlocksService;
+pub use devices::DevicesService;
 pub use events::EventsService;
 pub use guard::{Guard, METHODS, Needs};
 pub use intake::Intake;
 pub use worker::WorkerService;
 
 use crate::config::Config;
+use crate::gpu::Gpus;
 use crate::node::{Node, View};
 use crate::object::Objects;
 use crate::peercred::Who;
@@ -49,6 +53,8 @@ pub struct Shared {
     pub peers: Option<Peers>,
     /// Its object tiers, where it has any.
     pub objects: Option<Objects>,
+    /// Its GPUs, or why it has none.
+    pub gpus: Gpus,
     /// Room for the bodies of puts while they arrive and are copied, in units of [`ROOM_BYTES`].
     bodies: Arc<Semaphore>,
     /// Puts that wait for such room.
@@ -73,12 +79,30 @@ impl Shared {
         if who.rights.admin { self.node.everything() } else { self.node.of(who.principal) }
     }
 
+    /// The peer of that name; none where nobody in particular is named, or this node.
+    fn hint(&self, node: &str) -> Result<Option<PeerId>, Status> {
+        if node.is_empty() || node == self.node.name {
+            return Ok(None);
+        }
+        let hint = self.config.peers().position(|member| member.name == node);
+        let hint = hint.map(|at| PeerId(at as u16)).ok_or_else(|| {
+            let text = format!("node {node} is not among peers.members of node {}", self.node.name);
+            status(Fault::new(Code::BadRequest, text))
+        })?;
+        Ok(Some(hint))
+    }
+
     /// What the services of `node` share.
-    pub fn new(node: Arc<Node>, config: Arc<Config>, peers: Option<Peers>, objects: Option<Objects>) -> Self {
+    pub fn new(
+        node: Arc<Node>,
+        config: Arc<Config>,
+        (peers, objects): (Option<Peers>, Option<Objects>),
+        gpus: Gpus,
+    ) -> Self {
         let room = config.limits.in_flight_bytes_max.0 / ROOM_BYTES;
         let room = usize::try_from(room).unwrap_or(usize::MAX).min(Semaphore::MAX_PERMITS);
         let waiting = Arc::new(Semaphore::new(WAITING_MAX));
-        Self { node, config, peers, objects, bodies: Arc::new(Semaphore::new(room)), waiting }
+        Self { node, config, peers, objects, gpus, bodies: Arc::new(Semaphore::new(room)), waiting }
     }
 
     /// Room for a body of so many bytes, waiting for it if need be. A block longer than all the room there is

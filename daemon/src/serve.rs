@@ -17,6 +17,7 @@ use tower::layer::util::{Identity, Stack};
 use crate::beats::Beats;
 use crate::config::{Config, Loaded};
 use crate::connections::{Connections, raise_descriptor_limit};
+use crate::gpu::{self, Gpus};
 use crate::http::{Check, HealthSource};
 use crate::node::Node;
 use crate::object::{self, Objects};
@@ -24,8 +25,8 @@ use crate::peers::{self, Peers};
 use crate::plan::Plan;
 use crate::requests::Timed;
 use crate::rpc::{
-    AdminService, BlocksService, CONNECTION_WINDOW_BYTES, EventsService, FRAME_BYTES, Guard, Intake,
-    STREAM_WINDOW_BYTES, Shared, WorkerService,
+    AdminService, BlocksService, CONNECTION_WINDOW_BYTES, DevicesService, EventsService, FRAME_BYTES, Guard,
+    Intake, STREAM_WINDOW_BYTES, Shared, WorkerService,
 };
 use crate::shard::ShardHandle;
 use crate::{compose, drain, gauges, http, metrics, systemd, tls};
@@ -38,7 +39,8 @@ const STUCK_AFTER: Duration = Duration::from_secs(10);
 /// How long the last answers may take when the shards have stopped.
 const LAST_WORDS: Duration = Duration::from_secs(1);
 /// What health is asked of: the whole, and each service.
-const SERVICES: [&str; 5] = ["", "kv.v1.Blocks", "kv.v1.Worker", "kv.v1.Events", "kv.v1.Admin"];
+const SERVICES: [&str; 6] =
+    ["", "kv.v1.Blocks", "kv.v1.Devices", "kv.v1.Worker", "kv.v1.Events", "kv.v1.Admin"];
 
 /// Opens the node, serves until a signal says stop, then drains.
 pub fn run(loaded: &Loaded, plan: &Plan, plan_text: String) -> anyhow::Result<()> {
@@ -59,9 +61,19 @@ pub fn run(loaded: &Loaded, plan: &Plan, plan_text: String) -> anyhow::Result<()
     let orders = std::mem::replace(&mut running.objects, object::door().1);
     let objects = object::start(&node, &config, orders)?;
     let stores = objects.as_ref().map(|running| running.objects.clone());
+    let gpus = gpu::start(&node, &config, plan)?;
     let listener = running.grpc.try_clone().context("sharing the gRPC socket")?;
-    let served =
-        runtime.block_on(serve(loaded, config, plan, plan_text, node, (known, stores), listener, signals));
+    let served = runtime.block_on(serve(
+        loaded,
+        config,
+        plan,
+        plan_text,
+        node,
+        (known, stores),
+        gpus.gpus.clone(),
+        listener,
+        signals,
+    ));
     systemd::stopping("stopping shards");
     if let Some(peers) = peers {
         peers.stop();
@@ -69,6 +81,8 @@ pub fn run(loaded: &Loaded, plan: &Plan, plan_text: String) -> anyhow::Result<()
     if let Some(objects) = objects {
         objects.stop();
     }
+    // Before the shards: what is on its way into their slots comes to its end there.
+    gpus.stop();
     running.stop();
     // Calls that waited for a shard hear that it stopped.
     let served = served.map(|mut servers| {
@@ -109,6 +123,7 @@ async fn serve(
     plan_text: String,
     node: Arc<Node>,
     (peers, objects): (Option<Peers>, Option<Objects>),
+    gpus: Gpus,
     listener: std::os::unix::net::UnixListener,
     mut signals: Signals,
 ) -> anyhow::Result<Servers> {
@@ -116,7 +131,8 @@ async fn serve(
     let (mut health_reporter, health_service) = tonic_health::server::health_reporter();
     say_health(&health_reporter, false).await;
     tokio::spawn(follow_drain(health_reporter.clone(), node.drain.watch()));
-    let shared = Shared::new(Arc::clone(&node), Arc::clone(&config), peers.clone(), objects.clone());
+    let shared =
+        Shared::new(Arc::clone(&node), Arc::clone(&config), (peers.clone(), objects.clone()), gpus.clone());
     let routes = || -> anyhow::Result<Routes> {
         let message_max = config.limits.message_bytes_max.0 as usize;
         let admin = AdminService {
@@ -136,6 +152,10 @@ async fn serve(
             .add_service(reflection)
             .add_service(
                 v1::blocks_server::BlocksServer::new(BlocksService(shared.clone()))
+                    .max_decoding_message_size(message_max),
+            )
+            .add_service(
+                v1::devices_server::DevicesServer::new(DevicesService(shared.clone()))
                     .max_decoding_message_size(message_max),
             )
             .add_service(v1::worker_server::WorkerServer::new(WorkerService(shared.clone())))
@@ -194,7 +214,7 @@ async fn serve(
         let router = http::router(Arc::clone(&source) as Arc<dyn HealthSource>, recorder.clone());
         tokio::spawn(http::serve(http, router, end(stopped.clone())));
     }
-    tokio::spawn(gauges::follow(Arc::clone(&node), (peers, objects), recorder));
+    tokio::spawn(gauges::follow(Arc::clone(&node), (peers, objects), gpus, recorder));
     tokio::spawn(watchdog(Arc::clone(&source)));
     let recovered = &node.recovered;
     tracing::info!(

@@ -5,7 +5,7 @@
 //! 64 bits of it: nobody can name what he was not told, and a number of an earlier life is none of this one.
 
 use std::collections::BTreeMap;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
 use std::time::Instant;
 
 use kv_block::code::Code;
@@ -56,12 +56,13 @@ pub struct Sessions {
     all: Mutex<BTreeMap<SessionId, SessionInfo>>,
     /// The connections of those that came by the worker socket, whose door has them.
     lines: Mutex<BTreeMap<SessionId, Weak<Line>>>,
+    closed: OnceLock<Box<dyn Fn(SessionId) + Send + Sync>>,
 }
 
 impl Sessions {
     /// No sessions; at most `max` at once.
     pub fn new(max: usize) -> Self {
-        Self { max, all: Mutex::default(), lines: Mutex::default() }
+        Self { max, all: Mutex::default(), lines: Mutex::default(), closed: OnceLock::new() }
     }
 
     fn lock(&self) -> MutexGuard<'_, BTreeMap<SessionId, SessionInfo>> {
@@ -121,10 +122,19 @@ impl Sessions {
         line.get(id, number)
     }
 
+    /// Whom to tell of every session that ends: whoever keeps things for sessions outside of the shards. Said once.
+    pub fn when_closed(&self, tell: impl Fn(SessionId) + Send + Sync + 'static) {
+        let _ = self.closed.set(Box::new(tell));
+    }
+
     /// Forgets a session; says whether it was there.
     pub fn close(&self, id: SessionId) -> bool {
         self.lines().remove(&id);
-        self.lock().remove(&id).is_some()
+        let known = self.lock().remove(&id).is_some();
+        if known && let Some(tell) = self.closed.get() {
+            tell(id);
+        }
+        known
     }
 
     /// Refuses a number that is not a session of this life, or not this caller's. Gives its principal.

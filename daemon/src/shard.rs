@@ -21,10 +21,11 @@ use bytes::Bytes;
 use crossbeam_queue::{ArrayQueue, SegQueue};
 use kv_arena::{Entry, EntryState, HazardFile, HazardSet, Held, ShardMemory, Slab, Slot, TableReader};
 use kv_block::code::Code;
+use kv_block::layout::PageIndex;
 use kv_block::{BindingId, BlockKey, Checksum, Fault, LeaseId, MissReason, SessionId, ShardId, SlotId, Tier};
 use kv_node::{
-    Brain, Command, Event, FetchDone, FetchFrom, FetchOp, Keep, Micros, Now, Op, Origin, Reach, Reply,
-    RequestId, ShardReport, Step, UploadDone,
+    Brain, Command, Event, FetchDone, FetchFrom, FetchOp, FillToken, Keep, Micros, Now, Op, Origin, Reach,
+    Reply, RequestId, ShardReport, Step, UploadDone,
 };
 use kv_shm::{Completion, Outcome, Place, Request, ShardEnd, Submission};
 use kv_tiers::store::{BlockStore, StoreDone, StoreOp};
@@ -32,6 +33,8 @@ use kv_wire::message::Sight;
 use rustix::event::epoll::{self, EventData, EventFlags};
 use rustix::event::{EventfdFlags, eventfd};
 
+use crate::gpu::Gpus;
+use crate::gpu::engine::{FillOrder, Order, Save};
 use crate::object::{ObjectDoor, UploadOrder};
 
 /// Submissions taken from one worker before the next one gets its turn.
@@ -79,6 +82,30 @@ impl Waker {
     }
 }
 
+/// Where the bytes of a put are that came over gRPC.
+pub enum Body {
+    /// They came along.
+    Bytes(Bytes),
+    /// In pages of a device's memory.
+    Pages(PagedBody),
+}
+
+impl From<Bytes> for Body {
+    fn from(bytes: Bytes) -> Self {
+        Self::Bytes(bytes)
+    }
+}
+
+/// A block in pages, and who copies it.
+pub struct PagedBody {
+    /// The GPUs of this node.
+    pub gpus: Gpus,
+    /// The call that it is part of.
+    pub save: Arc<Save>,
+    /// Its pages.
+    pub pages: Arc<[PageIndex]>,
+}
+
 /// Where an answer goes.
 pub enum ReplyTo {
     /// One answer.
@@ -110,7 +137,7 @@ pub enum Letter {
         /// What.
         op: Op,
         /// Bytes of a put.
-        body: Bytes,
+        body: Body,
         /// Where the answer goes.
         reply: ReplyTo,
     },
@@ -226,6 +253,12 @@ impl ShardHandle {
         self.waker.wake();
     }
 
+    /// Says what became of a slot that was to be filled from a device's memory.
+    pub fn tell_filled(&self, fill: FillToken, filled: Result<(Slot, Checksum), Fault>) {
+        self.heard.push(Event::Filled { fill, filled });
+        self.waker.wake();
+    }
+
     /// Says what became of blocks for the object tier.
     pub fn tell_uploaded(&self, done: UploadDone) {
         self.heard.push(Event::Upload(done));
@@ -292,6 +325,19 @@ impl ShardHandle {
         Some(held)
     }
 
+    /// The checksum of a block that can be read here and is not over, for whoever has a copy of its bytes elsewhere. The
+    /// shard hears that it was read.
+    pub fn known_sum(&self, session: SessionId, key: &BlockKey) -> Option<Checksum> {
+        let unix = unix_now();
+        let is_over = |entry: &Entry| entry.expires_at != 0 && entry.expires_at <= unix;
+        let present = |entry: &Entry| entry.state == EntryState::Present && !is_over(entry);
+        let entry = self.table.find(key).filter(present)?;
+        if let Some((slot, _)) = entry.host {
+            self.saw(Seen::Read { session, slot });
+        }
+        Some(entry.checksum)
+    }
+
     /// How many of the first `keys` are in host memory without a gap, as far as a look at the table tells.
     pub fn resident_prefix(&self, keys: &[BlockKey]) -> usize {
         let unix = unix_now();
@@ -326,6 +372,8 @@ impl ShardHandle {
 /// Everything that a shard's thread owns.
 pub struct Shard {
     id: ShardId,
+    /// How it is reached, for devices that answer later.
+    handle: ShardHandle,
     brain: Brain,
     memory: ShardMemory,
     slab: Slab,
@@ -389,7 +437,7 @@ impl Worker {
 
 enum Asked {
     Ring { id: u64 },
-    Rpc { body: Bytes, reply: ReplyTo },
+    Rpc { body: Body, reply: ReplyTo },
 }
 
 impl Shard {
@@ -407,6 +455,7 @@ impl Shard {
         let now = Instant::now();
         let shard = Self {
             id,
+            handle: handle.clone(),
             brain,
             memory,
             slab: handle.slab.clone(),
@@ -809,9 +858,10 @@ impl Shard {
                         }
                         self.answer(to, reply);
                     }
-                    Command::Fill { fill, from, source, bytes, key, mut slot } => {
-                        let checksum = self.copy(from, source, bytes, &key, &mut slot);
-                        self.brain.handle(now, Event::Filled { fill, slot, checksum }, &mut self.commands);
+                    Command::Fill { fill, from, source, bytes, key, slot } => {
+                        if let Some(filled) = self.fill((fill, from), source, (key, bytes), slot) {
+                            self.brain.handle(now, Event::Filled { fill, filled }, &mut self.commands);
+                        }
                     }
                     Command::Store(op) if self.parked.is_empty() => {
                         self.submit(op);
@@ -838,24 +888,34 @@ impl Shard {
         }
     }
 
-    /// Copies the bytes of a put into its slot. `None` when they are not where the request says.
-    fn copy(
+    /// Copies the bytes of a put into its slot. `None`: a device does, and says when it is done.
+    fn fill(
         &mut self,
-        from: Origin,
+        (fill, from): (FillToken, Origin),
         source: u64,
-        bytes: u32,
-        key: &kv_block::BlockKey,
-        slot: &mut Slot,
-    ) -> Option<Checksum> {
-        match self.asked.get(&from.request)? {
-            Asked::Rpc { body, .. } => (body.len() == bytes as usize).then(|| slot.copy_from(key, body)),
-            Asked::Ring { .. } => {
-                let worker = self.workers.get_mut(&from.session)?;
+        (key, bytes): (BlockKey, u32),
+        mut slot: Slot,
+    ) -> Option<Result<(Slot, Checksum), Fault>> {
+        let checksum = match self.asked.get(&from.request) {
+            Some(Asked::Rpc { body: Body::Pages(PagedBody { gpus, save, pages }), .. }) => {
+                let (save, pages, shard) = (Arc::clone(save), Arc::clone(pages), self.handle.clone());
+                let engine = save.paged.cache.engine;
+                gpus.order(engine, Order::Fill(FillOrder { save, pages, shard, fill, key, bytes, slot }));
+                return None;
+            }
+            Some(Asked::Rpc { body: Body::Bytes(body), .. }) => {
+                (body.len() == bytes as usize).then(|| slot.copy_from(&key, body))
+            }
+            Some(Asked::Ring { .. }) => self.workers.get_mut(&from.session).and_then(|worker| {
                 worker.copied += u64::from(bytes);
                 let range = worker.end.staging.range(source, bytes).ok()?;
-                Some(slot.copy_with(key, bytes, |at, piece| range.copy_to(at, piece)))
-            }
-        }
+                Some(slot.copy_with(&key, bytes, |at, piece| range.copy_to(at, piece)))
+            }),
+            None => None,
+        };
+        Some(checksum.map(|checksum| (slot, checksum)).ok_or_else(|| {
+            Fault::new(Code::StagingRange, "the bytes of the block went away before they were copied")
+        }))
     }
 
     fn answer(&mut self, to: Origin, reply: Reply) {
@@ -1061,7 +1121,7 @@ mod tests {
     fn ask(shard: &mut Shard, handle: &ShardHandle, op: Op, body: &Bytes) -> Reply {
         let (sender, mut receiver) = tokio::sync::oneshot::channel();
         let deadline = Instant::now() + Duration::from_secs(20);
-        let (session, body, reply) = (SessionId(0), body.clone(), ReplyTo::Once(sender));
+        let (session, body, reply) = (SessionId(0), body.clone().into(), ReplyTo::Once(sender));
         assert!(handle.post(Letter::Ask { session, deadline, op, body, reply }).is_ok());
         shard.turn();
         receiver.try_recv().unwrap()
@@ -1080,7 +1140,7 @@ mod tests {
         let (sender, mut receiver) = tokio::sync::mpsc::unbounded_channel();
         let deadline = Instant::now() + Duration::from_secs(20);
         let op = Op::Purge { filter: Filter::default(), tier: None, dry_run: false };
-        let (session, body, reply) = (SessionId(0), Bytes::new(), ReplyTo::Stream(sender));
+        let (session, body, reply) = (SessionId(0), Bytes::new().into(), ReplyTo::Stream(sender));
         assert!(handle.post(Letter::Ask { session, deadline, op, body, reply }).is_ok());
         while receiver.is_empty() {
             shard.turn();

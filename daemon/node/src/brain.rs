@@ -287,7 +287,7 @@ impl Brain {
             Event::Bound(binding) => self.bind(&binding),
             Event::Request { from, deadline, op } => self.request(now, from, deadline, op, out),
             Event::Unheard { from } => self.stop_job(from, out),
-            Event::Filled { fill, slot, checksum } => self.filled(now, fill, slot, checksum, out),
+            Event::Filled { fill, filled } => self.filled(now, fill, filled, out),
             Event::Store(done) => self.store_done(now, done, out),
             Event::Fetch(done) => self.fetch_done(now, done, out),
             Event::Upload(done) => self.upload_done(now, done, out),

@@ -84,14 +84,13 @@ pub enum Event {
         /// Who asked what.
         from: Origin,
     },
-    /// The bytes of a put are in their slot.
+    /// The bytes of a put are in their slot, or will not be.
     Filled {
         /// Given in the command.
         fill: FillToken,
-        /// The slot, back.
-        slot: Slot,
-        /// Checksum of what landed; `None` when the source was gone.
-        checksum: Option<Checksum>,
+        /// The slot, back, and the checksum of what landed in it; or why nothing did. Then the slot is free again, or
+        /// will be when the device lets go of it.
+        filled: Result<(Slot, Checksum), Fault>,
     },
     /// The disk tier says something.
     Store(StoreDone),
@@ -501,7 +500,7 @@ pub enum Command {
         /// What.
         reply: Reply,
     },
-    /// Copy a worker's bytes into a slot and sum them, then send [`Event::Filled`].
+    /// Copy a worker's bytes into a slot and sum them, then send [`Event::Filled`]; at once, or when a device is done.
     Fill {
         /// Give back.
         fill: FillToken,

@@ -21,7 +21,7 @@ impl Brain {
     /// Why a put under this binding and length cannot be.
     fn check_put(&self, binding: BindingId, bytes: Option<u32>) -> Result<(), Fault> {
         let Some(bound) = self.bound(binding) else {
-            return Err(Fault::new(Code::UnknownBinding, format!("binding {binding} is not registered")));
+            return Err(unknown_binding(binding));
         };
         match bytes {
             Some(bytes) if bytes != bound.block_bytes => Err(Fault::new(
@@ -201,27 +201,28 @@ impl Brain {
         &mut self,
         now: Now,
         token: FillToken,
-        slot: Slot,
-        checksum: Option<Checksum>,
+        filled: Result<(Slot, Checksum), Fault>,
         out: &mut Out,
     ) {
         let Some(fill) = self.fills.remove(&token) else { return };
         self.came(fill.put.binding);
-        let record = checksum.and_then(|checksum| self.record_for(&fill.put, checksum));
-        let Some(record) = record else {
-            drop(slot);
-            let text = "the bytes of the block went away before they were copied";
-            self.fault(fill.from, Fault::new(Code::StagingRange, text), out);
-            self.withdraw(now, &fill.put.key, out);
-            return self.retry_stalled(now, out);
-        };
-        self.publish(now, fill, slot.seal(&record), out);
+        let sealed =
+            filled.and_then(|(slot, checksum)| Ok(slot.seal(&self.record_for(&fill.put, checksum)?)));
+        match sealed {
+            Ok(block) => self.publish(now, fill, block, out),
+            Err(fault) => {
+                self.fault(fill.from, fault, out);
+                self.withdraw(now, &fill.put.key, out);
+                self.retry_stalled(now, out);
+            }
+        }
     }
 
-    fn record_for(&self, put: &PutOf, checksum: Checksum) -> Option<Record> {
+    fn record_for(&self, put: &PutOf, checksum: Checksum) -> Result<Record, Fault> {
         let PutOf { key, bytes, keep: Keep { priority, expires_at }, .. } = *put;
-        let tag = self.bound(put.binding)?.tag;
-        Some(Record { key, checksum, bytes, tag, priority, expires_at })
+        let tag =
+            self.bound(put.binding).map(|bound| bound.tag).ok_or_else(|| unknown_binding(put.binding))?;
+        Ok(Record { key, checksum, bytes, tag, priority, expires_at })
     }
 
     /// Makes a sealed block visible.
@@ -449,10 +450,12 @@ impl Brain {
         };
         self.admission.seen(&key, false);
         let put = PutOf { key, binding, source: 0, bytes: self.bytes_of(binding), keep, durable };
-        let Some(record) = self.record_for(&put, checksum) else {
-            let text = format!("binding {binding} is not registered");
-            self.fault(from, Fault::new(Code::UnknownBinding, text), out);
-            return self.withdraw(now, &key, out);
+        let record = match self.record_for(&put, checksum) {
+            Ok(record) => record,
+            Err(fault) => {
+                self.fault(from, fault, out);
+                return self.withdraw(now, &key, out);
+            }
         };
         let fill = Fill { from, deadline, put, timer: None };
         self.publish(now, fill, filled.seal(&record), out);
@@ -489,4 +492,8 @@ impl Brain {
         self.retry_puts(now, puts, out);
         self.forget_order(key);
     }
+}
+
+fn unknown_binding(binding: BindingId) -> Fault {
+    Fault::new(Code::UnknownBinding, format!("binding {binding} is not registered"))
 }

@@ -626,6 +626,32 @@ words! {
 }
 
 words! {
+    /// Whether GPUs are used.
+    GpuUse {
+        /// Where there is a driver with a device.
+        Auto = "auto",
+        /// Never.
+        Off = "off",
+        /// Or the daemon does not start.
+        Required = "required",
+    }
+}
+
+words! {
+    /// How pages are copied to and from a GPU.
+    CopyMethod {
+        /// As suits their size and the driver.
+        Auto = "auto",
+        /// By a kernel of ours.
+        Kernel = "kernel",
+        /// In one call of the driver for many pages.
+        Batch = "batch",
+        /// In one call for each.
+        Loop = "loop",
+    }
+}
+
+words! {
     /// Which block goes when room is needed.
     Policy {
         /// SIEVE: one pass of a hand over a queue; scans do not wash out what is used.

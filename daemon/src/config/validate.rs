@@ -11,11 +11,15 @@ use super::{Config, PRINCIPAL_DEFAULT};
 pub(super) fn problems(config: &Config) -> Vec<(String, String)> {
     let mut found = Vec::new();
     let mut refuse = |key: &str, message: String| found.push((key.to_owned(), message));
-    let Config { workers, host, disk, object, catalog, limits, lmcache, peers, .. } = config;
+    let Config { workers, gpu, host, disk, object, catalog, limits, lmcache, peers, .. } = config;
 
-    let numbers: [(&str, u32, RangeInclusive<u32>); 13] = [
+    let numbers: [(&str, u32, RangeInclusive<u32>); 17] = [
         ("workers.ring_entries", workers.ring_entries, 8..=65536),
         ("workers.hazards_max", workers.hazards_max, 1..=1 << 20),
+        ("gpu.streams", gpu.streams, 1..=16),
+        ("gpu.copies_max", gpu.copies_max, 1..=4096),
+        ("gpu.waiting_max", gpu.waiting_max, 1..=1 << 20),
+        ("gpu.caches_max", gpu.caches_max, 1..=4096),
         ("disk.queue_depth", disk.queue_depth, 1..=4096),
         ("limits.sessions_max", limits.sessions_max, 1..=65535),
         ("limits.leases_per_session_max", limits.leases_per_session_max, 1..=1 << 24),
@@ -31,8 +35,10 @@ pub(super) fn problems(config: &Config) -> Vec<(String, String)> {
     for (key, value, range) in numbers {
         outside(value, range).into_iter().for_each(|message| refuse(key, message));
     }
-    let sizes: [(&str, Size, RangeInclusive<Size>); 9] = [
+    let sizes: [(&str, Size, RangeInclusive<Size>); 11] = [
         ("workers.staging_bytes_max", workers.staging_bytes_max, Size::kib(4)..=Size::gib(64)),
+        ("gpu.pool_bytes", gpu.pool_bytes, Size(0)..=Size::gib(1024)),
+        ("gpu.in_flight_bytes_max", gpu.in_flight_bytes_max, Size::mib(1)..=Size::gib(64)),
         ("disk.segment_bytes", disk.segment_bytes, Size::mib(4)..=Size::gib(4)),
         ("limits.message_bytes_max", limits.message_bytes_max, Size::kib(64)..=Size::mib(256)),
         ("limits.in_flight_bytes_max", limits.in_flight_bytes_max, Size::mib(1)..=Size::gib(1024)),

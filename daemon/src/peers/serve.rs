@@ -7,7 +7,7 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use kv_arena::Held;
 use kv_block::{BlockKey, MissReason, Tier};
-use kv_node::Reach;
+use kv_node::{Reach, Step};
 use kv_tcp::{Accepted, End, Sessions};
 use kv_transport::Owner;
 use kv_transport::link::{Link, LinkDone, LinkError, LinkOp, Wake};
@@ -379,8 +379,9 @@ impl Reader {
         };
         let (node, until) = (Arc::clone(node), self.serving.clock.moment(until));
         let work = async move {
+            let step = Step { key, after: None };
             // What a peer asks for is never looked for among peers: it would go round.
-            let read = node.of(number).read(node.guest, &key, (true, Reach::Here), until).await;
+            let read = node.of(number).read(node.guest, step, (true, Reach::Here), until).await;
             let found = read.unwrap_or_else(|fault| {
                 tracing::debug!(%key, %fault, "a block wanted by a peer could not be read");
                 Err(MissReason::Overloaded)

@@ -107,6 +107,7 @@ impl AdminService {
                 ..common
             });
         }
+        tiers.extend(gpus::tiers(&self.shared.gpus.view()));
         let views = self.shared.object_views();
         tiers.extend(views.iter().map(|view| objects::tier_info(view, reports, &self.shared.node)));
         tiers
@@ -306,7 +307,7 @@ impl v1::admin_server::Admin for AdminService {
         let peers_down = down.len() as u32;
         warnings.extend(down.into_iter().map(|(code, text)| v1::Warning { code: code.to_string(), text }));
         warnings.extend(objects::warnings(&self.shared.object_views()));
-        let gpus = node.gpus();
+        let gpus = self.shared.gpus.view();
         warnings.extend(gpus::warnings(&gpus));
         for note in &node.recovered.notes {
             warnings.push(v1::Warning { code: Code::SetAside.to_string(), text: note.clone() });
@@ -508,6 +509,11 @@ impl v1::admin_server::Admin for AdminService {
         if tier == Some(Tier::Object) {
             return Err(objects::refuse_to_remove());
         }
+        if tier == Some(Tier::Device) {
+            let text = "GPUs keep copies alone: what is removed from host memory and disk they give up by themselves, \
+                        within seconds";
+            return Err(status(Fault::new(Code::BadRequest, text)));
+        }
         if request.tenant.is_empty() != request.all {
             let text = "name a `tenant`, or say `all`, not both";
             return Err(status(Fault::new(Code::BadRequest, text)));
@@ -656,7 +662,7 @@ impl v1::admin_server::Admin for AdminService {
         &self,
         _: Request<v1::ListGpusRequest>,
     ) -> Result<Response<v1::ListGpusResponse>, Status> {
-        Ok(Response::new(gpus::list(self.shared.node.gpus())))
+        Ok(Response::new(gpus::list(self.shared.gpus.view())))
     }
 }
 

@@ -8,7 +8,8 @@ use kv_api::{convert, v1};
 use kv_arena::Held;
 use kv_block::code::Code;
 use kv_block::{BlockKey, Fault, LeaseId, MissReason, SessionId, ShardId, Tier};
-use kv_node::{BlockReport, BlockState, Found, Keep, Micros, Op, PeerId, Reach, Reply, Step};
+use kv_node::{BlockReport, BlockState, Found, Keep, Micros, Op, Reach, Reply, Step};
+use kv_wire::message::Sight;
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Request, Response, Status, Streaming};
 
@@ -39,20 +40,7 @@ impl BlocksService {
 
     /// How far the search for a block goes; `node` is the one to ask first.
     fn reach(&self, node: &str) -> Result<Reach, Status> {
-        Ok(Reach::Further { hint: self.hint(node)? })
-    }
-
-    /// The peer of that name; none where nobody in particular is named, or this node.
-    fn hint(&self, node: &str) -> Result<Option<PeerId>, Status> {
-        if node.is_empty() || node == self.node().name {
-            return Ok(None);
-        }
-        let hint = self.0.config.peers().position(|member| member.name == node);
-        let hint = hint.map(|at| PeerId(at as u16)).ok_or_else(|| {
-            let text = format!("node {node} is not among peers.members of node {}", self.node().name);
-            status(Fault::new(Code::BadRequest, text))
-        })?;
-        Ok(Some(hint))
+        Ok(Reach::Further { hint: self.0.hint(node)? })
     }
 
     fn one_key(&self, names: Option<&v1::Names>) -> Result<BlockKey, Status> {
@@ -130,7 +118,7 @@ impl BlocksService {
 }
 
 /// Takes `ttl_s` from now; 0 stays 0.
-fn keep(priority: i32, ttl_s: u32) -> Result<Keep, Fault> {
+pub(super) fn keep(priority: i32, ttl_s: u32) -> Result<Keep, Fault> {
     let unix = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs() as u32);
     let expires_at = if ttl_s == 0 { 0 } else { unix.saturating_add(ttl_s) };
     Ok(Keep { priority: convert::priority(priority)?, expires_at })
@@ -190,7 +178,7 @@ impl v1::blocks_server::Blocks for BlocksService {
         let mut answers = view.lookup(&keys, all, until).await.map_err(status)?;
         let mut nodes = Vec::new();
         if request.peers && answers.iter().any(|found| matches!(found, Found::Miss(_))) {
-            let hint = self.hint(&request.node)?;
+            let hint = self.0.hint(&request.node)?;
             let further = self.0.look_further(who.principal, &keys, hint, &mut answers, until).await;
             nodes = further.map_err(status)?;
             let first = answers.iter().position(|found| matches!(found, Found::Miss(_)));
@@ -285,7 +273,7 @@ impl v1::blocks_server::Blocks for BlocksService {
         let (waited, wait) = wait_until(until, request.wait_ms);
         let (sender, receiver) = tokio::sync::mpsc::channel(3);
         let reach = self.reach(&request.node)?;
-        match view.read(session, &key, (wait, reach), waited).await.map_err(status)? {
+        match view.read(session, Step { key, after: None }, (wait, reach), waited).await.map_err(status)? {
             Ok((held, tier)) => {
                 let chunk_bytes = self.0.config.limits.message_bytes_max.0 as usize - MESSAGE_BYTES_OTHER;
                 let chunk_bytes = chunk_bytes.min(CHUNK_BYTES_MAX);
@@ -484,6 +472,18 @@ impl v1::blocks_server::Blocks for BlocksService {
         if tier == Some(Tier::Object) {
             return Err(objects::refuse_to_remove());
         }
+        if tier == Some(Tier::Device) {
+            // What somebody may not see he may not have removed either.
+            let seen: Vec<BlockKey> = keys
+                .iter()
+                .zip(view.sights(&keys))
+                .filter(|(_, (sight, _))| *sight != Sight::Absent)
+                .map(|(key, _)| *key)
+                .collect();
+            let evicted = self.0.gpus.evict(&seen, request.dry_run) as u32;
+            let absent = keys.len() as u32 - evicted;
+            return Ok(Response::new(v1::EvictResponse { evicted, in_use: 0, absent }));
+        }
         let op = || Op::Evict { keys: keys.clone(), tier, dry_run: request.dry_run };
         let (evicted, in_use, absent) = view.count(SessionId(0), until, op).await.map_err(status)?;
         let number = |count: u64| count as u32;
@@ -571,7 +571,7 @@ async fn send_block(
 }
 
 /// Waits for all of them, in order of asking.
-async fn futures_join<T>(futures: impl Iterator<Item = impl Future<Output = T>>) -> Vec<T> {
+pub(super) async fn futures_join<T>(futures: impl Iterator<Item = impl Future<Output = T>>) -> Vec<T> {
     let mut pending: Vec<_> = futures.map(|future| (Box::pin(future), None)).collect();
     std::future::poll_fn(|context| {
         let mut ready = true;

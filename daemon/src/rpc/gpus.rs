@@ -75,6 +75,23 @@ fn gpu(view: GpuView) -> v1::GpuInfo {
     }
 }
 
+/// The pools, one for each device that has one.
+pub(super) fn tiers(view: &GpusView) -> impl Iterator<Item = v1::TierInfo> + '_ {
+    view.gpus.iter().filter(|gpu| gpu.pool_bytes_max > 0).map(|gpu| v1::TierInfo {
+        tier: v1::Tier::Device.into(),
+        shard: gpu.ordinal,
+        bytes_max: gpu.pool_bytes_max,
+        bytes_wanted: gpu.pool_bytes_max,
+        bytes_used: gpu.pool_bytes_used,
+        blocks: gpu.pool_blocks,
+        state: if gpu.state == GpuState::Ok { "ok" } else { "degraded" }.into(),
+        reason: gpu.reason.clone(),
+        numa_node: gpu.numa_node.unwrap_or(0),
+        notes: vec![gpu.uuid.clone()],
+        ..v1::TierInfo::default()
+    })
+}
+
 /// What an operator must know: GPUs that are lost, and memory that is kept for copies which never ended.
 pub(super) fn warnings(view: &GpusView) -> Vec<v1::Warning> {
     let warn = |gpu: &GpuView| {
@@ -167,6 +184,19 @@ mod tests {
             reaches: vec!["GPU-11".into()],
         };
         assert_eq!(told.gpus, [wanted]);
+    }
+
+    #[test]
+    fn a_pool_is_a_tier_and_a_device_without_one_is_none() {
+        let pool =
+            GpuView { pool_bytes_max: 64, pool_bytes_used: 3, pool_blocks: 2, ..view(1, GpuState::Ok) };
+        let lost = GpuView { pool_bytes_max: 64, ..view(2, GpuState::Lost) };
+        let all = GpusView { gpus: vec![view(0, GpuState::Ok), pool, lost], ..GpusView::default() };
+        let told: Vec<_> = tiers(&all)
+            .map(|tier| (tier.tier(), tier.shard, tier.bytes_used, tier.blocks, tier.state))
+            .collect();
+        let device = v1::Tier::Device;
+        assert_eq!(told, [(device, 1, 3, 2, "ok".into()), (device, 2, 0, 0, "degraded".into())]);
     }
 
     #[test]

@@ -50,6 +50,11 @@ pub const METHODS: &[(&str, Needs)] = &[
     // An administrator registers a scope to have it explained.
     ("Worker/Register", Needs::Either),
     ("Worker/Describe", Needs::Either),
+    ("Devices/RegisterCache", Needs::Blocks),
+    ("Devices/ForgetCache", Needs::Blocks),
+    ("Devices/QuiesceCache", Needs::Blocks),
+    ("Devices/Save", Needs::Blocks),
+    ("Devices/Load", Needs::Blocks),
     ("Events/Watch", Needs::Either),
     ("Admin/Status", Needs::Admin),
     ("Admin/ListTiers", Needs::Admin),

@@ -305,8 +305,8 @@ impl Node {
             Command::Fill { fill, bytes, key, mut slot, .. } => {
                 let into = &mut slot[..bytes as usize];
                 payload::fill(&key, into);
-                let checksum = Some(Checksum::of(&key, into));
-                self.then(Event::Filled { fill, slot, checksum });
+                let checksum = Checksum::of(&key, into);
+                self.then(Event::Filled { fill, filled: Ok((slot, checksum)) });
             }
             Command::Store(op) => inner.parked.push_back(op),
             Command::Fetch(_, op) => inner.fetches.send(op).expect("it reads to the end"),

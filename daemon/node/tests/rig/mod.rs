@@ -15,8 +15,8 @@ use kv_arena::{
 };
 use kv_block::code::Code;
 use kv_block::{
-    BindingId, BindingTag, BlockKey, Checksum, DiskLocation, Epoch, EventKind, LeaseId, MissReason, Record,
-    SessionId, ShardId, Tier, payload,
+    BindingId, BindingTag, BlockKey, Checksum, DiskLocation, Epoch, EventKind, Fault, LeaseId, MissReason,
+    Record, SessionId, ShardId, Tier, payload,
 };
 use kv_node::{
     Binding, BlockReport, BlockState, Brain, BrainConfig, Command, Event, FetchDone, FetchFrom, FetchOp,
@@ -431,13 +431,16 @@ impl Rig {
                     Command::Reply { to, reply } => self.answered(to, reply),
                     Command::Fill { .. } if self.hold_fills => self.held_fills.push(command),
                     Command::Fill { fill, from: _, source, bytes, key, mut slot } => {
-                        let checksum = (source != GONE).then(|| {
+                        let filled = if source == GONE {
+                            Err(Fault::new(Code::StagingRange, "the bytes went away"))
+                        } else {
                             let into = &mut slot[..bytes as usize];
                             payload::fill(&key, into);
                             into[0] ^= source as u8;
-                            Checksum::of(&key, into)
-                        });
-                        brain.handle(self.now, Event::Filled { fill, slot, checksum }, &mut self.commands);
+                            let checksum = Checksum::of(&key, into);
+                            Ok((slot, checksum))
+                        };
+                        brain.handle(self.now, Event::Filled { fill, filled }, &mut self.commands);
                     }
                     Command::Store(op) => self.parked.push_back(op),
                     Command::Fetch(from, op) => {
