@@ -65,6 +65,7 @@ const ARROWS: &[(&str, &[&str])] = &[
             "kv-api",
             "kv-arena",
             "kv-block",
+            "kv-gpu",
             "kv-lmcache",
             "kv-node",
             "kv-object",

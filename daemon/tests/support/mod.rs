@@ -167,16 +167,19 @@ impl Home {
     fn spawn(&self) -> Daemon<'_> {
         let log =
             std::fs::OpenOptions::new().create(true).append(true).open(self.root.path().join("log")).unwrap();
-        let kvd = env!("CARGO_BIN_EXE_kvd");
-        let mut command = Command::new(if self.netns.is_some() { "ip" } else { kvd });
+        // A test that was carried to another machine has it somewhere else.
+        let kvd = std::env::var("KVD").unwrap_or_else(|_| env!("CARGO_BIN_EXE_kvd").into());
+        let mut command = Command::new(if self.netns.is_some() { "ip" } else { &kvd });
         if let Some(netns) = &self.netns {
             // It becomes kvd, and stays the same process.
-            command.args(["netns", "exec", netns, kvd]);
+            command.args(["netns", "exec", netns, &kvd]);
         }
         let child = command
             .args(["--run-dir", &self.run_dir().display().to_string()])
             .args(["--memory-dir", &self.memory.display().to_string()])
             .args(&self.args)
+            // It knows its own, and refuses others of that kind.
+            .env_remove("KVD_CUDA")
             .envs(self.env.iter().map(|(name, value)| (name, value)))
             .stdin(Stdio::null())
             .stdout(Stdio::null())
