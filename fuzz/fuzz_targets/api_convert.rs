@@ -8,7 +8,7 @@ const KEYS_MAX: usize = 64;
 
 fuzz_target!(|data: &[u8]| {
     let Some((kind, bytes)) = data.split_first() else { return };
-    match kind % 14 {
+    match kind % 15 {
         0 => names(decoded::<v1::LookupRequest>(bytes).and_then(|request| request.names)),
         1 => names(decoded::<v1::AcquireRequest>(bytes).and_then(|request| request.names)),
         2 => names(decoded::<v1::GetRequest>(bytes).and_then(|request| request.names)),
@@ -50,6 +50,13 @@ fuzz_target!(|data: &[u8]| {
             let found = fault::from_status(&status);
             let again = fault::from_status(&fault::to_status(&found));
             assert_eq!((again.kind, again.code, again.message), (found.kind, found.code, found.message));
+        }
+        13 => {
+            let Some(request) = decoded::<v1::RegisterCacheRequest>(bytes) else { return };
+            if let Ok(layout) = convert::cache_layout(request.layout) {
+                let again = convert::cache_layout(Some(convert::cache_layout_message(&layout)));
+                assert_eq!(again, Ok(layout));
+            }
         }
         _ => {
             if let Some(miss) = decoded::<v1::Miss>(bytes) {

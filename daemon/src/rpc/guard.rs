@@ -204,6 +204,7 @@ mod tests {
         let texts = [
             include_str!("../../../client/api/proto/kv/v1/admin.proto"),
             include_str!("../../../client/api/proto/kv/v1/blocks.proto"),
+            include_str!("../../../client/api/proto/kv/v1/devices.proto"),
             include_str!("../../../client/api/proto/kv/v1/events.proto"),
             include_str!("../../../client/api/proto/kv/v1/worker.proto"),
         ];
