@@ -46,7 +46,7 @@ pub struct CopierConfig {
     /// copies from device to device two. A device serves eight streams of a process at once, if
     /// `CUDA_DEVICE_MAX_CONNECTIONS` does not say otherwise: that is with two.
     pub streams_each_way: usize,
-    /// Jobs on the device at once.
+    /// Jobs that have something on the device at once.
     pub under_way_max: usize,
     /// Bytes on the device at once. A step that is more goes alone.
     pub under_way_bytes_max: u64,
@@ -370,7 +370,6 @@ impl Copier {
         let lanes = self.lanes.iter().enumerate().filter(fits);
         work.lane = lanes.min_by_key(|(_, lane)| lane.load()).map(|(lane, _)| lane);
         work.admitted = work.pending.len();
-        self.under_way += 1;
         self.hungry.push_back(token);
     }
 
@@ -418,6 +417,8 @@ impl Copier {
         let bytes = step.bytes;
         lane.bytes += bytes;
         self.under_way_bytes += bytes;
+        // An open job that waits for its steps takes nobody's place.
+        self.under_way += usize::from(work.on_device == 0);
         work.on_device += 1;
         let _events = (step.after, step.then);
         lane.marks.push_back(Mark { token, event, bytes, is_step, tables, _events });
@@ -455,6 +456,7 @@ impl Copier {
         self.events.extend(event.filter(|_| self.events.len() < EVENTS_IDLE_MAX));
         let Some(work) = self.jobs.get_mut(&token) else { return };
         work.on_device -= 1;
+        self.under_way -= usize::from(work.on_device == 0);
         if is_step {
             work.done += 1;
             match self.told.last_mut() {
@@ -476,10 +478,7 @@ impl Copier {
     fn end(&mut self, token: JobToken, error: Option<&Error>) {
         let Some(work) = self.jobs.remove(&token) else { return };
         match work.lane {
-            Some(_) => {
-                self.under_way -= 1;
-                self.hungry.retain(|hungry| *hungry != token);
-            }
+            Some(_) => self.hungry.retain(|hungry| *hungry != token),
             None => self.waiting[usize::from(!work.urgent)].retain(|waiting| *waiting != token),
         }
         let result = match (work.stopped, error) {
@@ -490,6 +489,7 @@ impl Copier {
         let hosts = if work.on_device == 0 {
             Some(work.used.hosts)
         } else {
+            self.under_way -= 1;
             let lane = work.lane.map(|lane| self.lanes[lane].stream.clone());
             job::keep(work.used, &self.device, lane);
             None

@@ -484,7 +484,7 @@ fn steps_wait_for_events_and_record_their_own() {
 #[test]
 fn an_open_job_takes_steps_while_it_runs() {
     let cuda = cuda();
-    let mut bench = Bench::new(&cuda.driver, |_| {});
+    let mut bench = Bench::new(&cuda.driver, |config| config.under_way_max = 1);
     let memory = bench.memory(SLOT);
     let bytes = pattern(2, SLOT as usize);
     write(&low(&bench.device), &memory, &bytes);
@@ -505,7 +505,13 @@ fn an_open_job_takes_steps_while_it_runs() {
         }
         bench.copier.add(JobToken(7), page(at as u64), false).unwrap();
     }
-    assert_eq!(bench.copier.under_way().0, 1);
+    // While it waits for more it takes nobody's place.
+    bench.watch(&mut watch, |watch| watch.known.get(&7).is_some_and(|(_, steps)| *steps == 16));
+    assert_eq!(bench.copier.under_way(), (0, 0));
+    let other = bench.slot();
+    bench.submit(job(8, &[&memory], Hosts::To(vec![other]), vec![page(3)]));
+    bench.watch(&mut watch, |watch| watch.ended.contains_key(&8));
+    assert!(watch.ended.remove(&8).unwrap().result.is_ok() && watch.ended.is_empty());
     // The last may be nothing but the last.
     bench.copier.add(JobToken(7), Step::default(), true).unwrap();
     let error = bench.copier.add(JobToken(7), page(0), true).unwrap_err();
