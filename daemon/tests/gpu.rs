@@ -317,6 +317,11 @@ impl Worker {
 
     /// A block as the daemon gives it to anybody.
     fn get(&self, number: u64) -> Vec<u8> {
+        self.try_get(number).unwrap_or_else(|| panic!("block {number} is not there"))
+    }
+
+    /// The same of one that may be missing.
+    fn try_get(&self, number: u64) -> Option<Vec<u8>> {
         let names =
             v1::Names { binding: self.binding, sequence_hashes: vec![hash(number)], ..v1::Names::default() };
         let request = v1::GetRequest { names: Some(names), ..v1::GetRequest::default() };
@@ -327,10 +332,10 @@ impl Worker {
                 match message.what.expect("something") {
                     v1::get_response::What::Header(_) => {}
                     v1::get_response::What::Chunk(piece) => bytes.extend_from_slice(&piece),
-                    v1::get_response::What::Miss(miss) => panic!("block {number}: {miss:?}"),
+                    v1::get_response::What::Miss(_) => return None,
                 }
             }
-            bytes
+            Some(bytes)
         })
     }
 
@@ -527,6 +532,53 @@ fn a_pool_gives_what_was_saved_and_what_is_loaded_again_and_nothing_that_was_rem
     let worker = Worker::new(&home);
     worker.load_well(&[(5, [0, 1])]);
     assert_eq!(worker.get(5), block_of(&worker.layout, &worker.look(), &[0, 1]));
+}
+
+/// Whoever gives a call up and waits until all is quiet may use his pages: nothing of it is copied later.
+#[test]
+fn what_a_caller_gave_up_is_not_copied_from_pages_that_hold_something_else() {
+    if is_real() {
+        eprintln!("skipped: a real device is not slow on purpose");
+        return;
+    }
+    for pool in ["0", "8MiB"] {
+        let home = node(&format!("left-{pool}"))
+            .set("gpu.method=loop")
+            .set("gpu.copies_max=1")
+            .set(&format!("gpu.pool_bytes={pool}"))
+            .set("gpu.leave_bytes=0")
+            .with_env("FAKE_CUDA", "delay_us=500");
+        let _daemon = home.start();
+        let worker = Worker::new(&home);
+        let before = worker.compute(61);
+        let call = |number| {
+            let header = v1::save_request::What::Header(worker.header(&[(number, [2, 3])]));
+            let messages = vec![v1::SaveRequest { what: Some(header) }];
+            let mut devices = worker.devices();
+            async move { devices.save(tokio_stream::iter(messages)).await }
+        };
+        worker.door.runtime.block_on(async {
+            // The first takes the device; the others wait for it, and are given up.
+            let first = tokio::spawn(call(1));
+            let left: Vec<_> = (2..6).map(|number| tokio::spawn(call(number))).collect();
+            tokio::time::sleep(Duration::from_millis(60)).await;
+            left.iter().for_each(|call| call.abort());
+            let saved = first.await.unwrap().expect("save").into_inner().saved;
+            assert_eq!(saved[0].what, Some(v1::saved::What::Already(false)));
+        });
+        worker.quiesce();
+        worker.compute(62);
+        worker.save_well(&[(9, [4, 5])]);
+        let old = block_of(&worker.layout, &before, &[2, 3]);
+        assert_eq!(worker.get(1), old);
+        for number in 2..6 {
+            let found = worker.try_get(number);
+            assert!(
+                found.is_none_or(|bytes| bytes == old),
+                "block {number} is of other pages than were saved"
+            );
+        }
+    }
 }
 
 /// A bit that changes on the bus is found where two sums of the block can be compared: with a pool.

@@ -150,7 +150,7 @@ struct How {
     after: Option<BlockKey>,
 }
 
-/// No more layers of it will be ready when this goes.
+/// The call is over when this goes, however it goes: nothing of it is begun any more.
 struct Open<'a> {
     gpus: &'a Gpus,
     save: Arc<Save>,

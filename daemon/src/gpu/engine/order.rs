@@ -83,7 +83,7 @@ pub struct Save {
 pub(super) struct SaveState {
     /// How many layers from the first on were ready, one after the other, and what the device waits for before each.
     pub(super) ready: Vec<(u16, Option<Arc<Event>>)>,
-    /// Nobody will say that more layers are ready.
+    /// The call is over.
     pub(super) over: bool,
 }
 
@@ -110,7 +110,7 @@ impl Save {
         Ok(())
     }
 
-    /// No more layers will be ready.
+    /// The call is over: no more layers will be ready, and what has not been begun must not be.
     pub fn end(&self) {
         self.state().over = true;
     }

@@ -47,7 +47,7 @@ pub(super) fn fail(fills: Vec<Filling>, fault: &Fault) {
 }
 
 fn unfinished() -> Fault {
-    Fault::new(Code::BadRequest, "the call ended before all layers were said to be ready")
+    Fault::new(Code::BadRequest, "the call ended before the block was copied from its pages")
 }
 
 /// The copies of a save for what became ready from the `from`th time on, one step for each; `places` is where the
@@ -99,7 +99,8 @@ impl Engine {
             let state = save.state();
             (state.ready.clone(), state.is_whole(save.paged.layers()), state.over)
         };
-        if over && !whole {
+        if over {
+            // Whoever called is gone, or all was answered: the pages may hold something else by now.
             drop(slots);
             return fail(fills, &unfinished());
         }
@@ -161,11 +162,18 @@ impl Engine {
         self.begin_fills();
         let mut broken = Vec::new();
         for (token, job) in &mut self.jobs {
-            let What::Save { save: this, fills, given } = &mut job.what else { continue };
+            let (What::Save { save: this, .. } | What::Gather { save: this, .. }) = &job.what else {
+                continue;
+            };
             if !Arc::ptr_eq(this, save) || job.over.is_some() {
                 continue;
             }
             let state = save.state();
+            if state.over {
+                broken.push((*token, unfinished()));
+                continue;
+            }
+            let What::Save { fills, given, .. } = &mut job.what else { continue };
             let last = state.ready.len();
             let whole = state.is_whole(save.paged.layers());
             let steps = steps_of(save, &state.ready, *given, fills, |_| 0);
@@ -176,9 +184,6 @@ impl Engine {
                 }
             }
             *given = last;
-            if state.over && !whole {
-                broken.push((*token, unfinished()));
-            }
         }
         for (token, fault) in broken {
             self.give_up(token, fault);
