@@ -320,9 +320,9 @@ impl Gpus {
 
     /// Hands an order to the thread of a device. When that has ended, so has the order.
     pub fn order(&self, engine: usize, order: Order) {
-        match self.0.engines.get(engine).map(|engine| engine.orders.send(order)) {
-            None | Some(Ok(())) => {}
-            Some(Err(back)) => back.0.refuse(),
+        let Some(engine) = self.0.engines.get(engine) else { return order.refuse() };
+        if let Err(back) = engine.orders.send(order) {
+            back.0.refuse();
         }
     }
 

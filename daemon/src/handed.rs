@@ -274,7 +274,8 @@ mod tests {
             wants_write: false,
             name: String::new(),
         };
-        let wrong: [(u16, &str, &dyn Fn(&Connection)); 6] = [
+        type Say<'a> = &'a dyn Fn(&Connection);
+        let wrong: [(u16, &str, Say<'_>); 6] = [
             (VERSION, "out of turn", &|worker| worker.send(&Message::Hello(hello.clone()), &[]).unwrap()),
             (2, "out of turn", &|worker| offer(worker, 2, &file())),
             (2, "out of turn", &|worker| worker.send(&Message::Withdraw { number: 1 }, &[]).unwrap()),

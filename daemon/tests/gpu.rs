@@ -562,7 +562,7 @@ fn what_a_caller_gave_up_is_not_copied_from_pages_that_hold_something_else() {
             let first = tokio::spawn(call(1));
             let left: Vec<_> = (2..6).map(|number| tokio::spawn(call(number))).collect();
             tokio::time::sleep(Duration::from_millis(60)).await;
-            left.iter().for_each(|call| call.abort());
+            left.iter().for_each(tokio::task::JoinHandle::abort);
             let saved = first.await.unwrap().expect("save").into_inner().saved;
             assert_eq!(saved[0].what, Some(v1::saved::What::Already(false)));
         });

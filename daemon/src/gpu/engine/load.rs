@@ -48,7 +48,8 @@ impl Loading {
     /// All of it in one step, or a step for each layer.
     fn parts(&self) -> Vec<Range<u16>> {
         let layers = self.paged.layers();
-        if self.by_layer { (0..layers).map(|layer| layer..layer + 1).collect() } else { vec![0..layers] }
+        let each = if self.by_layer { 1 } else { layers };
+        (0..layers).step_by(each.into()).map(|layer| layer..layer + each).collect()
     }
 
     /// The steps of a job; `blocks` are the pages of each block and where it begins in its memory of the other side.
@@ -169,12 +170,11 @@ impl Engine {
 
     /// The load whose last part this job is.
     fn last_part(&self, token: JobToken) -> Option<&Loading> {
-        let load = match self.jobs.get(&token)?.what {
+        match self.jobs.get(&token)?.what {
             What::Load { load } => self.loads.get(&load),
             What::Spread { load, .. } => self.loads.get(&load).filter(|load| load.host.is_empty()),
             _ => None,
-        };
-        load
+        }
     }
 
     /// The device has all of a job in its queue.

@@ -201,7 +201,9 @@ impl Engine {
                 }
                 // What finds no room stays in host memory, and comes from there again.
                 let Ok(room) = pool.reserve(record.bytes) else { break };
-                (rooms.push(room), records.push(record), held.push(block));
+                rooms.push(room);
+                records.push(record);
+                held.push(block);
             }
         }
         if rooms.is_empty() {
