@@ -290,12 +290,14 @@ fn what_is_found_is_known_before_the_copies_are_over() {
         node: "node-1".into(),
         by_layer: true,
         events: vec![1, 0],
+        event: Some(1),
     };
     let load = cache.load(&binding, &blocks(0..3), &options).wait().unwrap();
     assert_eq!(load.found, [Ok(Tier::Host), Err(MissReason::Expired.into()), Ok(Tier::Disk)]);
     let [request] = &loads(&played)[..] else { panic!() };
     assert_eq!((request.cache, request.binding, request.by_layer), (1, 3, true));
     assert_eq!((&request.node[..], &request.events[..]), ("node-1", &[1, 0][..]));
+    assert_eq!(request.event, Some(1));
     assert!((1..=5000).contains(&request.wait_ms), "{}", request.wait_ms);
     assert_eq!(request.blocks[2].pages, [2, 102]);
     assert_eq!(load.layers_arrived(), 0);

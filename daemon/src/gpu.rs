@@ -11,6 +11,7 @@
 
 pub mod arena;
 pub mod cache;
+pub mod closer;
 pub mod engine;
 pub mod sums;
 pub mod view;
@@ -35,7 +36,8 @@ use tokio::sync::oneshot;
 
 use self::arena::Arenas;
 use self::cache::{Cache, unknown};
-use self::engine::{Engine, Kept, Of, Order, Stats, fault_of, lock};
+use self::closer::Closing;
+use self::engine::{Engine, Kept, Of, Order, Stats, fault_of, lock, try_lock};
 use self::sums::Sums;
 use self::view::{GpuState, GpuView, GpusView};
 use crate::config::Config;
@@ -60,7 +62,6 @@ struct Inner {
     engines: Vec<Handle>,
     /// Devices that could not be opened.
     unused: Vec<GpuView>,
-    arenas: Option<Arc<Arenas>>,
     caches: Mutex<HashMap<u32, Arc<Cache>>>,
     next: AtomicU32,
     caches_max: usize,
@@ -76,6 +77,8 @@ struct Handle {
     stats: Arc<Stats>,
     /// Blocks in its spare memory.
     pool: Option<Kept>,
+    /// Where what workers shared is let go.
+    closer: Sender<Closing>,
 }
 
 /// GPUs whose threads run.
@@ -180,7 +183,15 @@ pub fn start(node: &Arc<Node>, config: &Config, plan: &Plan) -> anyhow::Result<R
             let (copier, pool, arenas, orders, sums, stats) = parts;
             Engine::new(copier, pool, arenas, orders, sums, stats).run();
         })?);
-        engines.push(Handle { device, numa_node, reaches: Vec::new(), orders: door, stats, pool });
+        engines.push(Handle {
+            device,
+            numa_node,
+            reaches: Vec::new(),
+            orders: door,
+            stats,
+            pool,
+            closer: closer::start(ordinal)?,
+        });
     }
     meet(&mut engines);
     let gpus = Gpus(Arc::new(Inner {
@@ -190,7 +201,6 @@ pub fn start(node: &Arc<Node>, config: &Config, plan: &Plan) -> anyhow::Result<R
         driver: Some(driver.version().to_string()),
         engines,
         unused,
-        arenas: Some(arenas),
         caches: Mutex::default(),
         next: AtomicU32::new(1),
         caches_max: config.gpu.caches_max as usize,
@@ -225,7 +235,6 @@ impl Inner {
             driver: None,
             engines: Vec::new(),
             unused: Vec::new(),
-            arenas: None,
             caches: Mutex::default(),
             next: AtomicU32::new(1),
             caches_max: 0,
@@ -238,8 +247,13 @@ impl Gpus {
         self.0.caches.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Opens what a worker shares. Calls of the driver: not for a thread that must not wait.
-    pub fn register(&self, registration: Registration) -> Result<Arc<Cache>, Fault> {
+    /// Opens what a worker shares. Calls of the driver: not for a thread that must not wait. `is_open`: whether its session
+    /// still is, which may end meanwhile, with nobody to give the cache back.
+    pub fn register(
+        &self,
+        registration: Registration,
+        is_open: impl Fn() -> bool,
+    ) -> Result<Arc<Cache>, Fault> {
         let Registration { session, device: uuid, tensors, layout, events } = registration;
         if let Some(why) = &self.0.absent {
             return Err(Fault::new(Code::NoGpu, format!("this node uses no GPU: {why}")));
@@ -271,8 +285,14 @@ impl Gpus {
         let events: Vec<Arc<Event>> =
             events.into_iter().map(open).collect::<Result<_, _>>().map_err(|error| fault_of(&error))?;
         let id = self.0.next.fetch_add(1, Ordering::Relaxed);
-        let cache = Arc::new(Cache::new(id, session, at, tensors, layout, events)?);
+        let closer = self.0.engines[at].closer.clone();
+        let cache = Arc::new(Cache::new(id, session, at, tensors, layout, events, closer)?);
         self.lock().insert(id, Arc::clone(&cache));
+        if !is_open() {
+            self.lock().remove(&id);
+            let text = format!("session {session} ended while the cache was registered");
+            return Err(Fault::new(Code::UnknownSession, text));
+        }
         Ok(cache)
     }
 
@@ -282,19 +302,19 @@ impl Gpus {
         found.ok_or_else(|| unknown(id))
     }
 
-    /// Lets go of a cache. What comes back is told when no copy of it is under way any more.
-    pub fn forget(&self, cache: &Arc<Cache>) -> oneshot::Receiver<()> {
+    /// Lets go of a cache. What comes back is told when its memory is closed: then its owner may free it.
+    pub fn forget(&self, cache: Arc<Cache>) -> oneshot::Receiver<()> {
         self.lock().remove(&cache.id);
         cache.forget();
-        let (sender, receiver) = oneshot::channel();
-        self.order(cache.engine, Order::Forget(Of::Cache(Arc::clone(cache)), Some(sender)));
-        receiver
+        let closed = cache.when_closed();
+        self.order(cache.engine, Order::Forget(Of::Cache(cache.id)));
+        closed
     }
 
     /// What comes back is told when no copy of it is under way any more that had begun before.
     pub fn quiesce(&self, cache: &Arc<Cache>) -> oneshot::Receiver<()> {
         let (sender, receiver) = oneshot::channel();
-        self.order(cache.engine, Order::Quiesce(Of::Cache(Arc::clone(cache)), sender));
+        self.order(cache.engine, Order::Quiesce(Of::Cache(cache.id), sender));
         receiver
     }
 
@@ -312,9 +332,10 @@ impl Gpus {
             self.lock().extract_if(|_, cache| cache.session == session).map(|(_, cache)| cache).collect();
         let mut engines: Vec<usize> = gone.iter().map(|cache| cache.engine).collect();
         gone.iter().for_each(|cache| cache.forget());
+        engines.sort_unstable();
         engines.dedup();
         for engine in engines {
-            self.order(engine, Order::Forget(Of::Session(session), None));
+            self.order(engine, Order::Forget(Of::Session(session)));
         }
     }
 
@@ -340,7 +361,7 @@ impl Gpus {
         let own = self.0.engines.get(cache.engine)?;
         let is_near = |other: &&Handle| own.reaches.contains(&other.device.facts().uuid.to_string());
         let pools = std::iter::once(own).chain(self.0.engines.iter().filter(is_near));
-        pools.filter_map(|engine| engine.pool.as_ref()).find_map(|pool| lock(pool).get(key, &record))
+        pools.filter_map(|engine| engine.pool.as_ref()).find_map(|pool| try_lock(pool)?.get(key, &record))
     }
 
     /// Gives up what pools have of these blocks; how many they had. With `dry_run` they are only counted.
@@ -383,7 +404,7 @@ impl Gpus {
         let of = |at: usize| caches.values().filter(move |cache| cache.engine == at);
         let gpus = self.0.engines.iter().enumerate().map(|(at, engine)| {
             let Handle { device, numa_node, reaches, stats, pool, .. } = engine;
-            let pool = pool.as_ref().map(|pool| lock(pool).report()).unwrap_or_default();
+            let pool = pool.as_ref().and_then(|pool| Some(try_lock(pool)?.report())).unwrap_or_default();
             let facts = device.facts();
             let lost = device.lost();
             let count = |number: &std::sync::atomic::AtomicU64| number.load(Ordering::Relaxed);
@@ -426,11 +447,6 @@ impl Gpus {
     /// Blocks that changed on their way to or from a device since the start.
     pub fn damaged(&self) -> u64 {
         self.0.engines.iter().map(|engine| engine.stats.damaged.load(Ordering::Relaxed)).sum()
-    }
-
-    /// Host memory that devices can copy to and from, in bytes.
-    pub fn registered_bytes(&self) -> u64 {
-        self.0.arenas.as_ref().map_or(0, |arenas| arenas.registered_bytes())
     }
 }
 

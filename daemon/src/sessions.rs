@@ -122,6 +122,11 @@ impl Sessions {
         line.get(id, number)
     }
 
+    /// Whether it has not ended.
+    pub fn is_open(&self, id: SessionId) -> bool {
+        self.lock().contains_key(&id)
+    }
+
     /// Whom to tell of every session that ends: whoever keeps things for sessions outside of the shards. Said once.
     pub fn when_closed(&self, tell: impl Fn(SessionId) + Send + Sync + 'static) {
         let _ = self.closed.set(Box::new(tell));

@@ -427,7 +427,10 @@ fn layers_are_saved_as_they_are_computed_and_loaded_as_they_are_needed() {
     assert_eq!(worker.get(2), block_of(&worker.layout, &before, &[4, 5]));
 
     worker.compute(6);
+    // Behind whatever still uses the pages.
+    worker.events[1].record(&worker.stream).unwrap();
     let request = v1::LoadRequest {
+        event: Some(1),
         by_layer: true,
         events: (0..LAYERS).collect(),
         ..worker.load_request(&[(1, [10, 11]), (2, [12, 13])])
@@ -822,6 +825,8 @@ fn handles_and_layouts_that_lie_are_refused_and_nothing_else_is_disturbed() {
     refused(worker.save(v1::SaveHeader { event: Some(7), ..good.clone() }), 1001, "event 7 of 2");
     let twice = v1::LoadRequest { ..worker.load_request(&[(1, [0, 1]), (2, [1, 2])]) };
     refused(worker.load(twice), 1001, "page 1 is given for two blocks");
+    let event = v1::LoadRequest { event: Some(5), ..worker.load_request(&[(1, [0, 1])]) };
+    refused(worker.load(event), 1001, "event 5 of 2");
     // Bindings that the cache does not fit.
     let plain = worker.door.register(&scope("plain"), BLOCK);
     refused(worker.save(v1::SaveHeader { binding: plain, ..good.clone() }), 1001, "order of axes");

@@ -623,6 +623,7 @@ class DeviceCache:
         wait: float = 0.0,
         node: str | None = None,
         by_layer: bool = False,
+        event: int | None = None,
         events: Sequence[int] | None = None,
     ) -> Load:
         """Bring blocks into pages, from whichever tier has them. Returns when it is known which come and the device has
@@ -630,7 +631,8 @@ class DeviceCache:
 
         ``wait``: how many seconds to wait for blocks that are announced, on disk, with a peer of the node, or in the
         object store; ``node``: the peer to ask first. ``by_layer``: copy layer by layer, each behind the one before.
-        ``events``: which of the cache's events are recorded, with ``by_layer`` one behind each layer, else one behind all;
+        ``event``: which of the cache's events the copies wait for, recorded before the call behind what still uses the
+        pages. ``events``: which of them are recorded, with ``by_layer`` one behind each layer, else one behind all;
         streams that wait for them need to wait for nothing else.
         """
 

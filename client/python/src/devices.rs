@@ -395,7 +395,7 @@ impl PyDeviceCache {
         Ok(PyLayerSave(Mutex::new(Some(save))))
     }
 
-    #[pyo3(signature = (binding, blocks, *, wait=0.0, node=None, by_layer=false, events=None))]
+    #[pyo3(signature = (binding, blocks, *, wait=0.0, node=None, by_layer=false, event=None, events=None))]
     #[expect(clippy::too_many_arguments, reason = "they are keywords in Python")]
     fn load(
         &self,
@@ -405,10 +405,11 @@ impl PyDeviceCache {
         wait: f64,
         node: Option<String>,
         by_layer: bool,
+        event: Option<u32>,
         events: Option<Vec<u32>>,
     ) -> PyResult<PyLoad> {
         let (wait, node) = (seconds("wait", wait)?, node.unwrap_or_default());
-        let options = LoadOptions { wait, node, by_layer, events: events.unwrap_or_default() };
+        let options = LoadOptions { wait, node, by_layer, event, events: events.unwrap_or_default() };
         let begun = py.detach(|| self.0.load(&binding.0, &paged(blocks), &options).wait());
         let mut load = begun.map_err(|error| raised(py, &error))?;
         let found = PyList::empty(py);

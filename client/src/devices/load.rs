@@ -26,6 +26,9 @@ pub struct LoadOptions {
     pub node: String,
     /// Copy layer by layer, each behind the one before.
     pub by_layer: bool,
+    /// Which of the cache's events the copies wait for, on the device: recorded by the worker before the call, behind what
+    /// still uses the pages. None: nothing does.
+    pub event: Option<u32>,
     /// Which of the cache's events are recorded: with `by_layer` one for each layer, else one behind all. Empty: none.
     pub events: Vec<u32>,
 }
@@ -63,6 +66,7 @@ impl DeviceCache {
                     node: options.node.clone(),
                     by_layer: options.by_layer && !goes_ahead,
                     events: if at < last { Vec::new() } else { options.events.clone() },
+                    event: options.event,
                 };
                 let client = left(&client, until)?;
                 let stream = client.within(client.devices().load(client.request(message))).await?;

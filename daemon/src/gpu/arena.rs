@@ -46,6 +46,7 @@ impl Arenas {
             return Ok(());
         }
         let (slab, bytes) = (&self.slabs[at], self.slabs[at].region_bytes());
+        // Registered once, for all devices of the process: what one has done counts for the others, also when it is lost.
         let memory = device.register(slab, region * bytes, bytes)?;
         registered.insert((at, region), memory);
         Ok(())
@@ -63,15 +64,5 @@ impl Arenas {
             }
         }
         false
-    }
-
-    /// Bytes that are registered.
-    pub fn registered_bytes(&self) -> u64 {
-        self.lock().values().map(|region| region.bytes() as u64).sum()
-    }
-
-    /// Gives all of it up: a device is lost that may have registered it.
-    pub fn forget(&self) {
-        self.lock().clear();
     }
 }

@@ -1,17 +1,20 @@
 //! What workers register of their devices' memory: the tensors of a KV cache, how its pages lie in them, and events.
 //!
 //! A cache belongs to a session and is let go with it. Its memory stays open for as long as a copy uses it: whoever
-//! copies holds it, and the last to let go of it closes it.
+//! copies holds the cache, and when the last has let go of it, `closer.rs` closes the memory.
 
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::mpsc::Sender;
+use std::sync::{Arc, Mutex, PoisonError};
 
 use kv_block::code::Code;
 use kv_block::layout::{BlockLayout, EngineLayout, LayoutError, Order, PageIndex, Plan, PlanError, plan};
 use kv_block::{Fault, SessionId, Slice};
 use kv_gpu::copier::PagePiece;
 use kv_gpu::{DeviceMemory, Event};
+use tokio::sync::oneshot;
 
+use super::closer::Closing;
 use crate::registry::Bound;
 
 /// A KV cache in a device's memory.
@@ -29,6 +32,18 @@ pub struct Cache {
     /// The worker's events.
     pub events: Vec<Arc<Event>>,
     gone: AtomicBool,
+    closer: Sender<Closing>,
+    /// Who is told when all of it is closed.
+    told: Mutex<Vec<oneshot::Sender<()>>>,
+}
+
+impl Drop for Cache {
+    fn drop(&mut self) {
+        let told = std::mem::take(self.told.get_mut().unwrap_or_else(PoisonError::into_inner));
+        let (tensors, events) = (std::mem::take(&mut self.tensors), std::mem::take(&mut self.events));
+        // Without the thread it is closed here.
+        let _ = self.closer.send(Closing { tensors, events, told });
+    }
 }
 
 impl Cache {
@@ -40,6 +55,7 @@ impl Cache {
         tensors: Vec<DeviceMemory>,
         layout: EngineLayout,
         events: Vec<Arc<Event>>,
+        closer: Sender<Closing>,
     ) -> Result<Self, Fault> {
         let (count, bytes) = (layout.tensor_count() as usize, layout.tensor_bytes());
         if tensors.len() != count {
@@ -53,12 +69,20 @@ impl Cache {
             );
             return Err(Fault::new(Code::BadHandle, text));
         }
-        Ok(Self { id, session, engine, tensors, layout, events, gone: AtomicBool::new(false) })
+        let (gone, told) = (AtomicBool::new(false), Mutex::default());
+        Ok(Self { id, session, engine, tensors, layout, events, gone, closer, told })
     }
 
     /// Bytes of its tensors.
     pub fn bytes(&self) -> u64 {
         self.tensors.iter().map(DeviceMemory::bytes).sum()
+    }
+
+    /// What comes back is told when its memory is closed: when nobody has the cache any more, and some time after.
+    pub fn when_closed(&self) -> oneshot::Receiver<()> {
+        let (sender, receiver) = oneshot::channel();
+        self.told.lock().unwrap_or_else(PoisonError::into_inner).push(sender);
+        receiver
     }
 
     /// No copy of it is begun any more.

@@ -18,7 +18,7 @@ mod verify;
 use std::collections::HashMap;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender};
-use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, TryLockError};
 use std::time::{Duration, Instant};
 
 use kv_arena::Slot;
@@ -51,6 +51,19 @@ const TRY_AGAIN: Duration = Duration::from_millis(5);
 
 /// The blocks that the daemon keeps in a device's memory; the device's thread moves them on, calls look them up.
 pub type Kept = Arc<Mutex<kv_gpu::Cache>>;
+
+/// A pool, if nobody has it at this moment: a caller's thread does not wait for one that may be waiting for the driver.
+pub fn try_lock(kept: &Kept) -> Option<MutexGuard<'_, kv_gpu::Cache>> {
+    const TRIES: usize = 32;
+    for _ in 0..TRIES {
+        match kept.try_lock() {
+            Ok(pool) => return Some(pool),
+            Err(TryLockError::Poisoned(pool)) => return Some(pool.into_inner()),
+            Err(TryLockError::WouldBlock) => std::thread::yield_now(),
+        }
+    }
+    None
+}
 
 /// A pool, for a moment.
 pub fn lock(kept: &Kept) -> MutexGuard<'_, kv_gpu::Cache> {
@@ -111,7 +124,7 @@ enum What {
     /// They are summed meanwhile, under this number.
     Drain { save: Arc<Save>, fills: Vec<Filling>, rooms: Vec<Reserved>, verify: Option<u64> },
     /// From pools into pages; the places stay what they are until then.
-    Spread { load: u64, _places: Vec<Place> },
+    Spread { load: u64, places: Vec<Place> },
     /// From host memory into pages.
     Load { load: u64 },
     /// From host memory into the pool.
@@ -193,7 +206,12 @@ impl Engine {
         loop {
             let pool_idle = self.pool.as_ref().is_none_or(|pool| lock(pool).is_idle());
             let idle = self.copier.is_idle() && self.verifying.is_empty() && pool_idle;
-            let wait = if idle { IDLE } else { pause };
+            let wait = match idle {
+                // Host memory is registered while there is nothing better to do.
+                true if self.warm && self.device.lost().is_none() => Duration::ZERO,
+                true => IDLE,
+                false => pause,
+            };
             match self.orders.recv_timeout(wait) {
                 Ok(order) => {
                     self.take(order);
@@ -224,7 +242,7 @@ impl Engine {
             {
                 return self.last_words();
             }
-            if self.warm && self.jobs.is_empty() && self.device.lost().is_none() {
+            if self.warm && idle && self.jobs.is_empty() && self.device.lost().is_none() {
                 self.warm = self.arenas.register_next(&self.device);
             }
         }
@@ -236,13 +254,10 @@ impl Engine {
             Order::Ready(save) => self.more_is_ready(&save),
             Order::Load(load) => self.load(load),
             Order::Quiesce(of, answer) => self.quiesce(&of, answer),
-            Order::Forget(of, answer) => {
+            Order::Forget(of) => {
                 for token in self.of(&of) {
                     let gone = "the cache was given up before the copy was made";
                     self.give_up(token, Fault::new(Code::UnknownCache, gone));
-                }
-                if let Some(answer) = answer {
-                    self.quiesce(&of, answer);
                 }
             }
             Order::Stop => self.stop(),
@@ -340,12 +355,14 @@ impl Engine {
     fn ended(&mut self, token: JobToken, hosts: Option<Hosts>, result: Result<(), Error>) {
         let Some(UnderWay { cache, until, over, bytes, what }) = self.jobs.remove(&token) else { return };
         Stats::add(if result.is_ok() { &self.stats.done } else { &self.stats.failed }, 1);
-        if self.device.lost().is_some() {
-            self.arenas.forget();
-        }
+        // The device may still be using all of it, and what was to come of it does not come.
+        let unended = hosts.is_none() && result.is_err() && self.device.lost().is_none();
         // Why it was given up says more than that it was.
         let given_up = over.clone();
         let result = result.map_err(|error| over.unwrap_or_else(|| fault_of(&error)));
+        if unended {
+            return self.keep(what, &result.err().unwrap_or_else(ends));
+        }
         match what {
             What::Save { save, fills, .. } => {
                 self.saved((save, fills, Vec::new()), (until, None), bytes, hosts, result);
@@ -377,6 +394,32 @@ impl Engine {
         }
         for waiting in self.quiet.extract_if(.., |waiting| waiting.jobs.is_empty()) {
             let _ = waiting.answer.send(());
+        }
+    }
+
+    /// The device did not say that it is done, and is not lost either. The places of such a job are nobody's any more, and
+    /// whoever waits until all is quiet is not told that it is.
+    fn keep(&mut self, what: What, fault: &Fault) {
+        match what {
+            What::Save { fills, .. } => save::fail(fills, fault),
+            What::Gather { fills, slots, rooms, .. } => {
+                std::mem::forget(rooms);
+                drop(slots);
+                save::fail(fills, fault);
+            }
+            What::Drain { save, fills, rooms, verify } => {
+                std::mem::forget(rooms);
+                save::fail(fills, fault);
+                if let Some(number) = verify {
+                    self.drained(number, (save, Vec::new(), Vec::new()), None, Instant::now());
+                }
+            }
+            What::Spread { load, places } => {
+                std::mem::forget(places);
+                self.end_load(load, Err(fault.clone()));
+            }
+            What::Load { load } => self.end_load(load, Err(fault.clone())),
+            What::Promote { rooms, .. } => std::mem::forget(rooms),
         }
     }
 
@@ -435,6 +478,7 @@ impl Engine {
         let fault = Fault::new(Code::Draining, "the daemon ended before the device was done");
         // Waits for the device once more, with a limit, and keeps what it still uses.
         drop(copier);
+        // What is still being summed would be waited for one by one.
         for job in jobs.into_values() {
             match job.what {
                 What::Save { fills, .. } | What::Gather { fills, .. } | What::Drain { fills, .. } => {

@@ -207,19 +207,18 @@ impl v1::devices_server::Devices for DevicesService {
             })
             .collect::<Result<_, _>>()?;
         let registration = Registration { session, device, tensors, layout, events };
-        let gpus = self.gpus().clone();
-        let opened = tokio::task::spawn_blocking(move || gpus.register(registration)).await;
+        let (gpus, node) = (self.gpus().clone(), Arc::clone(&self.0.node));
+        let is_open = move || node.sessions.is_open(session);
+        let opened = tokio::task::spawn_blocking(move || gpus.register(registration, is_open)).await;
         let cache =
             opened.map_err(|error| status(Fault::new(Code::Bug, error.to_string())))?.map_err(status)?;
         // Copies of an earlier session may still be on their way into the same pages.
-        let quiet = until_quiet(until, self.gpus().quiesce_forgotten(&cache)).await;
-        // The session may have ended meanwhile, and nobody would give the cache back.
-        let open = self.0.node.sessions.check(session, who.caller).map_err(status);
-        if let Err(failed) = quiet.and(open) {
-            drop(self.gpus().forget(&cache));
-            return Err(failed);
+        let id = cache.id;
+        if let Err(late) = until_quiet(until, self.gpus().quiesce_forgotten(&cache)).await {
+            drop(self.gpus().forget(cache));
+            return Err(late);
         }
-        Ok(Response::new(v1::RegisterCacheResponse { cache: cache.id, epoch: self.0.node.epoch.0 }))
+        Ok(Response::new(v1::RegisterCacheResponse { cache: id, epoch: self.0.node.epoch.0 }))
     }
 
     async fn forget_cache(
@@ -228,8 +227,8 @@ impl v1::devices_server::Devices for DevicesService {
     ) -> Result<Response<v1::ForgetCacheResponse>, Status> {
         let (until, who) = (deadline(&request), who(&request));
         let request = request.into_inner();
-        let cache = self.cache(who, request.session, request.cache)?;
-        until_quiet(until, self.gpus().forget(&cache)).await?;
+        let closed = self.gpus().forget(self.cache(who, request.session, request.cache)?);
+        until_quiet(until, closed).await?;
         Ok(Response::new(v1::ForgetCacheResponse {}))
     }
 
@@ -317,6 +316,7 @@ impl v1::devices_server::Devices for DevicesService {
         let cache = &call.paged.cache;
         let events = request.events.iter().map(|number| cache.event(*number).map_err(status));
         let events = events.collect::<Result<Vec<_>, _>>()?;
+        let after = request.event.map(|number| cache.event(number)).transpose().map_err(status)?;
         let wanted = if request.by_layer { usize::from(call.paged.layers()) } else { 1 };
         if !events.is_empty() && events.len() != wanted {
             return Err(bad(format!("{} events are named, {wanted} would be recorded", events.len())));
@@ -354,8 +354,15 @@ impl v1::devices_server::Devices for DevicesService {
             loaded.push(v1::Loaded { what: Some(what) });
         }
         let (news, heard) = mpsc::unbounded_channel();
-        let order =
-            LoadOrder { paged: call.paged.clone(), blocks, by_layer: request.by_layer, events, until, news };
+        let order = LoadOrder {
+            paged: call.paged.clone(),
+            blocks,
+            by_layer: request.by_layer,
+            events,
+            until,
+            after,
+            news,
+        };
         self.gpus().order(cache.engine, Order::Load(order));
         // Room for all that can come: the queued copies, the layers and the end.
         let (sender, receiver) = mpsc::channel(usize::from(call.paged.layers()) + 3);

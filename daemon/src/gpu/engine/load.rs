@@ -29,6 +29,8 @@ pub(super) struct Loading {
     until: Instant,
     /// What is to be recorded by the last part.
     events: Vec<Arc<Event>>,
+    /// What the first part waits for.
+    after: Option<Arc<Event>>,
     /// What comes from host memory, until that is begun.
     host: Vec<(Held, Arc<[PageIndex]>)>,
 }
@@ -55,12 +57,14 @@ impl Loading {
     /// The steps of a job; `blocks` are the pages of each block and where it begins in its memory of the other side.
     fn steps(&self, blocks: &[(&[PageIndex], u64)], events: &[Arc<Event>]) -> Vec<Step> {
         let mut events = events.iter().cloned();
+        // The first step waits, and the others are behind it.
+        let mut after = self.after.clone();
         let step = |part: Range<u16>| {
             let mut pieces = Vec::new();
             for (at, (pages, offset)) in blocks.iter().enumerate() {
                 self.paged.pieces(pages, part.clone(), (at as u32, *offset), &mut pieces);
             }
-            Step { after: None, pieces, then: events.next() }
+            Step { after: after.take(), pieces, then: events.next() }
         };
         self.parts().into_iter().map(step).collect()
     }
@@ -91,7 +95,7 @@ impl Once {
 
 impl Engine {
     pub(super) fn load(&mut self, order: LoadOrder) {
-        let LoadOrder { paged, blocks, by_layer, events, until, news } = order;
+        let LoadOrder { paged, blocks, by_layer, events, until, after, news } = order;
         let (mut places, mut host) = (Vec::new(), Vec::new());
         for (from, pages) in blocks {
             match from {
@@ -99,7 +103,7 @@ impl Engine {
                 Resident::Host(held) => host.push((held, pages)),
             }
         }
-        let load = Loading { news, paged, by_layer, until, events, host };
+        let load = Loading { news, paged, by_layer, until, events, after, host };
         let ready = load.paged.cache.check().and_then(|()| self.is_well());
         let ensured = load.host.iter().try_for_each(|(held, _)| self.arenas.ensure(&self.device, held));
         if let Err(fault) = ready.and_then(|()| ensured.map_err(|error| fault_of(&error))) {
@@ -121,7 +125,7 @@ impl Engine {
         let memories = places.iter().map(|(place, _)| place.memory().clone()).collect();
         let bytes = places.iter().map(|(place, _)| u64::from(place.bytes())).sum();
         let places = places.into_iter().map(|(place, _)| place).collect();
-        let what = What::Spread { load: number, _places: places };
+        let what = What::Spread { load: number, places };
         self.submit_load(number, Hosts::FromDevice(memories), steps, bytes, what, None);
     }
 
@@ -162,7 +166,7 @@ impl Engine {
         }
     }
 
-    fn end_load(&mut self, number: u64, result: Result<(), Fault>) {
+    pub(super) fn end_load(&mut self, number: u64, result: Result<(), Fault>) {
         if let Some(load) = self.loads.remove(&number) {
             load.end(result);
         }
@@ -216,7 +220,9 @@ impl Engine {
             Stats::add(&self.stats.bytes_in, bytes);
         }
         self.end_load(number, result.clone());
-        let (Ok(()), Some(Hosts::From(held)), true) = (result, hosts, self.pool.is_some()) else { return };
+        // Not while others wait for the same way up: it is for later.
+        let for_pool = self.pool.is_some() && self.loads.is_empty();
+        let (Ok(()), Some(Hosts::From(held)), true) = (result, hosts, for_pool) else { return };
         let again = held.into_iter().filter(|held| self.once.again(held.record().key)).collect();
         self.promote(again);
     }

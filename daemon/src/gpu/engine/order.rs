@@ -24,8 +24,8 @@ pub enum Order {
     Load(LoadOrder),
     /// Say when what is under way for these is done.
     Quiesce(Of, oneshot::Sender<()>),
-    /// Begin nothing more for these, and say when what is under way is done.
-    Forget(Of, Option<oneshot::Sender<()>>),
+    /// Begin nothing more for these.
+    Forget(Of),
     /// End when the device is done.
     Stop,
 }
@@ -52,17 +52,17 @@ impl Order {
 pub enum Of {
     /// Those of a session.
     Session(SessionId),
-    /// Those of a cache.
-    Cache(Arc<Cache>),
+    /// Those of a cache, by its number: who orders does not hold it.
+    Cache(u32),
     /// Those of caches that were given up, by whomever.
     Forgotten,
 }
 
 impl Of {
-    pub(super) fn is(&self, cache: &Arc<Cache>) -> bool {
+    pub(super) fn is(&self, cache: &Cache) -> bool {
         match self {
             Self::Session(session) => cache.session == *session,
-            Self::Cache(this) => Arc::ptr_eq(this, cache),
+            Self::Cache(id) => cache.id == *id,
             Self::Forgotten => cache.check().is_err(),
         }
     }
@@ -160,6 +160,8 @@ pub struct LoadOrder {
     pub events: Vec<Arc<Event>>,
     /// When what has not begun is not begun any more.
     pub until: Instant,
+    /// What the device waits for before the first byte.
+    pub after: Option<Arc<Event>>,
     /// Whom to tell.
     pub news: mpsc::UnboundedSender<LoadNews>,
 }

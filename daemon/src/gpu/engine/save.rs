@@ -147,7 +147,13 @@ impl Engine {
         let (job, under_way, fault) = *refused;
         drop(job);
         match under_way.what {
-            What::Save { fills, .. } | What::Drain { fills, .. } => fail(fills, &fault),
+            What::Save { fills, .. } => fail(fills, &fault),
+            What::Drain { save, fills, rooms, verify } => {
+                fail(fills, &fault);
+                if let Some(number) = verify {
+                    self.drained(number, (save, Vec::new(), rooms), None, Instant::now());
+                }
+            }
             What::Gather { fills, slots, .. } => {
                 drop(slots);
                 fail(fills, &fault);

@@ -143,6 +143,8 @@ impl Engine {
                     }
                     false
                 }
+                // It is asked again: to let go of it would be to wait for it.
+                Err(error) if !matches!(error, kv_gpu::Error::Lost { .. }) => true,
                 Err(error) => {
                     tracing::debug!(%error, "blocks in the pool could not be summed");
                     any = true;
@@ -266,6 +268,8 @@ impl Engine {
 impl Verifying {
     /// The daemon ends: whoever waits for it is told.
     pub(super) fn end(self, fault: &kv_block::Fault) {
+        // Not dropped: each would wait for the device, and the process ends.
+        std::mem::forget(self.summing);
         if let Then::Publish { fills: (_, fills, _), slots, .. } = self.then {
             drop(slots);
             fail(fills, fault);
