@@ -120,8 +120,7 @@ enum What {
     Save { save: Arc<Save>, fills: Vec<Filling>, given: usize },
     /// Pages into the pool, on the way to slots.
     Gather { save: Arc<Save>, fills: Vec<Filling>, slots: Vec<Slot>, rooms: Vec<Reserved> },
-    /// From there into slots, which the job has.
-    /// They are summed meanwhile, under this number.
+    /// From there into slots, which the job has. They are summed meanwhile, under the number in `verify`.
     Drain { save: Arc<Save>, fills: Vec<Filling>, rooms: Vec<Reserved>, verify: Option<u64> },
     /// From pools into pages; the places stay what they are until then.
     Spread { load: u64, places: Vec<Place> },
