@@ -2,7 +2,7 @@
 
 use std::fmt::Write;
 
-use crate::config::units::Size;
+use crate::config::units::{GpuUse, Size};
 use crate::config::{ConfigError, Loaded};
 use crate::plan::{Plan, Resources, plan};
 use crate::tls;
@@ -39,6 +39,15 @@ pub fn report(loaded: &Loaded, topology: &Topology, resources: &Resources, plan:
     say(format!("run dir   {}", config.run_dir().display()));
     let memory = format!("memory    {}", config.memory_dir().display());
     say(format!("{memory}  huge pages {}, policy {}", config.host.huge_pages, config.host.policy));
+    let gpu = &config.gpu;
+    match (gpu.enabled, gpu.pool_bytes.0) {
+        (GpuUse::Off, _) => say("gpu       off".into()),
+        (enabled, 0) => say(format!("gpu       {enabled}  copies by {}, no pool", gpu.method)),
+        (enabled, _) => say(format!(
+            "gpu       {enabled}  copies by {}, pool of {} on each, {} left to others",
+            gpu.method, gpu.pool_bytes, gpu.leave_bytes
+        )),
+    }
     match config.disk_dir() {
         None => say("disk      off".into()),
         Some(dir) => {
