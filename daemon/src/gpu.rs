@@ -31,6 +31,7 @@ use kv_gpu::{
     Device, DeviceMemory, Driver, Event, EventHandle, Facts, MemoryHandle, Place, Pool, PoolConfig,
     SharedPiece, Uuid,
 };
+use kv_tiers::store::BlockStore as _;
 use kv_wire::message::Sight;
 use tokio::sync::oneshot;
 
@@ -41,7 +42,7 @@ use self::engine::{Engine, Kept, Of, Order, Stats, fault_of, lock, try_lock};
 use self::sums::Sums;
 use self::view::{GpuState, GpuView, GpusView};
 use crate::config::Config;
-use crate::config::units::{CopyMethod, GpuUse};
+use crate::config::units::{CopyMethod, GpuUse, Size};
 use crate::node::Node;
 use crate::plan::{GpuPlan, Plan};
 
@@ -77,6 +78,8 @@ struct Handle {
     stats: Arc<Stats>,
     /// Blocks in its spare memory.
     pool: Option<Kept>,
+    /// Why there is none, or less of it than was asked for.
+    pool_trouble: Option<String>,
     /// Where what workers shared is let go.
     closer: Sender<Closing>,
 }
@@ -141,6 +144,7 @@ pub fn start(node: &Arc<Node>, config: &Config, plan: &Plan) -> anyhow::Result<R
     };
     let slabs = node.shards.iter().map(|shard| shard.slab().clone()).collect();
     let arenas = Arc::new(Arenas::new(slabs));
+    let open_bytes_max = plan.shards.iter().map(|shard| shard.arena_bytes).sum::<u64>() / 4;
     let sums = Sums::start(sum_threads(config)).context("starting the threads that sum")?;
     let (mut engines, mut threads) = (Vec::new(), Vec::new());
     let devices =
@@ -159,14 +163,11 @@ pub fn start(node: &Arc<Node>, config: &Config, plan: &Plan) -> anyhow::Result<R
         let home = plan.gpu(&facts.pci);
         let opened = driver.open(ordinal).and_then(|device| {
             let copier = Copier::new(&device, copier_config(config))?;
-            let pool = pool(&device, config)?;
-            Ok((device, copier, pool))
+            let (pool, trouble) = pool(&device, config)?;
+            Ok((device, copier, pool, trouble))
         });
-        let (device, copier, pool) = match opened {
+        let (device, copier, pool, pool_trouble) = match opened {
             Ok(opened) => opened,
-            Err(error) if config.gpu.enabled == GpuUse::Required => {
-                return Err(anyhow::Error::new(error).context(format!("opening GPU {ordinal}")));
-            }
             Err(error) => {
                 tracing::warn!(code = %Code::GpuError, ordinal, %error, "a GPU cannot be used");
                 unused.push(unused_view(facts, home, &error));
@@ -181,7 +182,7 @@ pub fn start(node: &Arc<Node>, config: &Config, plan: &Plan) -> anyhow::Result<R
         let cpus = home.map_or_else(Vec::new, |home| home.cpus.clone());
         threads.push(crate::compose::spawn(format!("gpu-{ordinal}"), cpus, move || {
             let (copier, pool, arenas, orders, sums, stats) = parts;
-            Engine::new(copier, pool, arenas, orders, sums, stats).run();
+            Engine::new(copier, pool, arenas, orders, sums, stats, open_bytes_max).run();
         })?);
         engines.push(Handle {
             device,
@@ -190,8 +191,13 @@ pub fn start(node: &Arc<Node>, config: &Config, plan: &Plan) -> anyhow::Result<R
             orders: door,
             stats,
             pool,
+            pool_trouble,
             closer: closer::start(ordinal)?,
         });
+    }
+    if engines.is_empty() && config.gpu.enabled == GpuUse::Required {
+        let reasons: Vec<String> = unused.iter().map(|gpu| gpu.reason.clone()).collect();
+        anyhow::bail!("gpu.enabled is required, and no GPU can be used: {}", reasons.join("; "));
     }
     meet(&mut engines);
     let gpus = Gpus(Arc::new(Inner {
@@ -403,7 +409,7 @@ impl Gpus {
         let caches = self.lock();
         let of = |at: usize| caches.values().filter(move |cache| cache.engine == at);
         let gpus = self.0.engines.iter().enumerate().map(|(at, engine)| {
-            let Handle { device, numa_node, reaches, stats, pool, .. } = engine;
+            let Handle { device, numa_node, reaches, stats, pool, pool_trouble, .. } = engine;
             let pool = pool.as_ref().and_then(|pool| Some(try_lock(pool)?.report())).unwrap_or_default();
             let facts = device.facts();
             let lost = device.lost();
@@ -429,6 +435,7 @@ impl Gpus {
                 copies_done: count(&stats.done),
                 copies_failed: count(&stats.failed),
                 kept: device.kept() as u64,
+                pool_trouble: pool_trouble.clone().unwrap_or_default(),
                 pool_bytes_max: pool.pool.bytes_max,
                 pool_bytes_used: pool.bytes,
                 pool_blocks: pool.blocks,
@@ -479,20 +486,34 @@ fn meet(engines: &mut [Handle]) {
 }
 
 /// A pool in the device's spare memory, where that is asked for. A device that has no room for it goes on without.
-fn pool(device: &Device, config: &Config) -> Result<Option<Kept>, kv_gpu::Error> {
+fn pool(device: &Device, config: &Config) -> Result<(Option<Kept>, Option<String>), kv_gpu::Error> {
     let bytes = config.gpu.pool_bytes.0;
     if bytes == 0 {
-        return Ok(None);
+        return Ok((None, None));
     }
     let segment_bytes =
         POOL_SEGMENT_BYTES.min((bytes / POOL_SEGMENTS_MIN).next_power_of_two() / 2).max(1 << 20);
     let leave_bytes = config.gpu.leave_bytes.0;
+    let free = Size(device.free_bytes()?).about();
+    let leave = config.gpu.leave_bytes;
+    let trouble = |has: &str| {
+        let text = format!(
+            "{has} of gpu.pool_bytes ({}): {free} were free, of which gpu.leave_bytes leaves {leave} to others, and it takes 4 \
+             segments of {} at least",
+            config.gpu.pool_bytes,
+            Size(segment_bytes)
+        );
+        tracing::warn!(code = %Code::GpuError, gpu = ?device, "the pool has {text}");
+        text
+    };
     match Pool::open(device, &PoolConfig { segment_bytes, leave_bytes, ..PoolConfig::new(bytes) }) {
-        Ok(pool) => Ok(Some(Arc::new(Mutex::new(kv_gpu::Cache::new(pool, kv_gpu::CacheConfig::default()))))),
-        Err(error @ kv_gpu::Error::Full { .. }) => {
-            tracing::warn!(code = %Code::GpuError, gpu = ?device, %error, "no pool: gpu.pool_bytes and gpu.leave_bytes do not fit");
-            Ok(None)
+        Ok(pool) => {
+            let has = pool.usage().bytes_max;
+            let less = (has + segment_bytes <= bytes).then(|| trouble(&Size(has).about()));
+            let kept = kv_gpu::Cache::new(pool, kv_gpu::CacheConfig::default());
+            Ok((Some(Arc::new(Mutex::new(kept))), less))
         }
+        Err(kv_gpu::Error::Full { .. }) => Ok((None, Some(trouble("nothing")))),
         Err(error) => Err(error),
     }
 }

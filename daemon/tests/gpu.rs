@@ -537,6 +537,61 @@ fn a_pool_gives_what_was_saved_and_what_is_loaded_again_and_nothing_that_was_rem
     assert_eq!(worker.get(5), block_of(&worker.layout, &worker.look(), &[0, 1]));
 }
 
+/// What a worker has begun to save when it goes is not published, though its copies would still be made; and nobody else
+/// waits for its event meanwhile.
+#[test]
+fn a_worker_that_goes_in_mid_save_leaves_no_block_and_holds_nobody_up() {
+    const LONG_COPY: u64 = 32 << 20;
+    for pool in ["0", "8MiB"] {
+        let home = node(&format!("gone-{pool}"))
+            .set(&format!("gpu.pool_bytes={pool}"))
+            .set("gpu.leave_bytes=0")
+            .set("gpu.streams=1");
+        let _daemon = home.start();
+        let worker = Worker::new(&home);
+        let other = Worker::new(&home);
+        worker.compute(71);
+        let before = other.compute(72);
+        // The engine's stream is busy for a second or so, and its event is behind that.
+        let (from, to) = (worker.device.allocate(LONG_COPY).unwrap(), worker.device.allocate(LONG_COPY).unwrap());
+        let copies = if is_real() { 4000 } else { 60 };
+        let busy: Vec<_> =
+            (0..copies).map(|_| worker.stream.copy((&to, 0), (&from, 0), LONG_COPY).unwrap()).collect();
+        worker.events[0].record(&worker.stream).unwrap();
+        let header = v1::save_request::What::Header(v1::SaveHeader {
+            event: Some(0),
+            ..worker.header(&[(1, [2, 3])])
+        });
+        let mut devices = worker.devices();
+        let save = worker.door.runtime.spawn(async move {
+            let messages = vec![v1::SaveRequest { what: Some(header) }];
+            devices.save(tokio_stream::iter(messages)).await
+        });
+        until("it is on its way", || Some(()).filter(|()| worker.door.status().pending > 0 || save.is_finished()));
+        // Others come and go meanwhile, down and up.
+        other.save_well(&[(2, [4, 5])]);
+        assert_eq!(other.get(2), block_of(&other.layout, &before, &[4, 5]));
+        other.load_well(&[(2, [6, 7])]);
+        let went_before = !worker.events[0].is_done().unwrap();
+        let Worker { door, _open, stream, .. } = worker;
+        drop(_open);
+        until("the session is over", || {
+            let request = v1::ListGpusRequest {};
+            let gpus = door.runtime.block_on(async { door.admin().list_gpus(request).await }).expect("list");
+            Some(()).filter(|()| gpus.into_inner().gpus[0].caches == 1)
+        });
+        let _ = door.runtime.block_on(save);
+        assert!(stream.wait(LONG).unwrap(), "the engine's stream ends");
+        drop(busy);
+        until("nothing is pending", || Some(()).filter(|()| door.status().pending == 0));
+        if went_before {
+            assert_eq!(other.try_get(1), None, "a block of a worker that was gone");
+        } else {
+            eprintln!("skipped: the stream was done before the worker went");
+        }
+    }
+}
+
 /// Whoever gives a call up and waits until all is quiet may use his pages: nothing of it is copied later.
 #[test]
 fn what_a_caller_gave_up_is_not_copied_from_pages_that_hold_something_else() {

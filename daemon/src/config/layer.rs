@@ -337,7 +337,15 @@ impl Default for Layers {
 }
 
 /// Variables under our name that are not the daemon's: clients, examples and tests read them.
-const OF_OTHERS: [&str; 5] = ["KVD_SOCKET", "KVD_BINARY", "KVD_SEED", "KVD_KILL_CYCLES", "KVD_VICTIMS"];
+const OF_OTHERS: [&str; 7] = [
+    "KVD_SOCKET",
+    "KVD_CUDA",
+    "KVD_CUDA_LIBRARY",
+    "KVD_BINARY",
+    "KVD_SEED",
+    "KVD_KILL_CYCLES",
+    "KVD_VICTIMS",
+];
 
 /// Every key as a variable: its section and its own name as they begin and end one, and the whole.
 fn variables() -> impl Iterator<Item = (String, String, String)> {

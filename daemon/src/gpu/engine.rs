@@ -158,6 +158,11 @@ pub struct Engine {
     quiet: Vec<Waiting>,
     tick_due: Instant,
     facts_due: Instant,
+    /// When a failure may be told again, and whether it was told that the device is lost.
+    words_due: Instant,
+    lost_said: bool,
+    /// Bytes of slots that may wait for layers.
+    open_bytes_max: u64,
     /// Set when the daemon ends: until when the device may take.
     stopping: Option<Instant>,
     /// A cache was seen: host memory is worth registering ahead of time.
@@ -173,6 +178,7 @@ impl Engine {
         orders: Receiver<Order>,
         sums: Sender<Sum>,
         stats: Arc<Stats>,
+        open_bytes_max: u64,
     ) -> Self {
         let _ = stats.method.set(format!("{:?}", copier.method()).to_lowercase());
         let verifier = pool.as_ref().and_then(|_| Verifier::new(&copier));
@@ -194,6 +200,9 @@ impl Engine {
             quiet: Vec::new(),
             tick_due: Instant::now(),
             facts_due: Instant::now(),
+            words_due: Instant::now(),
+            lost_said: false,
+            open_bytes_max,
             stopping: None,
             warm: false,
         }
@@ -309,6 +318,7 @@ impl Engine {
             }
             Err((job, error)) => {
                 Stats::add(&self.stats.failed, 1);
+                self.say(&error);
                 Err(Box::new((job, under_way, fault_of(&error))))
             }
         }
@@ -354,6 +364,9 @@ impl Engine {
     fn ended(&mut self, token: JobToken, hosts: Option<Hosts>, result: Result<(), Error>) {
         let Some(UnderWay { cache, until, over, bytes, what }) = self.jobs.remove(&token) else { return };
         Stats::add(if result.is_ok() { &self.stats.done } else { &self.stats.failed }, 1);
+        if let Err(error) = &result {
+            self.say(error);
+        }
         // The device may still be using all of it, and what was to come of it does not come.
         let unended = hosts.is_none() && result.is_err() && self.device.lost().is_none();
         // Why it was given up says more than that it was.
@@ -363,10 +376,13 @@ impl Engine {
             return self.keep(what, &result.err().unwrap_or_else(ends));
         }
         match what {
+            // What was given up is not published, however well it was copied.
             What::Save { save, fills, .. } => {
+                let result = result.and(given_up.map_or(Ok(()), Err));
                 self.saved((save, fills, Vec::new()), (until, None), bytes, hosts, result);
             }
             What::Drain { save, fills, rooms, verify } => {
+                let result = result.and(given_up.map_or(Ok(()), Err));
                 self.saved((save, fills, rooms), (until, verify), bytes, hosts, result);
             }
             What::Gather { save, fills, slots, rooms } => {
@@ -393,6 +409,27 @@ impl Engine {
         }
         for waiting in self.quiet.extract_if(.., |waiting| waiting.jobs.is_empty()) {
             let _ = waiting.answer.send(());
+        }
+    }
+
+    /// Tells operators of a failure, once a second at most; of a device that is lost, once.
+    fn say(&mut self, error: &Error) {
+        let now = Instant::now();
+        let gpu = &self.device;
+        match error {
+            Error::Lost { .. } => {
+                if !std::mem::replace(&mut self.lost_said, true) {
+                    let fault = fault_of(error);
+                    tracing::error!(code = %fault.code, ?gpu, "{}; only a restart of kvd brings it back", fault.message);
+                }
+            }
+            Error::Cancelled => {}
+            _ if now < self.words_due => {}
+            error => {
+                self.words_due = now + IDLE;
+                let fault = fault_of(error);
+                tracing::warn!(code = %fault.code, ?gpu, "a copy failed: {}", fault.message);
+            }
         }
     }
 

@@ -11,11 +11,13 @@ use kv_block::{BindingTag, BlockKey, Checksum, Fault, Priority, Record};
 use kv_gpu::Reserved;
 use kv_node::FillToken;
 
-use super::engine::{Kept, Stats, lock};
+use super::engine::{Kept, Save, Stats, lock};
 use crate::shard::ShardHandle;
 
 /// A block that is in its slot.
 pub struct Sum {
+    /// Of which call.
+    pub save: Arc<Save>,
     /// Whose slot.
     pub shard: ShardHandle,
     /// What its shard calls it.
@@ -80,8 +82,13 @@ fn run(work: &Mutex<Receiver<Sum>>) {
     loop {
         // Whoever waits has the lock, the others wait for that.
         let next = work.lock().unwrap_or_else(PoisonError::into_inner).recv();
-        let Ok(Sum { shard, fill, key, bytes, slot, room, expected, stats }) = next else { return };
+        let Ok(Sum { save, shard, fill, key, bytes, slot, room, expected, stats }) = next else { return };
         let checksum = Checksum::of(&key, &slot[..bytes as usize]);
+        if let Err(fault) = save.check() {
+            drop((slot, room));
+            shard.tell_filled(fill, Err(fault));
+            continue;
+        }
         if expected.is_some_and(|expected| checksum.content(&key) != expected) {
             stats.damaged.fetch_add(1, Ordering::Relaxed);
             drop((slot, room));

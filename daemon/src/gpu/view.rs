@@ -51,6 +51,8 @@ pub struct GpuView {
     pub caches: u32,
     /// Device memory in those; it belongs to the workers.
     pub cache_bytes: u64,
+    /// Why the daemon has no pool there that was asked for, or a smaller one; empty where it has.
+    pub pool_trouble: String,
     /// Device memory that the daemon's own pool of blocks may have at most; 0 where it has none.
     pub pool_bytes_max: u64,
     /// Of that, in blocks now.

@@ -546,7 +546,12 @@ impl v1::admin_server::Admin for AdminService {
                 self.run_job(until, move || Op::Verify { tier }).map(Response::new)
             }
             Some(Tier::Object) => self.shared.verify_objects(until).map(Response::new),
-            Some(Tier::Device) | None => {
+            Some(Tier::Device) => {
+                let text = "GPUs keep copies, which are summed when they come and compared with the catalog when they \
+                            are loaded: there is nothing to verify on tier device";
+                Err(status(Fault::new(Code::BadRequest, text)))
+            }
+            None => {
                 let text = "field `tier` is host, disk or object";
                 Err(status(Fault::new(Code::BadRequest, text)))
             }

@@ -522,6 +522,12 @@ impl v1::blocks_server::Blocks for BlocksService {
         };
         let pack = self.0.pack_of(self.principals(who, request.session)?, &key);
         let mut block = known.map(|(shard, report)| block_info(self.node(), shard, &report));
+        if let Some(block) = &mut block
+            && !block.tiers.is_empty()
+            && self.0.gpus.evict(&[key], true) > 0
+        {
+            block.tiers.insert(0, v1::Tier::Device.into());
+        }
         if let (Some(block), Some(_)) = (&mut block, pack) {
             block.tiers.push(v1::Tier::Object.into());
         }

@@ -30,6 +30,7 @@ fn gpu(view: GpuView) -> v1::GpuInfo {
         method,
         caches,
         cache_bytes,
+        pool_trouble,
         pool_bytes_max,
         pool_bytes_used,
         pool_blocks,
@@ -58,6 +59,7 @@ fn gpu(view: GpuView) -> v1::GpuInfo {
         method,
         caches,
         cache_bytes,
+        pool_trouble,
         pool_bytes_max,
         pool_bytes_used,
         pool_blocks,
@@ -77,15 +79,17 @@ fn gpu(view: GpuView) -> v1::GpuInfo {
 
 /// The pools, one for each device that has one.
 pub(super) fn tiers(view: &GpusView) -> impl Iterator<Item = v1::TierInfo> + '_ {
-    view.gpus.iter().filter(|gpu| gpu.pool_bytes_max > 0).map(|gpu| v1::TierInfo {
+    let asked = |gpu: &&GpuView| gpu.pool_bytes_max > 0 || !gpu.pool_trouble.is_empty();
+    let is_well = |gpu: &GpuView| gpu.state == GpuState::Ok && gpu.pool_trouble.is_empty();
+    view.gpus.iter().filter(asked).map(move |gpu| v1::TierInfo {
         tier: v1::Tier::Device.into(),
         shard: gpu.ordinal,
         bytes_max: gpu.pool_bytes_max,
         bytes_wanted: gpu.pool_bytes_max,
         bytes_used: gpu.pool_bytes_used,
         blocks: gpu.pool_blocks,
-        state: if gpu.state == GpuState::Ok { "ok" } else { "degraded" }.into(),
-        reason: gpu.reason.clone(),
+        state: if is_well(gpu) { "ok" } else { "degraded" }.into(),
+        reason: if gpu.reason.is_empty() { gpu.pool_trouble.clone() } else { gpu.reason.clone() },
         numa_node: gpu.numa_node.unwrap_or(0),
         notes: vec![gpu.uuid.clone()],
         ..v1::TierInfo::default()
@@ -111,7 +115,11 @@ pub(super) fn warnings(view: &GpusView) -> Vec<v1::Warning> {
         let text = format!("GPU {} ({}): {text}", gpu.ordinal, gpu.bus);
         Some(v1::Warning { code: Code::GpuLost.to_string(), text })
     };
-    view.gpus.iter().filter_map(warn).collect()
+    let no_pool = |gpu: &GpuView| {
+        let text = format!("GPU {} ({}): the pool has {}", gpu.ordinal, gpu.bus, gpu.pool_trouble);
+        (!gpu.pool_trouble.is_empty()).then(|| v1::Warning { code: Code::GpuError.to_string(), text })
+    };
+    view.gpus.iter().filter_map(warn).chain(view.gpus.iter().filter_map(no_pool)).collect()
 }
 
 #[cfg(test)]
@@ -137,6 +145,7 @@ mod tests {
             method: "auto(batch)".into(),
             caches: 103,
             cache_bytes: 104,
+            pool_trouble: "t".into(),
             pool_bytes_max: 105,
             pool_bytes_used: 106,
             pool_blocks: 107,
@@ -168,6 +177,7 @@ mod tests {
             method: "auto(batch)".into(),
             caches: 103,
             cache_bytes: 104,
+            pool_trouble: "t".into(),
             pool_bytes_max: 105,
             pool_bytes_used: 106,
             pool_blocks: 107,

@@ -78,7 +78,8 @@ fn help(damaged: &[Tier]) -> String {
 fn there(infos: &[v1::TierInfo]) -> Vec<Tier> {
     let has = |tier: &Tier| {
         let number = i32::from(kv_api::convert::tier_message(*tier));
-        *tier != Tier::Object && infos.iter().any(|info| info.tier == number && info.state != "off")
+        matches!(tier, Tier::Host | Tier::Disk)
+            && infos.iter().any(|info| info.tier == number && info.state != "off")
     };
     Tier::ALL.into_iter().filter(has).collect()
 }
@@ -110,6 +111,7 @@ mod tests {
             info(v1::Tier::Host, "ok"),
             info(v1::Tier::Host, "ok"),
             info(v1::Tier::Object, "ok"),
+            info(v1::Tier::Device, "ok"),
         ];
         assert_eq!(there(&infos), [Tier::Host], "nor is what others share unasked");
     }

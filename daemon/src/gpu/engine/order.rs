@@ -110,6 +110,13 @@ impl Save {
         Ok(())
     }
 
+    /// Refuses what nobody answers for any more: the caller has gone, or its session with the cache. Its pages may not have
+    /// held what it meant to save. Asked last thing before a block is published.
+    pub fn check(&self) -> Result<(), Fault> {
+        self.paged.cache.check()?;
+        if self.state().over { Err(unfinished()) } else { Ok(()) }
+    }
+
     /// The call is over: no more layers will be ready, and what has not been begun must not be.
     pub fn end(&self) {
         self.state().over = true;
@@ -120,6 +127,10 @@ impl SaveState {
     pub(super) fn is_whole(&self, all: u16) -> bool {
         self.ready.last().is_some_and(|(layers, _)| *layers == all)
     }
+}
+
+pub(super) fn unfinished() -> Fault {
+    Fault::new(Code::BadRequest, "the call ended before the block was stored")
 }
 
 /// A slot to be filled from pages.

@@ -21,8 +21,9 @@ use kv_gpu::Reserved;
 use kv_gpu::copier::{Hosts, Job, JobToken, Step};
 use kv_node::FillToken;
 
+use super::order::unfinished;
 use super::verify::whole_blocks;
-use super::{Engine, FillOrder, Save, Stats, UnderWay, What, fault_of, late, lock};
+use super::{Engine, FillOrder, Save, Stats, TRY_AGAIN, UnderWay, What, fault_of, late, lock};
 use crate::gpu::cache::Cache;
 use crate::gpu::sums::{Room, Sum};
 use crate::shard::ShardHandle;
@@ -44,10 +45,6 @@ pub(super) fn fail(fills: Vec<Filling>, fault: &Fault) {
     for Filling { shard, fill, .. } in fills {
         shard.tell_filled(fill, Err(fault.clone()));
     }
-}
-
-fn unfinished() -> Fault {
-    Fault::new(Code::BadRequest, "the call ended before the block was copied from its pages")
 }
 
 /// The copies of a save for what became ready from the `from`th time on, one step for each; `places` is where the
@@ -90,7 +87,7 @@ impl Engine {
             slots.push(slot);
             fills.push(Filling { pages, shard, fill, key, bytes });
         }
-        if let Err(fault) = self.can_save(save, &slots) {
+        if let Err(fault) = self.can_save(save, &slots).and_then(|()| self.may_stay_open(save, &fills)) {
             // The slots first, here and below, so that the shards find them free.
             drop(slots);
             return fail(fills, &fault);
@@ -132,6 +129,26 @@ impl Engine {
         }
         let ensured = slots.iter().try_for_each(|slot| self.arenas.ensure(&self.device, slot));
         ensured.map_err(|error| fault_of(&error))
+    }
+
+    /// Slots that wait for layers are nobody else's meanwhile: there is a bound to them.
+    fn may_stay_open(&self, save: &Save, fills: &[Filling]) -> Result<(), Fault> {
+        if save.state().is_whole(save.paged.layers()) {
+            return Ok(());
+        }
+        let open = self.jobs.values().filter_map(|job| match &job.what {
+            What::Save { save, .. } if !save.state().is_whole(save.paged.layers()) => Some(job.bytes),
+            _ => None,
+        });
+        let open = open.sum::<u64>().saturating_add(bytes_of(fills));
+        if open <= self.open_bytes_max {
+            return Ok(());
+        }
+        let text = format!(
+            "{open} bytes of blocks would wait for their layers, {} may (a quarter of host memory)",
+            self.open_bytes_max
+        );
+        Err(Fault::new(Code::QueueFull, text).retry_after(TRY_AGAIN))
     }
 
     /// Room in the pool for all of these, or for none.
@@ -262,7 +279,7 @@ impl Engine {
             let room = rooms.next().zip(pool).map(|(reserved, pool)| Room { reserved, pool, tag: save.tag });
             let expected = sums.get(at).copied().flatten();
             let stats = Arc::clone(&self.stats);
-            let sum = Sum { shard, fill, key, bytes, slot, room, expected, stats };
+            let sum = Sum { save: Arc::clone(&save), shard, fill, key, bytes, slot, room, expected, stats };
             if let Err(back) = self.sums.send(sum) {
                 let Sum { shard, fill, slot, .. } = back.0;
                 drop(slot);

@@ -36,6 +36,10 @@ fn driver(facts: &Facts) -> Finding {
     };
     match &daemon.gpus {
         Some(told) if !told.gpus.is_empty() => Finding::ok(CHECK, in_use(told, machine)),
+        // A driver that is there and refuses, or one that was named, is somebody's wish to have a GPU.
+        Some(told) if !machine.has_hardware() && is_wanted(&told.absent) => {
+            Finding::hint(CHECK, &told.absent, mend(&told.absent, &machine.files))
+        }
         _ if !machine.has_hardware() => none(),
         None => Finding::hint(
             CHECK,
@@ -49,6 +53,12 @@ fn driver(facts: &Facts) -> Finding {
             Finding::hint(CHECK, why, mend(why, &machine.files))
         }
     }
+}
+
+/// Whether this reason says more than that there is no driver where the system keeps its own.
+fn is_wanted(absent: &str) -> bool {
+    let is_plain = absent.contains("no CUDA driver: libcuda.so.1") || absent.contains("has no device");
+    !(absent.is_empty() || is_plain || absent.contains("gpu.enabled"))
 }
 
 /// `CUDA 12.8, 7 of 8 GPUs; GPU 3 (0000:3b:00.0) is not used: ...`
