@@ -462,14 +462,19 @@ fn steps_wait_for_events_and_record_their_own() {
         Step { after: None, pieces: page(2), then: Some(Arc::clone(&last)) },
     ];
     bench.submit(job(1, &[&memory], Hosts::FromDevice(vec![slow]), steps));
-    // Who waits for the job: a copy of what it wrote.
+    // Nothing of it is queued before that.
     let mut watch = Watch::default();
+    if cuda.fake.is_some() {
+        let mut done = Vec::new();
+        bench.copier.poll(&mut done);
+        assert!(done.is_empty() && bench.copier.under_way() == (0, 0));
+    }
+    cuda.set("hold=0");
+    // Who waits for the job: a copy of what it wrote.
     bench.watch(&mut watch, |watch| watch.known.get(&1).is_some_and(|(queued, _)| *queued));
     let second = bench.device.stream(Priority::High).unwrap();
     second.wait_for(&last).unwrap();
     let mut read_on = second.copy((&copied, 0), (&memory, 0), 3 * PAGE).unwrap();
-    assert!(cuda.fake.is_none() || !first.is_done().unwrap());
-    cuda.set("hold=0");
     assert!(read_on.wait(LONG).unwrap().is_some());
     assert!(first.is_done().unwrap() && last.is_done().unwrap());
     assert!(read(&second, &copied) == bytes[..3 * PAGE as usize]);
@@ -479,6 +484,76 @@ fn steps_wait_for_events_and_record_their_own() {
     written.wait(LONG).unwrap().unwrap();
     drop((watch, bench, first, last, stream, second, memory, copied, written, read_on));
     cuda.is_clean();
+}
+
+/// A worker that hangs never reaches its event: whoever waits for that waits alone, and can be cancelled.
+#[test]
+fn an_event_that_is_never_reached_holds_up_nobody() {
+    let Some((fake, driver)) = fake("devices=2;hold=1:1") else { return };
+    let mut bench = Bench::new(&driver, |config| {
+        config.streams_each_way = 1;
+        config.under_way_max = 1;
+        config.waiting_max = 2;
+    });
+    let memory = bench.memory(SLOT);
+    let bytes = pattern(4, SLOT as usize);
+    write(&low(&bench.device), &memory, &bytes);
+    let other = driver.open(1).unwrap();
+    let (stream, busy) = (low(&other), other.allocate(PAGE).unwrap());
+    let copying = stream.onboard(&busy, vec![filled(&other, &[1; 8])], &common::whole(8));
+    let hung = Arc::new(other.event(false).unwrap());
+    hung.record(&stream).unwrap();
+    let after = |at: u64| Step { after: Some(Arc::clone(&hung)), ..step(vec![piece(0, at, 0, at, PAGE)]) };
+    let page = |at: u64| step(vec![piece(0, at, 0, at, PAGE)]);
+    let down = |bench: &Bench, token, steps| job(token, &[&memory], Hosts::To(vec![bench.slot()]), steps);
+
+    // As many as may wait, urgent and not, and one more.
+    for token in 0..3 {
+        let mut job = down(&bench, token, vec![after(0), page(PAGE)]);
+        job.urgent = token == 1;
+        bench.submit(job);
+    }
+    let (refused, error) = bench.copier.submit(down(&bench, 3, vec![after(0)])).unwrap_err();
+    assert_eq!(error, Error::Busy { device: 0, waiting: 3 });
+    assert!(refused.steps[0].after.is_some());
+    drop(refused);
+    // The others go past them.
+    let mut watch = Watch::default();
+    for token in 4..8 {
+        bench.submit(down(&bench, token, vec![page(0), page(PAGE)]));
+        assert!(bench.copier.waiting() == 0 && bench.copier.under_way().0 == 1);
+        bench.watch(&mut watch, |watch| watch.ended.contains_key(&token));
+        drop(slots(watch.ended.remove(&token).unwrap()));
+    }
+    assert_eq!(bench.copier.under_way(), (0, 0));
+    // One that is begun takes nobody's place either, and its own order stays.
+    bench.copier.cancel(JobToken(0));
+    bench.submit(down(&bench, 8, vec![page(0), after(PAGE), page(2 * PAGE)]));
+    bench.watch(&mut watch, |watch| watch.known.get(&8).is_some_and(|(_, steps)| *steps == 1));
+    assert_eq!(bench.copier.under_way(), (0, 0));
+    bench.submit(down(&bench, 9, vec![page(0)]));
+    bench.watch(&mut watch, |watch| watch.ended.contains_key(&9));
+    assert!(!watch.known[&8].0, "the rest is not queued");
+    bench.copier.cancel(JobToken(8));
+    bench.watch(&mut watch, |watch| watch.ended.len() == 3);
+    for (token, steps) in [(0, 0), (8, 1)] {
+        let end = watch.ended.remove(&token).unwrap();
+        assert_eq!((end.result, end.queued, end.steps), (Err(Error::Cancelled), false, steps));
+        assert!(matches!(end.hosts, Some(Hosts::To(slots)) if slots.len() == 1));
+    }
+    drop(watch.ended.remove(&9));
+    // Reached after all, both of the others go on.
+    assert!(!bench.copier.is_idle() && watch.ended.is_empty());
+    fake.set("hold=1:0");
+    bench.watch(&mut watch, |watch| watch.ended.len() == 2);
+    for token in [1, 2] {
+        let end = watch.ended.remove(&token).unwrap();
+        assert!(end.queued && end.steps == 2);
+        assert!(slots(end)[0][..2 * PAGE as usize] == bytes[..2 * PAGE as usize]);
+    }
+    assert_eq!(fake.count("calls:cuStreamWaitEvent"), 0);
+    drop((copying, bench, memory, hung, busy, stream, other));
+    fake.is_clean();
 }
 
 #[test]
@@ -751,7 +826,7 @@ fn a_call_that_fails_ends_its_job_and_no_other() {
         (Method::Auto, "cuEventRecord", 1),
         (Method::Auto, "cuEventRecord", 2),
         (Method::Auto, "cuEventRecord", 3),
-        (Method::Auto, "cuStreamWaitEvent", 1),
+        (Method::Auto, "cuEventQuery", 1),
         (Method::Auto, "cuCtxPushCurrent_v2", 3),
     ];
     for (method, call, nth) in calls {
@@ -881,7 +956,6 @@ fn a_device_may_be_lost_at_any_call() {
         "cuEventCreate",
         "cuEventRecord",
         "cuEventQuery",
-        "cuStreamWaitEvent",
         "cuMemcpyBatchAsync_v2",
         "cuLaunchKernel",
     ];

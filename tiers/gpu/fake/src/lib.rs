@@ -27,7 +27,7 @@
 //! | `fail=NAME:WHICH:CODE` | the call of that number from now on, once; 0: each |
 //! | `lose=DEVICE:CODE` | everything answers so from now on; copies under way stop half way; 0: it is back |
 //! | `lie_range=BYTES` | what is said of every allocation |
-//! | `hold=1` | copies stand still until it is 0 |
+//! | `hold=1` | copies stand still until it is 0; `hold=DEVICE:1`, those of one device |
 //! | `reach_hosts=0` | kernels reach no host memory |
 //! | `host_addresses=0` | the device finds registered host memory at addresses of its own |
 //! | `flip=WHICH` | the copy of that number from now on, between host memory and a device, lands with a bit changed |

@@ -204,8 +204,14 @@ impl State {
                     self.fails.insert(name.to_owned(), (number(nth)?, number(code)? as u32));
                 }
                 "hold" => {
+                    let (only, value) = match value.split_once(':') {
+                        Some((device, value)) => (Some(number(device)? as usize), value),
+                        None => (None, value),
+                    };
                     let holds = number(value)? != 0;
-                    self.devices.iter().for_each(|device| device.health.holds.store(holds, Ordering::SeqCst));
+                    let meant = |device: &usize| only.is_none_or(|only| only == *device);
+                    let devices = self.devices.iter().enumerate().filter(|(device, _)| meant(device));
+                    devices.for_each(|(_, device)| device.health.holds.store(holds, Ordering::SeqCst));
                 }
                 "reach_hosts" => self.kernels.can_reach_hosts = number(value)? != 0,
                 "host_addresses" => self.kernels.has_host_addresses = number(value)? != 0,

@@ -25,6 +25,7 @@ enum Way {
 
 /// A step as the driver is asked for it.
 pub(super) struct Pending {
+    /// `None` also when it has passed.
     pub(super) after: Option<Arc<Event>>,
     pub(super) pieces: Vec<Piece>,
     pub(super) bytes: u64,
@@ -67,7 +68,7 @@ pub(super) struct Work {
     pub(super) urgent: bool,
     pub(super) open: bool,
     pub(super) pending: VecDeque<Pending>,
-    /// Pending steps for which there was room when the job began.
+    /// Pending steps for which there was room when the job began: none waits for an event.
     pub(super) admitted: usize,
     /// Whether it was said that all it began with is queued.
     pub(super) told: bool,
@@ -142,6 +143,11 @@ pub(super) fn plan(device: &Device, kernels: Option<&Kernels>, job: &mut Job) ->
     Ok(Planned { others, registered, reach, pieces })
 }
 
+/// Whether what a step waits for has passed, if it waits for anything.
+pub(super) fn is_passed(after: Option<&Arc<Event>>) -> Result<bool, Error> {
+    after.map_or(Ok(true), |after| after.is_done())
+}
+
 impl Planned {
     pub(super) fn bytes(&self) -> u64 {
         self.pieces.iter().map(|pieces| bytes(pieces)).fold(0, u64::saturating_add)
@@ -187,8 +193,29 @@ impl Work {
         }
     }
 
-    pub(super) fn pending_bytes(&self) -> u64 {
-        self.pending.iter().map(|step| step.bytes).fold(0, u64::saturating_add)
+    /// Whether what its next step waits for has passed.
+    pub(super) fn is_passed(&self) -> Result<bool, Error> {
+        is_passed(self.pending.front().and_then(|step| step.after.as_ref()))
+    }
+
+    /// What its next step waited for has passed, and is not asked again. The steps behind it are asked as far as they
+    /// may go too; one that does not answer is asked again when it is the next.
+    pub(super) fn goes_on(&mut self) {
+        for (at, step) in self.pending.iter_mut().enumerate() {
+            if at > 0 && !is_passed(step.after.as_ref()).unwrap_or_default() {
+                break;
+            }
+            step.after = None;
+        }
+    }
+
+    /// The pending steps that wait for nothing.
+    pub(super) fn to_admit(&self) -> impl Iterator<Item = &Pending> {
+        self.pending.iter().take_while(|step| step.after.is_none())
+    }
+
+    pub(super) fn bytes_to_admit(&self) -> u64 {
+        self.to_admit().map(|step| step.bytes).fold(0, u64::saturating_add)
     }
 
     /// It gets no further than it is; the first reason counts.
