@@ -62,7 +62,7 @@ fn plan(
         })
     };
     let pieces: Vec<_> = pages.iter().map(piece).collect::<Result<_, _>>()?;
-    Ok(joined(pieces.into_iter()))
+    Ok(joined(pages.iter().map(|page| page.host).zip(pieces)))
 }
 
 /// A copy under way. Dropped, it waits for the device: 10 s, and then it keeps everything for ever.
@@ -153,7 +153,7 @@ impl Stream {
         bytes: u64,
     ) -> Result<Copying<()>, Error> {
         let (to_at, from_at) = (to.address_of(to_offset, bytes)?, from.address_of(from_offset, bytes)?);
-        let pieces = joined([Piece { to: to_at, from: from_at, bytes: bytes as usize }].into_iter());
+        let pieces = joined([((), Piece { to: to_at, from: from_at, bytes: bytes as usize })].into_iter());
         let used =
             InUse { devices: vec![to.clone(), from.clone()], registered: Vec::new(), hosts: Vec::new() };
         self.start(Direction::OnDevices, &pieces, used).map_err(|refused| refused.error)

@@ -312,6 +312,60 @@ fn a_device_with_addresses_of_its_own_for_host_memory_is_given_those() {
     fake.is_clean();
 }
 
+/// The driver refuses a copy out of one registration or allocation into the next, though the addresses follow.
+#[test]
+fn neighbours_in_different_memories_are_copied_apart() {
+    for (method, settings) in
+        METHODS.into_iter().map(|method| (method, "")).chain([(Method::Kernel, "host_addresses=0")])
+    {
+        let Some((fake, driver)) = fake(settings) else { return };
+        let Bench { mut copier, arena, region, device } =
+            Bench::new(&driver, |config| config.method = method);
+        drop(region);
+        let slab = arena.slab();
+        let half = slab.data_bytes() / 2;
+        let halves = [0, half].map(|at| device.register(slab, at, half).unwrap());
+        // The last slot of the one and the first of the other, and one beside it in the same.
+        let start = |slot: &Slot| slot.as_ptr().addr() as u64;
+        let mut slots: Vec<_> = std::iter::from_fn(|| slab.take(SLOT as u32).ok()).collect();
+        slots.sort_by_key(start);
+        let begins = start(&slots[0]);
+        let end = slots.iter().position(|slot| start(slot) == begins + half).unwrap();
+        let three: Vec<_> = slots.drain(end - 2..=end).collect();
+        assert_eq!(start(&three[0]) + 2 * SLOT, start(&three[2]));
+        drop(slots);
+        // Two allocations that follow each other, too.
+        let memories = [0; 2].map(|_| device.allocate(2 << 20).unwrap());
+        let stream = low(&device);
+        let bytes = pattern(6, 2 << 20);
+        memories.iter().for_each(|memory| write(&stream, memory, &bytes));
+        let steps = vec![
+            // One device memory and three slots; then two device memories and one.
+            step((0..3).map(|at| piece(0, at * SLOT, at as u32, 0, SLOT)).collect()),
+            step(vec![piece(0, (2 << 20) - PAGE, 2, 0, PAGE), piece(1, 0, 2, PAGE, PAGE)]),
+        ];
+        let calls = fake.count("calls:cuMemcpyDtoHAsync_v2");
+        let job = job(1, &[&memories[0], &memories[1]], Hosts::To(three), steps);
+        copier.submit(job).map_err(|(_, error)| error).unwrap();
+        let [region, other] = halves;
+        let mut bench = Bench { copier, arena, region, device };
+        let three = self::slots(bench.only_end());
+        let (first, last) = (&bytes[..3 * SLOT as usize], &bytes[(2 << 20) - PAGE as usize..]);
+        let copied: Vec<u8> = three.iter().flat_map(|slot| slot.iter().copied()).collect();
+        assert!(copied[..2 * SLOT as usize] == first[..2 * SLOT as usize], "{method:?}");
+        assert!(copied[2 * SLOT as usize..][..PAGE as usize] == *last, "{method:?}");
+        let second = &copied[2 * SLOT as usize + PAGE as usize..];
+        assert!(second[..PAGE as usize] == bytes[..PAGE as usize], "{method:?}");
+        assert!(second[PAGE as usize..] == first[2 * SLOT as usize + 2 * PAGE as usize..], "{method:?}");
+        if method == Method::Loop {
+            let calls = fake.count("calls:cuMemcpyDtoHAsync_v2") - calls;
+            assert_eq!(calls, 4, "the two slots of one registration are joined, and nothing else");
+        }
+        drop((three, memories, stream, other, bench));
+        fake.is_clean();
+    }
+}
+
 /// What the tests are to find when they are run without kernels.
 fn has_kernels() -> bool {
     !std::env::var("KVD_CUDA_WITHOUT").unwrap_or_default().contains("cuModule")

@@ -8,7 +8,7 @@
 //!  kernel   the module of kv-gpu, and its kernels carried out in Rust
 //! ```
 //! It is strict where the real one is lenient or undefined: device addresses cannot be read by the processor, batched
-//! copies want registered host memory, and memory that is given up under a copy is counted as a violation.
+//! copies want registered host memory, no copy goes from one registration or allocation into the next, and memory that is given up under a copy is counted as a violation.
 //! It does not play: any other kernels, the legacy default stream, graphs, memory pools, and speed. Of virtual memory it plays
 //! whole pieces, mapped as they are.
 //!
@@ -126,8 +126,12 @@ fn wait_unless_registered(
     queued: impl FnOnce(&State) -> Result<(Arc<Stream>, u64), Code>,
 ) -> Result<(), Code> {
     let state = state();
-    let (stream, _) = queued(&state)?;
     let is_registered = state.is_registered(address, bytes);
+    if !is_registered && state.touches_registered(address, bytes) {
+        // From one registration into another, or out of one.
+        return Err(INVALID_VALUE);
+    }
+    let (stream, _) = queued(&state)?;
     drop(state);
     if is_registered { Ok(()) } else { stream.wait() }
 }

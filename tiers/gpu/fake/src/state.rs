@@ -383,6 +383,12 @@ impl State {
         below.is_some_and(|(start, length)| address + bytes <= start + length)
     }
 
+    /// Whether any of this is registered.
+    pub(crate) fn touches_registered(&self, address: usize, bytes: usize) -> bool {
+        let below = self.hosts.range(..address + bytes).next_back();
+        below.is_some_and(|(start, length)| start + length > address)
+    }
+
     /// The end of a copy on either side, as the batched copies take it.
     pub(crate) fn anywhere(&self, address: u64, bytes: usize) -> Result<End, Code> {
         if address >= DEVICE_ADDRESSES {

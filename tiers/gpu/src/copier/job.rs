@@ -8,7 +8,7 @@ use crate::Error;
 use crate::device::Device;
 use crate::in_use::{InUse, Registrations, registrations};
 use crate::kernel::{Kernels, Reach};
-use crate::memory::DeviceMemory;
+use crate::memory::{DeviceMemory, Registered};
 use crate::pieces::{Direction, Pair, Piece, Place, joined, place_of, place_of_mut};
 use crate::stream::{Event, Stream};
 
@@ -47,6 +47,8 @@ fn bytes(pieces: &[Piece]) -> u64 {
 pub(super) struct Others {
     way: Way,
     places: Vec<Place>,
+    /// In which memory of the driver each of them lies: slots of one registration are in one.
+    within: Vec<u32>,
 }
 
 /// What was found out of a job before it is taken.
@@ -85,7 +87,7 @@ pub(super) struct Work {
 impl Others {
     fn of(hosts: &mut Hosts) -> Self {
         let on_device = |memory: &DeviceMemory| memory.address_of(0, 0).map(|start| (start, memory.bytes()));
-        let (way, places) = match hosts {
+        let (way, places): (_, Vec<Place>) = match hosts {
             Hosts::From(held) => (Way::Up, held.iter().map(|held| place_of(held)).collect()),
             Hosts::To(slots) => (Way::Down, slots.iter_mut().map(|slot| place_of_mut(slot)).collect()),
             Hosts::FromDevice(memories) => {
@@ -95,14 +97,25 @@ impl Others {
                 (Way::Across { inward: false }, memories.iter().flat_map(on_device).collect())
             }
         };
-        Self { way, places }
+        let within = (0..places.len() as u32).collect();
+        Self { way, places, within }
+    }
+
+    /// Tells which of the places lie in one registration.
+    fn registered(&mut self, registered: &Registrations) {
+        for ((address, bytes), within) in self.places.iter().zip(&mut self.within) {
+            let covers = |(registered, _): &(Arc<Registered>, Device)| {
+                registered.covers(*address as usize, *bytes as usize)
+            };
+            *within = registered.iter().position(covers).map_or(*within, |at| at as u32);
+        }
     }
 
     fn plan(&self, device: &Device, memories: &[DeviceMemory], step: &Step) -> Result<Vec<Piece>, Error> {
         step.then.iter().try_for_each(|then| device.is_same(&then.device))?;
         let piece = |piece: &PagePiece| {
             let PagePiece { memory, device_offset, other, other_offset, bytes } = *piece;
-            let given = memories.len() as u64;
+            let (of, given) = (memory, memories.len() as u64);
             let none = || Error::Range {
                 what: "the job's memories",
                 offset: memory.into(),
@@ -114,10 +127,11 @@ impl Others {
             let (on_device, on_other) =
                 pair.addresses(memory, self.places.get(other as usize), "the job's other side")?;
             let bytes = bytes as usize;
-            Ok(match self.way {
+            let piece = match self.way {
                 Way::Up | Way::Across { inward: true } => Piece { to: on_device, from: on_other, bytes },
                 Way::Down | Way::Across { inward: false } => Piece { to: on_other, from: on_device, bytes },
-            })
+            };
+            Ok(((of, self.within.get(other as usize)), piece))
         };
         let pieces: Vec<_> = step.pieces.iter().map(piece).collect::<Result<_, Error>>()?;
         Ok(joined(pieces.into_iter()))
@@ -127,9 +141,13 @@ impl Others {
 /// Looks at all of a job.
 pub(super) fn plan(device: &Device, kernels: Option<&Kernels>, job: &mut Job) -> Result<Planned, Error> {
     job.memories.iter().try_for_each(|memory| device.is_same(memory.device()))?;
-    let others = Others::of(&mut job.hosts);
+    let mut others = Others::of(&mut job.hosts);
     let (registered, is_near) = match &job.hosts {
-        Hosts::From(_) | Hosts::To(_) => (registrations(device, &others.places)?, true),
+        Hosts::From(_) | Hosts::To(_) => {
+            let registered = registrations(device, &others.places)?;
+            others.registered(&registered);
+            (registered, true)
+        }
         Hosts::FromDevice(memories) | Hosts::ToDevice(memories) => {
             let is_near = memories.iter().all(|memory| device.is_same(memory.device()).is_ok());
             (Registrations::new(), is_near)
