@@ -68,7 +68,9 @@ impl Driver {
         self.calls.check(code).map_err(failed("cuDevicePrimaryCtxRetain"))?;
         let inner =
             Inner { driver: *self, device, context, facts, lost: OnceLock::new(), kept: Mutex::default() };
-        Ok(Device { inner: Arc::new(inner) })
+        let inner = Arc::new(inner);
+        self.calls.registry.add(&inner);
+        Ok(Device { inner })
     }
 }
 
@@ -159,6 +161,10 @@ impl Inner {
         &self.driver
     }
 
+    pub(crate) fn is_lost(&self) -> bool {
+        self.lost.get().is_some()
+    }
+
     pub(crate) fn entries(&self) -> &'static Entries {
         &self.driver.calls.entries
     }
@@ -203,6 +209,11 @@ impl Inner {
 
 impl Drop for Inner {
     fn drop(&mut self) {
+        if self.is_lost() && self.driver.calls.registry.others_use_what_is_of(self) {
+            // Its registrations would end with its context. So that stays, and what it may be using is never used again.
+            std::mem::take(&mut *lock(&self.kept)).into_iter().for_each(std::mem::forget);
+            return;
+        }
         // Whoever still has registered memory goes on without the device. Somebody else in this process may hold the
         // context, so it is not left to the context's end.
         let registered = self.driver.calls.registry.take_all_of(self);

@@ -132,7 +132,7 @@ impl Kernels {
         if self.inner.has_host_addresses {
             return Ok(Reach::default());
         }
-        let reach = |(registered, _): &(Arc<Registered>, Device)| {
+        let reach = |(registered, _): &(Arc<Registered>, Option<Device>)| {
             let (start, bytes) = registered.place();
             Ok((start, bytes, self.inner.address_of(start)?))
         };

@@ -129,9 +129,16 @@ fn blocks_go_between_the_arena_and_a_device() {
     up(&stream, &memory, held, &[page(1), page(0)]);
     assert!(read(&stream, &memory) == bytes);
 
-    // Once in a process.
-    assert!(device.register(slab, 0, slab.data_bytes()).is_err());
+    // Once in a process: it is the same again.
+    let again = device.register(slab, PAGE as u64, PAGE as u64).unwrap();
+    assert_eq!(again.bytes(), PAGE);
     drop(region);
+    assert!(device.register(slab, 0, slab.data_bytes()).is_ok());
+    drop(again);
+    let half = device.register(slab, 0, slab.data_bytes() / 2).unwrap();
+    let error = device.register(slab, 0, slab.data_bytes()).map(drop).unwrap_err();
+    assert!(matches!(error, Error::Cuda { call: "cuMemHostRegister", .. }), "half of it is: {error}");
+    drop(half);
     let slot = slab.take(PAGE as u32).unwrap();
     let refused = stream.offload(&memory, vec![slot], &[page(0)]).err().unwrap();
     assert_eq!(refused.error, Error::NotRegistered { device: 0, host: 0 });
@@ -285,6 +292,53 @@ fn two_devices_share_registered_memory_and_reach_each_other() {
     assert!(matches!(error, Error::Cuda { call: "cuCtxEnablePeerAccess", .. }), "{error}");
     drop((refused, on_second, streams.1, first, second));
     fake.is_clean();
+}
+
+/// What was registered through a device that is lost is the others' as before, until somebody gives it up.
+#[test]
+fn a_lost_device_leaves_what_it_registered_to_the_others() {
+    for is_closed_first in [false, true] {
+        let Some((fake, driver)) = fake("devices=2") else { return };
+        let (first, second) = (driver.open(0).unwrap(), driver.open(1).unwrap());
+        let (stream, memory) = (low(&second), second.allocate(PAGE as u64).unwrap());
+        write(&stream, &memory, &pattern(7, PAGE));
+        let arena = arena();
+        let slab = arena.slab();
+        let region = first.register(slab, 0, slab.data_bytes()).unwrap();
+        let reads = || {
+            let slots = down(&stream, &memory, vec![slab.take(PAGE as u32).unwrap()], &whole(PAGE));
+            assert!(slots[0][..PAGE] == pattern(7, PAGE)[..]);
+        };
+        reads();
+        fake.set("lose=0:719");
+        assert_eq!(lost(first.free_bytes()), "CUDA_ERROR_LAUNCH_FAILED");
+        reads();
+        // It is registered for the other too, and that stays if it is all that does.
+        let shared = second.register(slab, 0, slab.data_bytes()).unwrap();
+        assert_eq!((shared.bytes() as u64, fake.count("registered")), (slab.data_bytes(), 1));
+        assert_eq!(lost(first.register(slab, 0, slab.data_bytes())), "CUDA_ERROR_LAUNCH_FAILED");
+        let (first, last) = match is_closed_first {
+            true => {
+                drop((shared, first));
+                (None, region)
+            }
+            false => {
+                drop(region);
+                (Some(first), shared)
+            }
+        };
+        reads();
+        drop(last);
+        assert_eq!(fake.count("registered"), 0, "it was given up through the other");
+        let again = second.register(slab, 0, slab.data_bytes()).unwrap();
+        reads();
+        drop((again, memory, stream, second, first));
+        let stays = u64::from(is_closed_first);
+        assert_eq!(
+            (fake.count("contexts"), fake.count("violations"), fake.count("registered")),
+            (stays, 0, 0)
+        );
+    }
 }
 
 #[test]

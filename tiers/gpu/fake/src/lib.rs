@@ -333,16 +333,16 @@ driver! {
     }
     fn cuMemHostRegister_v2(address: *mut c_void, bytes: usize, flags: c_uint) {
         let mut state = state();
-        state.current()?;
+        let device = state.current()?;
         let start = address.expose_provenance();
         if start == 0 || bytes == 0 {
             return Err(INVALID_VALUE);
         }
         let below = state.hosts.range(..start + bytes).next_back();
-        if below.is_some_and(|(other, length)| other + length > start) {
+        if below.is_some_and(|(other, (length, _))| other + length > start) {
             return Err(Code::of(CUresult::CUDA_ERROR_HOST_MEMORY_ALREADY_REGISTERED));
         }
-        state.hosts.insert(start, bytes);
+        state.hosts.insert(start, (bytes, device));
         state.kernels.registered(start, flags);
         Ok(())
     }
@@ -352,7 +352,7 @@ driver! {
         let start = address.addr();
         let gone = state.hosts.remove(&start);
         state.kernels.unregistered(start);
-        let bytes = gone.ok_or(Code::of(CUresult::CUDA_ERROR_HOST_MEMORY_NOT_REGISTERED))?;
+        let (bytes, _) = gone.ok_or(Code::of(CUresult::CUDA_ERROR_HOST_MEMORY_NOT_REGISTERED))?;
         if state.streams.values().any(|stream| stream.touches_host(&(start..start + bytes))) {
             state.violations += 1;
         }

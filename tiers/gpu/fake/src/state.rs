@@ -66,8 +66,8 @@ pub(crate) struct State {
     /// What `cuMemCreate` gave, by handle, and addresses that are reserved for such.
     pub(crate) pieces: HashMap<u64, Piece>,
     pub(crate) reserved: BTreeMap<u64, Arc<Mapping>>,
-    /// Registered host memory: where, and how long.
-    pub(crate) hosts: BTreeMap<usize, usize>,
+    /// Registered host memory: where, how long, and by which device, with whose context it ends.
+    pub(crate) hosts: BTreeMap<usize, (usize, usize)>,
     pub(crate) streams: HashMap<usize, Arc<Stream>>,
     pub(crate) events: HashMap<usize, Arc<Event>>,
     pub(crate) memory_bytes: u64,
@@ -380,13 +380,13 @@ impl State {
 
     pub(crate) fn is_registered(&self, address: usize, bytes: usize) -> bool {
         let below = self.hosts.range(..=address).next_back();
-        below.is_some_and(|(start, length)| address + bytes <= start + length)
+        below.is_some_and(|(start, (length, _))| address + bytes <= start + length)
     }
 
     /// Whether any of this is registered.
     pub(crate) fn touches_registered(&self, address: usize, bytes: usize) -> bool {
         let below = self.hosts.range(..address + bytes).next_back();
-        below.is_some_and(|(start, length)| start + length > address)
+        below.is_some_and(|(start, (length, _))| start + length > address)
     }
 
     /// The end of a copy on either side, as the batched copies take it.
@@ -414,6 +414,13 @@ impl State {
         self.memory.retain(|_, block| block.device != device);
         self.pieces.retain(|_, piece| piece.device != device);
         self.devices[device].used_bytes = 0;
+        let gone: Vec<_> = self.hosts.extract_if(.., |_, (_, by)| *by == device).collect();
+        for (start, (bytes, _)) in gone {
+            self.kernels.unregistered(start);
+            if self.streams.values().any(|stream| stream.touches_host(&(start..start + bytes))) {
+                self.violations += 1;
+            }
+        }
         self.kernels.destroy_context(device);
     }
 }

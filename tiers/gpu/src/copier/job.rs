@@ -104,7 +104,7 @@ impl Others {
     /// Tells which of the places lie in one registration.
     fn registered(&mut self, registered: &Registrations) {
         for ((address, bytes), within) in self.places.iter().zip(&mut self.within) {
-            let covers = |(registered, _): &(Arc<Registered>, Device)| {
+            let covers = |(registered, _): &(Arc<Registered>, Option<Device>)| {
                 registered.covers(*address as usize, *bytes as usize)
             };
             *within = registered.iter().position(covers).map_or(*within, |at| at as u32);
