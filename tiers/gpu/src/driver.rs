@@ -221,7 +221,9 @@ impl Driver {
                 attribute(CUdevice_attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR)?,
             ),
             copy_engines: attribute(CUdevice_attribute::CU_DEVICE_ATTRIBUTE_ASYNC_ENGINE_COUNT)?,
-            has_shared_events: attribute(CUdevice_attribute::CU_DEVICE_ATTRIBUTE_IPC_EVENT_SUPPORTED)? != 0,
+            // Drivers before CUDA 12.0 do not know the question, and have such events on Linux.
+            has_shared_events: attribute(CUdevice_attribute::CU_DEVICE_ATTRIBUTE_IPC_EVENT_SUPPORTED)
+                != Ok(0),
             // Drivers before CUDA 12.3 do not know the question.
             has_fabric: attribute(CUdevice_attribute::CU_DEVICE_ATTRIBUTE_HANDLE_TYPE_FABRIC_SUPPORTED)
                 .is_ok_and(|supported| supported != 0),

@@ -594,6 +594,15 @@ pub unsafe extern "C" fn cuDeviceGetAttribute(
     if let Err(code) = state.enter("cuDeviceGetAttribute").and_then(|()| state.device(device)) {
         return code.0;
     }
+    // A driver does not know what came after it.
+    let since = match attribute {
+        at if at == Attribute::CU_DEVICE_ATTRIBUTE_IPC_EVENT_SUPPORTED as u32 => 12000,
+        at if at == Attribute::CU_DEVICE_ATTRIBUTE_HANDLE_TYPE_FABRIC_SUPPORTED as u32 => 12030,
+        _ => 0,
+    };
+    if state.version < since {
+        return INVALID_VALUE.0;
+    }
     let found = match attribute {
         at if at == Attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR as u32 => 9,
         at if at == Attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR as u32 => 0,
