@@ -507,7 +507,10 @@ impl Copier {
                     lane::Passed::Mark(mark) => self.pass(lane, mark),
                     lane::Passed::None => break,
                     lane::Passed::NoAnswer(error) => {
-                        self.give_up(lane, &error);
+                        // If it is lost, that is of all lanes, and below.
+                        if self.device.is_well().is_ok() {
+                            self.give_up(lane, &error);
+                        }
                         break;
                     }
                 }

@@ -116,6 +116,14 @@ impl Device {
         Ok(free as u64)
     }
 
+    /// Asks it something that has to do with no copy and always works. If that fails too, it is lost.
+    pub(crate) fn is_well(&self) -> Result<(), Error> {
+        match self.free_bytes() {
+            Err(Error::Cuda { call, source, .. }) => Err(self.inner.lose(call, source)),
+            answer => answer.map(drop),
+        }
+    }
+
     /// Whether it can read and write the other's memory by itself, over NVLink or PCIe.
     pub fn can_reach(&self, other: &Self) -> Result<bool, Error> {
         let mut can = 0;
@@ -193,12 +201,14 @@ impl Inner {
         let device = self.ordinal();
         match self.driver.calls.check(code) {
             Ok(()) => Ok(()),
-            Err(source) if source.is_fatal() => {
-                let (call, source) = *self.lost.get_or_init(|| (call, source));
-                Err(Error::Lost { device, call, source })
-            }
+            Err(source) if source.is_fatal() => Err(self.lose(call, source)),
             Err(source) => Err(Error::Cuda { device, call, source }),
         }
+    }
+
+    fn lose(&self, call: &'static str, source: CudaError) -> Error {
+        let (call, source) = *self.lost.get_or_init(|| (call, source));
+        Error::Lost { device: self.ordinal(), call, source }
     }
 
     /// Keeps what the device may still be using until its context is gone.

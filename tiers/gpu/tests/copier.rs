@@ -1104,8 +1104,23 @@ fn a_device_that_never_answers_keeps_the_memory_for_ever() {
         assert_eq!(arena.slab().regions().iter().map(|region| region.used).sum::<u32>(), 1);
         assert_eq!((fake.count("contexts"), fake.count("allocations"), fake.count("violations")), (1, 1, 0));
     };
+    // One that answers nothing else either is lost, whatever it says.
+    let broken = || {
+        let Some((fake, driver)) = fake("") else { return };
+        let mut bench = Bench::new(&driver, |_| {});
+        let memory = bench.memory(SLOT);
+        fake.set("hold=1;fail=cuEventQuery:0:999;fail=cuMemGetInfo_v2:0:999");
+        let slot = bench.slot();
+        bench.submit(job(0, &[&memory], Hosts::To(vec![slot]), vec![scattered(16, PAGE)]));
+        let end = bench.only_end();
+        assert!(lost(&end.result) && end.hosts.is_none(), "{:?}", end.result);
+        assert_eq!((bench.device.lost().unwrap().code, bench.device.kept()), (999, 1));
+        drop((bench, memory));
+        assert_eq!((fake.count("contexts"), fake.count("violations")), (0, 0));
+    };
     std::thread::scope(|scope| {
         scope.spawn(silent);
+        scope.spawn(broken);
         scope.spawn(dropped);
     });
 }

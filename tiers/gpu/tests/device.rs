@@ -405,6 +405,21 @@ fn lost<T>(result: Result<T, Error>) -> &'static str {
     }
 }
 
+/// What leaves a context with nothing but errors, by NVIDIA's word, and what does not.
+#[test]
+fn a_device_is_lost_when_it_says_so() {
+    let Some((fake, driver)) = fake("") else { return };
+    let fatal = [4, 46, 214, 220, 226, 700, 702, 709, 710, 714, 715, 716, 717, 718, 719, 721, 806, 810, 911];
+    let others = [1, 2, 201, 304, 400, 701, 712, 800, 801, 805, 999];
+    for (code, is_fatal) in fatal.map(|code| (code, true)).into_iter().chain(others.map(|code| (code, false)))
+    {
+        let device = driver.open(0).unwrap();
+        fake.set(&format!("fail=cuMemGetInfo_v2:1:{code}"));
+        assert!(device.free_bytes().is_err());
+        assert_eq!(device.lost().map(|lost| lost.code), is_fatal.then_some(code), "{code}");
+    }
+}
+
 /// What a device that is lost was writing to is nobody's until its context is gone.
 #[test]
 fn a_device_lost_in_mid_copy_gives_nothing_back() {
