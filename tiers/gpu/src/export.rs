@@ -160,15 +160,19 @@ impl Driver {
         let (inner, entries) = (&device.inner, &self.calls.entries);
         let _primary = inner.enter()?;
         let _borrowed = self.borrow(address)?;
+        // A handle is of an allocation, so it is asked for by where that begins. What is mapped need be none.
+        let (base, allocated) = match self.range_of(device, address) {
+            Err(Error::NoMemory { .. }) => return Ok(None),
+            found => found?,
+        };
         let mut handle = CUipcMemHandle { reserved: [0; 64] };
         // SAFETY: a place to write to; the driver checks the address.
-        let code = unsafe { (entries.cuIpcGetMemHandle)(&mut handle, address) };
+        let code = unsafe { (entries.cuIpcGetMemHandle)(&mut handle, base) };
         match inner.check("cuIpcGetMemHandle", code) {
             Ok(()) => {}
             Err(Error::Cuda { source, .. }) if says_no(&source) => return Ok(None),
             Err(error) => return Err(error),
         }
-        let (base, allocated) = self.range_of(device, address)?;
         let within = allocated.saturating_sub(address - base);
         if bytes > within {
             return Err(Error::Range {

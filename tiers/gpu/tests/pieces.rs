@@ -414,6 +414,11 @@ fn memory_that_somebody_else_made_is_exported() {
         let first = if offset < page { 0 } else { page };
         assert_eq!((within, length), (offset - first, bytes));
     }
+    if let Some(fake) = &cuda.fake {
+        // A driver need not call it an allocation.
+        fake.set("fail=cuMemGetAddressRange_v2:1:1");
+        assert_eq!(pieces_of(export(segment.address, page).unwrap()).0.len(), 1);
+    }
     let error = export(segment.address, 4 * page + 1).unwrap_err();
     assert!(matches!(error, Error::Range { .. }), "{error}");
     engine.unmap(&segment);

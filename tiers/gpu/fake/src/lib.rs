@@ -455,9 +455,10 @@ driver! {
     fn cuIpcGetMemHandle(handle: *mut CUipcMemHandle, address: CUdeviceptr) {
         let state = state();
         state.current()?;
-        let (_, block) = state.block(address)?;
-        // What came by a handle cannot be handed on, and what was mapped has no such handle.
-        if block.origin != Origin::Allocated {
+        let (base, block) = state.block(address)?;
+        // What came by a handle cannot be handed on, and what was mapped has no such handle. An address within an
+        // allocation is refused, as the documentation would have it.
+        if block.origin != Origin::Allocated || address != base {
             return Err(INVALID_VALUE);
         }
         let reserved = block.mapping.handle(Kind::Memory).map(|byte| byte as c_char);
