@@ -27,6 +27,8 @@ pub(crate) struct Inner {
     device: CUdevice,
     context: CUcontext,
     facts: Facts,
+    /// Whether it knows registered host memory by the processor's address (not so under WSL 2).
+    pub(crate) has_host_addresses: bool,
     lost: OnceLock<(&'static str, CudaError)>,
     /// What the device may still be using. Nothing in it holds the device, or it would never end.
     kept: Mutex<Vec<Box<dyn Any + Send>>>,
@@ -66,8 +68,19 @@ impl Driver {
         // SAFETY: a place to write to.
         let code = unsafe { (self.calls.entries.cuDevicePrimaryCtxRetain)(&mut context, device) };
         self.calls.check(code).map_err(failed("cuDevicePrimaryCtxRetain"))?;
-        let inner =
-            Inner { driver: *self, device, context, facts, lost: OnceLock::new(), kept: Mutex::default() };
+        let mut inner = Inner {
+            driver: *self,
+            device,
+            context,
+            facts,
+            has_host_addresses: false,
+            lost: OnceLock::new(),
+            kept: Mutex::default(),
+        };
+        // One that does not say is asked for its own addresses, which may be the same.
+        inner.has_host_addresses = inner
+            .attribute(CUdevice_attribute::CU_DEVICE_ATTRIBUTE_CAN_USE_HOST_POINTER_FOR_REGISTERED_MEM)
+            .is_ok_and(|has| has != 0);
         let inner = Arc::new(inner);
         self.calls.registry.add(&inner);
         Ok(Device { inner })

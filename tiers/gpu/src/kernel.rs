@@ -57,8 +57,6 @@ struct Module {
     module: CUmodule,
     pages: CUfunction,
     checksums: CUfunction,
-    /// Whether the device knows registered host memory by the processor's address.
-    has_host_addresses: bool,
     processors: u32,
 }
 
@@ -129,7 +127,7 @@ impl Kernels {
 
     /// Where the device finds these registrations.
     pub(crate) fn reach(&self, registered: &Registrations) -> Result<Reach, Error> {
-        if self.inner.has_host_addresses {
+        if self.inner.device.inner.has_host_addresses {
             return Ok(Reach::default());
         }
         let reach = |(registered, _): &(Arc<Registered>, Option<Device>)| {
@@ -142,7 +140,7 @@ impl Kernels {
     /// The device's address of the beginning of this buffer.
     pub(crate) fn address_of(&self, buffer: &HostBuffer) -> Result<u64, Error> {
         let start = buffer.as_ptr().expose_provenance() as u64;
-        if self.inner.has_host_addresses { Ok(start) } else { self.inner.address_of(start) }
+        if self.inner.device.inner.has_host_addresses { Ok(start) } else { self.inner.address_of(start) }
     }
 
     /// Room for tables, one a launch.
@@ -287,7 +285,6 @@ impl Module {
             let why = "it does not reach host memory by itself".into();
             return Err(Error::NoKernels { device: inner.ordinal(), why });
         }
-        let has_host_addresses = has(Attribute::CU_DEVICE_ATTRIBUTE_CAN_USE_HOST_POINTER_FOR_REGISTERED_MEM)?;
         let processors = inner.attribute(Attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)?.max(1);
         let _current = inner.enter()?;
         let mut module = std::ptr::null_mut();
@@ -302,7 +299,6 @@ impl Module {
             module,
             pages: none,
             checksums: none,
-            has_host_addresses,
             processors: processors as u32,
         };
         loaded.pages = loaded.function(c"pages")?;

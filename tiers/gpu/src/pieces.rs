@@ -2,7 +2,7 @@
 //!
 //! Pieces that lie side by side on both ends are joined, if both ends are each in one memory: the driver refuses a copy
 //! that goes from one registration or allocation into the next, however close they lie. The rest goes in one call where
-//! the driver has `cuMemcpyBatchAsync` (CUDA 12.8), else one by one.
+//! the driver has `cuMemcpyBatchAsync` (CUDA 12.8) and the device knows host memory by its address, else one by one.
 
 use std::ffi::c_void;
 
@@ -11,6 +11,7 @@ use cudarc::driver::sys::{
 };
 
 use crate::Error;
+use crate::device::Inner;
 use crate::memory::DeviceMemory;
 use crate::stream::Stream;
 use crate::sys::Batch;
@@ -88,6 +89,14 @@ pub(crate) fn joined<Memories: PartialEq>(pieces: impl Iterator<Item = (Memories
     joined
 }
 
+impl Inner {
+    /// Whether the driver's batched copy, if there is one, takes pieces that go this way. It is given addresses as
+    /// they are and no word on which side they are of, so the device must know host memory by the processor's address.
+    pub(crate) fn can_batch(&self, direction: Direction) -> bool {
+        direction == Direction::OnDevices || self.has_host_addresses
+    }
+}
+
 impl Stream {
     /// Queues pieces in the best way of the driver's own. After an error, some of them may be under way.
     ///
@@ -95,7 +104,9 @@ impl Stream {
     pub(crate) fn queue(&self, direction: Direction, pieces: &[Piece]) -> Result<(), Error> {
         match self.device().driver().calls.batch {
             Batch::None => self.queue_each(direction, pieces),
-            batch if pieces.len() > 1 => self.queue_batch(batch, pieces),
+            batch if pieces.len() > 1 && self.device().inner.can_batch(direction) => {
+                self.queue_batch(batch, pieces)
+            }
             _ => self.queue_each(direction, pieces),
         }
     }

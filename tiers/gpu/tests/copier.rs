@@ -309,6 +309,12 @@ fn a_device_with_addresses_of_its_own_for_host_memory_is_given_those() {
     let Some((fake, driver)) = fake("host_addresses=0") else { return };
     copies_what_a_model_has(&driver, Method::Kernel, 9);
     assert_eq!(fake.count("calls:cuMemHostGetDevicePointer_v2") > 0, has_kernels());
+    // The driver's batched copy has no place to say them; between memories of the device it needs none.
+    for method in [Method::Auto, Method::Batch] {
+        let batches = fake.count("calls:cuMemcpyBatchAsync_v2");
+        copies_what_a_model_has(&driver, method, 9);
+        assert!(fake.count("calls:cuMemcpyBatchAsync_v2") > batches || method == Method::Auto);
+    }
     fake.is_clean();
 }
 

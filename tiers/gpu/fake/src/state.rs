@@ -394,7 +394,8 @@ impl State {
         if address >= DEVICE_ADDRESSES {
             return self.on_device(address, bytes);
         }
-        if !self.is_registered(address as usize, bytes) {
+        let is_known = self.kernels.has_host_addresses && self.is_registered(address as usize, bytes);
+        if !is_known {
             return Err(Code::of(CUresult::CUDA_ERROR_INVALID_VALUE));
         }
         Ok(End::Host(address as usize))
