@@ -79,9 +79,9 @@ impl Default for CopierConfig {
 /// How pages are copied.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Method {
-    /// By what the driver has and how long the pieces are.
+    /// By what the driver has, how long the pieces are, and whether kernels of several processes run at once (MPS).
     Auto,
-    /// A kernel that gathers and scatters.
+    /// A kernel that gathers and scatters. Without MPS others on the device wait while it runs.
     Kernel,
     /// The driver's batched copy, of CUDA 12.8 and newer.
     Batch,
@@ -327,10 +327,10 @@ impl Copier {
         self.chosen.kernels.as_ref()
     }
 
-    /// With [`Method::Auto`], a step whose pieces are longer than this on average is left to the driver. Whoever has
-    /// measured it for the device may say so.
+    /// With [`Method::Auto`], a step whose pieces are longer than this on average is left to the driver, where it would
+    /// not be anyhow. Whoever has measured it for the device may say so.
     pub fn set_kernel_piece_bytes_max(&mut self, bytes: u64) {
-        self.chosen.kernel_piece_bytes_max = bytes;
+        self.chosen.kernel_piece_bytes_max = Some(bytes);
     }
 
     /// Its device.

@@ -37,7 +37,8 @@ const ENTRIES_MAX: usize = TABLE_BYTES / ENTRY_BYTES;
 const TABLE_BYTES: usize = 16 << 10;
 
 /// Blocks of a launch to or from host memory. Half a MiB is asked for at once then, which is several times what a bus
-/// holds, and most of the device stays free to compute. To be measured (`tiers/gpu/check`).
+/// holds, and most of the device stays free: for kernels of this process, and with MPS for those of others. Without it
+/// they wait until the launch is done, however few its blocks. To be measured (`tiers/gpu/check`).
 const HOST_BLOCKS_MAX: u32 = 32;
 /// Blocks of other launches, for each processor of the device. To be measured.
 const BLOCKS_PER_PROCESSOR: u32 = 4;

@@ -380,29 +380,37 @@ fn has_kernels() -> bool {
 #[test]
 fn the_length_of_pieces_says_how_they_are_copied() {
     let names = ["cuLaunchKernel", "cuMemcpyBatchAsync_v2", "cuMemcpyHtoDAsync_v2"];
-    // Method, version, pieces, bytes of each: launches, batches, calls.
+    // Method, settings, pieces, bytes of each: launches, batches, calls.
     use Method::{Auto, Batch, Kernel, Loop};
     let table = [
-        (Auto, 13000, 16, 4096, [1, 0, 0]),
-        (Auto, 13000, 2, 4096, [0, 1, 0]),
-        (Auto, 13000, 1, 65536, [0, 0, 1]),
-        (Auto, 13000, 4, 100_000, [0, 1, 0]),
-        (Auto, 12070, 16, 4096, [1, 0, 0]),
-        (Auto, 12070, 4, 100_000, [1, 0, 0]),
-        (Auto, 12070, 2, 4096, [0, 0, 2]),
-        (Kernel, 13000, 1, 16, [1, 0, 0]),
-        (Kernel, 13000, 4, 200_000, [1, 0, 0]),
-        (Kernel, 13000, 1000, 16, [2, 0, 0]),
-        (Batch, 13000, 16, 4096, [0, 1, 0]),
-        (Batch, 12070, 4, 4096, [0, 0, 4]),
-        (Loop, 13000, 16, 4096, [0, 0, 16]),
+        // Without MPS a kernel would be in the way of the engine's.
+        (Auto, "", 16, 4096, [0, 1, 0]),
+        (Auto, "", 2, 4096, [0, 1, 0]),
+        (Auto, "", 1, 65536, [0, 0, 1]),
+        (Auto, "", 4, 100_000, [0, 1, 0]),
+        (Auto, "mps=1", 16, 4096, [1, 0, 0]),
+        (Auto, "mps=1", 2, 4096, [0, 1, 0]),
+        (Auto, "mps=1", 1, 65536, [0, 0, 1]),
+        (Auto, "mps=1", 4, 100_000, [0, 1, 0]),
+        (Auto, "host_addresses=0", 16, 4096, [1, 0, 0]),
+        (Auto, "version=12070", 16, 4096, [1, 0, 0]),
+        (Auto, "version=12070", 4, 100_000, [0, 0, 4]),
+        (Auto, "version=12070;mps=1", 4, 100_000, [1, 0, 0]),
+        (Auto, "version=12070", 2, 4096, [0, 0, 2]),
+        (Kernel, "", 1, 16, [1, 0, 0]),
+        (Kernel, "", 4, 200_000, [1, 0, 0]),
+        (Kernel, "", 1000, 16, [2, 0, 0]),
+        (Batch, "", 16, 4096, [0, 1, 0]),
+        (Batch, "host_addresses=0", 16, 4096, [0, 0, 16]),
+        (Batch, "version=12070", 4, 4096, [0, 0, 4]),
+        (Loop, "", 16, 4096, [0, 0, 16]),
     ];
     if !has_kernels() {
         eprintln!("skipped: the driver has no kernels");
         return;
     }
-    for (method, version, count, bytes, wanted) in table {
-        let Some((fake, driver)) = fake(&format!("version={version}")) else { return };
+    for (method, settings, count, bytes, wanted) in table {
+        let Some((fake, driver)) = fake(settings) else { return };
         let mut bench = Bench::new(&driver, |config| config.method = method);
         let memory = bench.memory(1 << 20);
         let block = bench.arena.slab().take(1 << 20).unwrap();
@@ -422,8 +430,22 @@ fn the_length_of_pieces_says_how_they_are_copied() {
         bench.only_end().result.unwrap();
         let after = names.map(|name| fake.count(&format!("calls:{name}")));
         let counted: [u64; 3] = std::array::from_fn(|at| after[at] - before[at]);
-        assert_eq!(counted, wanted, "{method:?} {version} {count} of {bytes}: {}", bench.copier.method_why());
+        let why = bench.copier.method_why();
+        assert_eq!(counted, wanted, "{method:?} {settings} {count} of {bytes}: {why}");
         drop((bench, memory));
+        fake.is_clean();
+    }
+    // On the device a kernel is soon done.
+    for (settings, bytes, wanted) in [("", 4096, 1), ("", 100_000, 0), ("version=12070", 100_000, 1)] {
+        let Some((fake, driver)) = fake(settings) else { return };
+        let mut bench = Bench::new(&driver, |_| {});
+        let memories = [bench.memory(1 << 20), bench.memory(1 << 20)];
+        let launches = fake.count("calls:cuLaunchKernel");
+        let steps = vec![scattered(8, bytes)];
+        bench.submit(job(1, &[&memories[0]], Hosts::FromDevice(vec![memories[1].clone()]), steps));
+        bench.only_end().result.unwrap();
+        assert_eq!(fake.count("calls:cuLaunchKernel") - launches, wanted, "{settings} {bytes}");
+        drop((bench, memories));
         fake.is_clean();
     }
 }

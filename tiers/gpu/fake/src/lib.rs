@@ -20,6 +20,7 @@
 //! | `devices=N` | so many devices; before the first use of any |
 //! | `memory=BYTES` | of each |
 //! | `version=12080` | of the driver, as CUDA counts |
+//! | `mps=1` | says that processes share it |
 //! | `peers=0` | no device reaches another |
 //! | `fabric=0` | no fabric handles; 2: the device has them, and the machine forbids them |
 //! | `ask_in_context=1` | questions about addresses want a context |
@@ -599,6 +600,7 @@ pub unsafe extern "C" fn cuDeviceGetAttribute(
     let since = match attribute {
         at if at == Attribute::CU_DEVICE_ATTRIBUTE_IPC_EVENT_SUPPORTED as u32 => 12000,
         at if at == Attribute::CU_DEVICE_ATTRIBUTE_HANDLE_TYPE_FABRIC_SUPPORTED as u32 => 12030,
+        at if at == Attribute::CU_DEVICE_ATTRIBUTE_MPS_ENABLED as u32 => 12030,
         _ => 0,
     };
     if state.version < since {
@@ -617,6 +619,7 @@ pub unsafe extern "C" fn cuDeviceGetAttribute(
             state.kernels.has_host_addresses.into()
         }
         at if at == Attribute::CU_DEVICE_ATTRIBUTE_IPC_EVENT_SUPPORTED as u32 => 1,
+        at if at == Attribute::CU_DEVICE_ATTRIBUTE_MPS_ENABLED as u32 => state.has_mps.into(),
         at if at == Attribute::CU_DEVICE_ATTRIBUTE_HANDLE_TYPE_FABRIC_SUPPORTED as u32 => {
             (state.fabric != state::Fabric::None).into()
         }

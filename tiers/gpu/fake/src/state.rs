@@ -73,6 +73,7 @@ pub(crate) struct State {
     pub(crate) memory_bytes: u64,
     pub(crate) version: i32,
     pub(crate) has_peers: bool,
+    pub(crate) has_mps: bool,
     pub(crate) fabric: Fabric,
     /// Whether questions about addresses want a context.
     pub(crate) asks_in_context: bool,
@@ -101,6 +102,7 @@ static STATE: LazyLock<Mutex<State>> = LazyLock::new(|| {
         memory_bytes: 256 << 20,
         version: 13000,
         has_peers: true,
+        has_mps: false,
         fabric: Fabric::There,
         asks_in_context: false,
         lie_range_bytes: None,
@@ -168,6 +170,7 @@ impl State {
                 "devices" => self.devices = (0..number(value)?).map(|_| Device::default()).collect(),
                 "memory" => self.memory_bytes = number(value)?,
                 "version" => self.version = number(value)? as i32,
+                "mps" => self.has_mps = number(value)? != 0,
                 "peers" => self.has_peers = number(value)? != 0,
                 "fabric" => {
                     self.fabric = match number(value)? {
