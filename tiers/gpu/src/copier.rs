@@ -175,7 +175,11 @@ pub enum CopyDone {
     Ended {
         /// Which job.
         token: JobToken,
-        /// What it was given. `None`: the device may still be using it, so it is kept.
+        /// What it was given. `None`: the device may still be using it, so it is kept. If the device is lost
+        /// ([`Device::lost`]), that ends with its context. If it is not, it only did not answer for 10 s, and may still
+        /// come to it: then all else that the copy touches must never be used again either. The job's memories and what
+        /// it was given are kept here; what the caller has of its own, such as a reservation of the place that is
+        /// written or a promise that nobody else writes it, is the caller's to forget (`std::mem::forget`).
         hosts: Option<Hosts>,
         /// Whether all of it was copied.
         result: Result<(), Error>,

@@ -1110,7 +1110,8 @@ fn a_device_that_never_answers_keeps_the_memory_for_ever() {
             assert!(matches!(end.result, Err(Error::Cuda { .. })) && end.hosts.is_none(), "{:?}", end.result);
         }
         assert_eq!((bench.used(), bench.copier.under_way()), ((2, 0), (0, 0)));
-        // It may come to itself again.
+        // It is told from a device that is lost: this one may come to itself again, and to what it had.
+        assert!(bench.device.lost().is_none() && fake.count("under_way") > 0);
         fake.set("hold=0;fail=cuEventQuery:1:999");
         let slot = bench.slot();
         bench.submit(job(0, &[&memory], Hosts::To(vec![slot]), vec![scattered(16, PAGE)]));
