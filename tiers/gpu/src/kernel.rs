@@ -2,7 +2,7 @@
 //! call or an entry for each, and sums what lies on the device.
 //!
 //! ```text
-//!  kernel/pages.cu --NVRTC 12.4--> kernel/pages.ptx --here, cuModuleLoadData--> tried once --> launches
+//!  kernel/pages.cu --NVRTC 11.8--> kernel/pages.ptx --here, cuModuleLoadData--> tried once --> launches
 //!                                                          |                       |
 //!                                                          no kernels, and why: everything is copied by the driver
 //! ```

@@ -461,7 +461,7 @@ fn a_driver_without_kernels_says_why_and_copies() {
             Method::Loop,
             "CUDA 12.7, has no batched copies",
         ),
-        (&[], "version=12030", Method::Loop, "cuModuleLoadData answers CUDA_ERROR_UNSUPPORTED_PTX_VERSION"),
+        (&[], "version=11070", Method::Loop, "cuModuleLoadData answers CUDA_ERROR_UNSUPPORTED_PTX_VERSION"),
         (&[], "reach_hosts=0", Method::Batch, "it does not reach host memory by itself"),
         (
             &[],
