@@ -194,6 +194,23 @@ fn memory_comes_back_when_the_device_is_done_and_not_before() {
     assert!(copying.poll().unwrap().is_none(), "it comes once");
     assert_eq!(fake.count("allocations"), 0);
 
+    // Let go of, it does not wait: what is under way is kept, and what is done is not.
+    fake.set("hold=1");
+    let (stream, memory) = (low(&device), device.allocate(4096).unwrap());
+    let start = || {
+        stream.onboard(&memory, vec![filled(&device, &[5; 4096])], &whole(4096)).unwrap_or_else(|_| panic!())
+    };
+    let [done, forgotten] = [start(), start()];
+    forgotten.forget();
+    assert!(fake.count("under_way") == 2 && device.lost().is_none());
+    fake.set("hold=0");
+    assert!(stream.wait(LONG).unwrap());
+    assert_eq!(fake.count("registered"), 2);
+    done.forget();
+    assert_eq!(fake.count("registered"), 1);
+    drop((memory, stream));
+    assert_eq!((fake.count("allocations"), fake.count("streams")), (1, 1), "they are the forgotten one's");
+
     // Dropped half way, it waits.
     let (stream, memory) = (low(&device), device.allocate(256 << 10).unwrap());
     let copying = stream
@@ -201,7 +218,8 @@ fn memory_comes_back_when_the_device_is_done_and_not_before() {
         .unwrap_or_else(|_| panic!());
     drop((memory, stream, device));
     drop(copying);
-    fake.is_clean();
+    fake.is_clean_but_for(&["contexts", "streams", "allocations", "bytes", "registered", "events"]);
+    assert_eq!((fake.count("contexts"), fake.count("allocations"), fake.count("registered")), (1, 1, 1));
 }
 
 /// Threads with streams of their own, copies waited for, asked about and dropped, on one device: whatever the order, no

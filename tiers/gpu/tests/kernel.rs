@@ -280,6 +280,27 @@ fn checksums_of_device_memory_are_those_of_the_blocks() {
     cuda.is_clean();
 }
 
+/// For a thread that must not wait for a device that does not answer.
+#[test]
+fn checksums_are_let_go_of_without_a_wait() {
+    let Some((fake, driver)) = fake("") else { return };
+    let device = driver.open(0).unwrap();
+    let Some(kernels) = loaded(&device) else { return };
+    let (stream, memory) = (low(&device), device.allocate(4096).unwrap());
+    let whole = 0..4096;
+    let room = device.host_buffer(Kernels::checksum_room_bytes(std::slice::from_ref(&whole))).unwrap();
+    fake.set("hold=1");
+    let summing =
+        kernels.checksums(&stream, &memory, &[whole], room).map_err(|refused| refused.error).unwrap();
+    drop((memory, kernels));
+    summing.forget();
+    assert_eq!((fake.count("under_way"), fake.count("allocations"), fake.count("registered")), (1, 1, 1));
+    fake.set("hold=0");
+    assert!(stream.wait(LONG).unwrap());
+    drop((stream, device));
+    assert_eq!((fake.count("modules"), fake.count("allocations"), fake.count("violations")), (1, 1, 0));
+}
+
 #[test]
 fn checksums_of_what_is_not_there_are_refused() {
     let Some((fake, driver)) = fake("devices=2") else { return };
