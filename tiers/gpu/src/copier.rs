@@ -51,7 +51,7 @@ use method::{By, Chosen};
 pub struct CopierConfig {
     /// Streams for jobs up and as many for jobs down that are not urgent. Urgent jobs have one more each way, and
     /// copies from device to device two. A device serves eight streams of a process at once, if
-    /// `CUDA_DEVICE_MAX_CONNECTIONS` does not say otherwise: that is with two.
+    /// `CUDA_DEVICE_MAX_CONNECTIONS` does not say otherwise: see [`crate::Driver::load`].
     pub streams_each_way: usize,
     /// Jobs that have something on the device at once.
     pub under_way_max: usize,

@@ -132,6 +132,11 @@ impl fmt::Debug for Driver {
 
 impl Driver {
     /// The machine's driver, started. Call it once: what it loads is never unloaded.
+    ///
+    /// The driver reads the environment once, when it starts. By default a process has eight connections to a device,
+    /// and streams that share one wait for each other, whatever their priority; a [`crate::Copier`] has eight by default,
+    /// a [`crate::Pool`] two, and others come to that. So a program should set `CUDA_DEVICE_MAX_CONNECTIONS` to 32, the
+    /// most there may be, before this, while it has one thread.
     pub fn load() -> Result<Self, Absent> {
         Self::load_from(OsStr::new(LIBRARY))
     }
