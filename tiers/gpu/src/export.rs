@@ -15,6 +15,8 @@ use std::ffi::{c_int, c_uint, c_void};
 use cudarc::driver::sys::{
     CUcontext, CUdeviceptr, CUipcMemHandle, CUpointer_attribute as Attribute, CUresult,
 };
+use rustix::fs::{Mode, OFlags};
+use rustix::io::Errno;
 
 use crate::Error;
 use crate::device::Device;
@@ -62,7 +64,9 @@ impl Drop for Borrowed {
 
 impl Driver {
     /// What other processes need to open `bytes` bytes of device memory at an address of this process, whoever made
-    /// them. [`Error::NoMemory`] where no device has memory, [`Error::Range`] where it ends before,
+    /// them. Memory in pieces takes a descriptor of this process for each, as long as the answer is kept: a cache of
+    /// 64 GiB in pieces of 2 MiB wants 32,768, and who exports such may have to raise its limit of open files
+    /// (`RLIMIT_NOFILE`) before. [`Error::NoDescriptors`] where none is left, [`Error::NoMemory`] where no device has memory, [`Error::Range`] where it ends before,
     /// [`Error::NotShared`] for memory that was not made to be shared, [`Error::NoCall`] where the driver cannot tell.
     pub fn export_address(&self, address: u64, bytes: u64) -> Result<Exported, Error> {
         if bytes == 0 || address.checked_add(bytes).is_none() {
@@ -235,7 +239,14 @@ impl Driver {
                 }
                 found => found?,
             };
-            pieces.push(exported(&self.retain(device, at)?, piece_bytes)?);
+            let piece = exported(&self.retain(device, at)?, piece_bytes).map_err(|error| match error {
+                // A driver has no error of its own for it.
+                Error::Cuda { .. } | Error::NotShared { .. } if no_descriptor_is_left() => {
+                    Error::NoDescriptors { pieces: pieces.len() }
+                }
+                error => error,
+            })?;
+            pieces.push(piece);
             if at == address {
                 offset = address - base;
             }
@@ -258,6 +269,11 @@ impl Driver {
             Err(error) => Err(error),
         }
     }
+}
+
+fn no_descriptor_is_left() -> bool {
+    let opened = rustix::fs::open("/dev/null", OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty());
+    matches!(opened, Err(Errno::MFILE | Errno::NFILE))
 }
 
 /// A piece for other processes: by descriptor where it can be, which no other process can make up.
