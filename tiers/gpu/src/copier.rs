@@ -331,8 +331,8 @@ impl Copier {
         self.chosen.kernels.as_ref()
     }
 
-    /// With [`Method::Auto`], a step whose pieces are longer than this on average is left to the driver, where it would
-    /// not be anyhow. Whoever has measured it for the device may say so.
+    /// With [`Method::Auto`], a step that may go by kernel is left to the driver if its pieces are longer than this on
+    /// average. Whoever has measured it for the device may say so.
     pub fn set_kernel_piece_bytes_max(&mut self, bytes: u64) {
         self.chosen.kernel_piece_bytes_max = Some(bytes);
     }

@@ -314,6 +314,12 @@ fn a_device_with_addresses_of_its_own_for_host_memory_is_given_those() {
         let batches = fake.count("calls:cuMemcpyBatchAsync_v2");
         copies_what_a_model_has(&driver, method, 9);
         assert!(fake.count("calls:cuMemcpyBatchAsync_v2") > batches || method == Method::Auto);
+        let bench = Bench::new(&driver, |config| config.method = method);
+        assert!(
+            bench.copier.method_why().ends_with("other addresses for it"),
+            "{}",
+            bench.copier.method_why()
+        );
     }
     fake.is_clean();
 }

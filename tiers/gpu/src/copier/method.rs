@@ -123,7 +123,10 @@ impl Chosen {
         let kernels = no_kernels.as_deref().map_or(Ok(()), Err);
         let version = driver.version().to_string();
         let there = There { version: &version, has_batch: driver_has_batch, has_mps, kernels };
-        let (method, why) = choose(asked, there);
+        let (method, mut why) = choose(asked, there);
+        if driver_has_batch && !has_batch[0] && method != Method::Loop {
+            why += "; host memory never batched, for the device has other addresses for it";
+        }
         let (idle, kernels) = loaded.map_or((Vec::new(), None), |(idle, kernels)| (idle, Some(kernels)));
         let (by_size, tables) = (asked == Method::Auto, idle.len());
         Ok(Self {
