@@ -1,10 +1,13 @@
 //! All copies of one device: many jobs at a time under a bound, on several streams, and never a wait.
 //!
 //! ```text
-//!              no room          least bytes of its way
-//!  submit ---> waits in line ---> stream: | wait for an event, copy, record an event | the next step | ...
-//!     |           |                                                  |
-//!  refused     cancel: ended                                poll: Queued, Step, Step, Ended with the hosts
+//!                    no room          least bytes of its way
+//!  submit ---------> waits in line ---> stream: | copy, record an event | the next step | ...
+//!     |   \           ^     |                                 |
+//!  refused \          | passed                      poll: Queued, Step, Step, Ended with the hosts
+//!           \-> waits for an event <--- the next step has one of its own
+//!                 |
+//!              cancel: ended
 //! ```
 //! A job is a list of steps, which go one behind the other on one stream: a layer each, say, so that an engine
 //! computes with the first while the last is still under way. An open job gets its steps while it runs.
@@ -16,8 +19,12 @@
 //! Each job that was taken ends once, with [`CopyDone::Ended`]. That two jobs do not meet in the same bytes is for
 //! those who submit them to see to: on different streams they have no order but by events.
 //!
-//! An event must have been recorded when a step that waits for it is given. Then nothing that is under way waits for
-//! what is not, and the bounds cannot make a circle.
+//! A stream waits for nothing but itself. The event that a step waits for may be another process', which may hang or
+//! die before it is reached; on a stream that many share it would hold up all of them, and for good. So the copier asks
+//! the event, at each poll, and queues the step when it has passed. Until then the job is the caller's to cancel, others
+//! go past it, and it counts for nothing on the device. That makes a step a poll later than the device could be; a
+//! wait without an end would cost more. An event must have been recorded when a step that waits for it is given: one
+//! that never was counts as passed. One that is recorded again meanwhile is waited for again.
 
 mod job;
 mod lane;
@@ -44,13 +51,14 @@ use method::{By, Chosen};
 pub struct CopierConfig {
     /// Streams for jobs up and as many for jobs down that are not urgent. Urgent jobs have one more each way, and
     /// copies from device to device two. A device serves eight streams of a process at once, if
-    /// `CUDA_DEVICE_MAX_CONNECTIONS` does not say otherwise: that is with two.
+    /// `CUDA_DEVICE_MAX_CONNECTIONS` does not say otherwise: see [`crate::Driver::load`].
     pub streams_each_way: usize,
     /// Jobs that have something on the device at once.
     pub under_way_max: usize,
     /// Bytes on the device at once. A step that is more goes alone.
     pub under_way_bytes_max: u64,
-    /// Jobs that wait for room on the device; more are refused.
+    /// Jobs that wait for room on the device; more are refused. As many again, and as many as may be under way, may
+    /// wait for the event of their first step.
     pub waiting_max: usize,
     /// How pages are copied.
     pub method: Method,
@@ -71,9 +79,9 @@ impl Default for CopierConfig {
 /// How pages are copied.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Method {
-    /// By what the driver has and how long the pieces are.
+    /// By what the driver has, how long the pieces are, and whether kernels of several processes run at once (MPS).
     Auto,
-    /// A kernel that gathers and scatters.
+    /// A kernel that gathers and scatters. Without MPS others on the device wait while it runs.
     Kernel,
     /// The driver's batched copy, of CUDA 12.8 and newer.
     Batch,
@@ -116,7 +124,9 @@ pub struct PagePiece {
 /// A part of a job with a beginning and an end that others can be told of.
 #[derive(Clone, Debug, Default)]
 pub struct Step {
-    /// The device waits for what this has recorded when the step is queued. Of any device.
+    /// The step is not queued before this has passed, and what comes after it in the job neither. Of any device or
+    /// process, and recorded already. An error when it is asked ends the job as a call that failed; how long it may take
+    /// is for the caller to say, with [`Copier::cancel`].
     pub after: Option<Arc<Event>>,
     /// What it copies, in any order.
     pub pieces: Vec<PagePiece>,
@@ -126,6 +136,9 @@ pub struct Step {
 }
 
 /// Copies between memories of the device and another side.
+///
+/// One whose first step waits for an event is not begun: others go past it, and when the event has passed it joins the
+/// end of its line. One that is begun and waits for the event of a later step has nobody's place meanwhile either.
 #[derive(Debug)]
 pub struct Job {
     /// Its name; none that is taken now.
@@ -162,7 +175,11 @@ pub enum CopyDone {
     Ended {
         /// Which job.
         token: JobToken,
-        /// What it was given. `None`: the device may still be using it, so it is kept.
+        /// What it was given. `None`: the device may still be using it, so it is kept. If the device is lost
+        /// ([`Device::lost`]), that ends with its context. If it is not, it only did not answer for 10 s, and may still
+        /// come to it: then all else that the copy touches must never be used again either. The job's memories and what
+        /// it was given are kept here; what the caller has of its own, such as a reservation of the place that is
+        /// written or a promise that nobody else writes it, is the caller's to forget (`std::mem::forget`).
         hosts: Option<Hosts>,
         /// Whether all of it was copied.
         result: Result<(), Error>,
@@ -173,6 +190,16 @@ pub enum CopyDone {
 const STEPS_WAITING_MAX: usize = 4096;
 /// Events that are kept to be used again.
 const EVENTS_IDLE_MAX: usize = 1024;
+
+/// How far a job was queued.
+enum Fed {
+    /// To the end of what it has.
+    All,
+    /// To where there was no room for more.
+    NoRoom,
+    /// To a step whose event has not passed, or does not say.
+    Blocked(Result<bool, Error>),
+}
 
 /// The copies of one device. It belongs to one thread, whose calls it never makes wait; dropped, it waits for the
 /// device, for 10 s.
@@ -187,6 +214,8 @@ pub struct Copier {
     waiting: [VecDeque<JobToken>; 2],
     /// Jobs that are under way with steps that are not: before all that are not begun.
     hungry: VecDeque<JobToken>,
+    /// Jobs whose next step waits for an event, begun or not. They are in none of the lines.
+    blocked: Vec<JobToken>,
     events: Vec<Event>,
     under_way: usize,
     under_way_bytes: u64,
@@ -206,6 +235,7 @@ impl Copier {
             jobs: BTreeMap::new(),
             waiting: Default::default(),
             hungry: VecDeque::new(),
+            blocked: Vec::new(),
             events: Vec::new(),
             under_way: 0,
             under_way_bytes: 0,
@@ -217,10 +247,10 @@ impl Copier {
     #[expect(clippy::result_large_err, reason = "what was given comes back as it was")]
     pub fn submit(&mut self, mut job: Job) -> Result<(), (Job, Error)> {
         match self.plan(&mut job) {
-            Ok(planned) => {
-                let (token, line) = (job.token, usize::from(!job.urgent));
+            Ok((planned, passed)) => {
+                let token = job.token;
                 self.jobs.insert(token, planned.of(job));
-                self.waiting[line].push_back(token);
+                self.put(token, passed);
                 self.pump();
                 Ok(())
             }
@@ -240,7 +270,8 @@ impl Copier {
         let pieces = work.plan(&self.device, &step)?;
         work.open = !last;
         work.pending.push_back(Pending::of(step, pieces));
-        if work.lane.is_some() && !self.hungry.contains(&token) {
+        // Else it is in a line already, or waits for an event of another step.
+        if work.lane.is_some() && !self.hungry.contains(&token) && !self.blocked.contains(&token) {
             self.hungry.push_back(token);
         }
         self.pump();
@@ -262,6 +293,10 @@ impl Copier {
     /// Says what happened since it was asked last. It never waits for the device.
     pub fn poll(&mut self, done: &mut Vec<CopyDone>) {
         self.look();
+        for token in std::mem::take(&mut self.blocked) {
+            let passed = self.jobs.get(&token).map_or(Ok(true), Work::is_passed);
+            self.put(token, passed);
+        }
         self.pump();
         done.append(&mut self.told);
     }
@@ -276,7 +311,7 @@ impl Copier {
         (self.under_way, self.under_way_bytes)
     }
 
-    /// Jobs that wait for room on the device.
+    /// Jobs that wait for room on the device, and not for an event.
     pub fn waiting(&self) -> usize {
         self.waiting.iter().map(VecDeque::len).sum()
     }
@@ -296,10 +331,10 @@ impl Copier {
         self.chosen.kernels.as_ref()
     }
 
-    /// With [`Method::Auto`], a step whose pieces are longer than this on average is left to the driver. Whoever has
-    /// measured it for the device may say so.
+    /// With [`Method::Auto`], a step that may go by kernel is left to the driver if its pieces are longer than this on
+    /// average. Whoever has measured it for the device may say so.
     pub fn set_kernel_piece_bytes_max(&mut self, bytes: u64) {
-        self.chosen.kernel_piece_bytes_max = bytes;
+        self.chosen.kernel_piece_bytes_max = Some(bytes);
     }
 
     /// Its device.
@@ -307,7 +342,8 @@ impl Copier {
         &self.device
     }
 
-    fn plan(&self, job: &mut Job) -> Result<job::Planned, Error> {
+    /// With whether what the first step waits for has passed.
+    fn plan(&self, job: &mut Job) -> Result<(job::Planned, Result<bool, Error>), Error> {
         let ordinal = self.device.facts().ordinal;
         if self.jobs.contains_key(&job.token) {
             return Err(Error::JobTwice { token: job.token.0 });
@@ -318,11 +354,43 @@ impl Copier {
         }
         self.device.is_there()?;
         let planned = job::plan(&self.device, self.chosen.kernels.as_ref(), job)?;
-        let waiting = self.waiting();
-        if waiting >= self.config.waiting_max && !self.is_next(job.urgent, planned.bytes()) {
+        let passed = job.steps.first().map_or(Ok(true), |step| job::is_passed(step.after.as_ref()));
+        let (waiting, is_refused) = match passed {
+            Ok(true) => {
+                let waiting = self.waiting();
+                let is_full = waiting >= self.config.waiting_max;
+                (waiting, is_full && !self.is_next(job.urgent, planned.bytes()))
+            }
+            _ => {
+                let most = self.config.waiting_max.saturating_add(self.config.under_way_max.max(1));
+                (self.blocked.len(), self.blocked.len() >= most)
+            }
+        };
+        if is_refused {
             return Err(Error::Busy { device: ordinal, waiting });
         }
-        Ok(planned)
+        Ok((planned, passed))
+    }
+
+    /// Puts a job where it belongs, when the event of its next step was asked: into a line, or to those that wait.
+    fn put(&mut self, token: JobToken, passed: Result<bool, Error>) {
+        let Some(work) = self.jobs.get_mut(&token) else { return };
+        match passed {
+            Ok(true) => {
+                work.goes_on();
+                match work.lane {
+                    Some(_) => self.hungry.push_back(token),
+                    None => self.waiting[usize::from(!work.urgent)].push_back(token),
+                }
+            }
+            Ok(false) => self.blocked.push(token),
+            // The next look ends all jobs.
+            Err(_) if self.device.lost().is_some() => self.blocked.push(token),
+            Err(error) => {
+                work.stop(error);
+                self.finish(token);
+            }
+        }
     }
 
     /// Whether such a job would begin at once.
@@ -341,19 +409,25 @@ impl Copier {
         bytes <= left || self.under_way_bytes == 0
     }
 
-    /// Queues what there is room for, in order: steps of jobs that are under way, urgent jobs, the others.
+    /// Queues what there is room for, in order: steps of jobs that are under way, urgent jobs, the others. In the lines
+    /// are none that wait for an event, so the first of a line waits for room alone.
     fn pump(&mut self) {
         loop {
             while let Some(token) = self.hungry.front().copied() {
-                if !self.feed(token) {
-                    return;
-                }
+                let passed = match self.feed(token) {
+                    Fed::NoRoom => return,
+                    Fed::Blocked(passed) => Some(passed),
+                    Fed::All => None,
+                };
                 self.hungry.retain(|hungry| *hungry != token);
-                self.finish(token);
+                match passed {
+                    Some(passed) => self.put(token, passed),
+                    None => self.finish(token),
+                }
             }
             let line = usize::from(self.waiting[0].is_empty());
             let Some(token) = self.waiting[line].front().copied() else { return };
-            let bytes = self.jobs.get(&token).map_or(0, Work::pending_bytes);
+            let bytes = self.jobs.get(&token).map_or(0, Work::bytes_to_admit);
             if !self.has_room(bytes) {
                 return;
             }
@@ -369,17 +443,23 @@ impl Copier {
         let fits = |(_, lane): &(usize, &Lane)| lane.direction == direction && lane.urgent == urgent;
         let lanes = self.lanes.iter().enumerate().filter(fits);
         work.lane = lanes.min_by_key(|(_, lane)| lane.load()).map(|(lane, _)| lane);
-        work.admitted = work.pending.len();
+        work.admitted = work.to_admit().count();
         self.hungry.push_back(token);
     }
 
-    /// Queues what a job has to be queued; `false`: there is no room for all of it.
-    fn feed(&mut self, token: JobToken) -> bool {
-        while let Some(work) = self.jobs.get(&token) {
+    /// Queues what a job has to be queued.
+    fn feed(&mut self, token: JobToken) -> Fed {
+        while let Some(work) = self.jobs.get_mut(&token) {
             let Some(step) = work.pending.front() else { break };
+            if step.after.is_some() {
+                // Who puts it in line again looks at the steps behind it too.
+                return Fed::Blocked(work.is_passed());
+            }
             let by = self.chosen.by(work.direction(), &step.pieces, work.reach.is_some());
-            if by == By::Wait || !(work.admitted > 0 || self.has_room_for_step(step.bytes)) {
-                return false;
+            let (is_admitted, is_begun, bytes) = (work.admitted > 0, work.on_device > 0, step.bytes);
+            let has_room = if is_begun { self.has_room_for_step(bytes) } else { self.has_room(bytes) };
+            if by == By::Wait || !(is_admitted || has_room) {
+                return Fed::NoRoom;
             }
             self.queue_next(token, by);
         }
@@ -387,7 +467,7 @@ impl Copier {
             work.told = true;
             self.told.push(CopyDone::Queued { token });
         }
-        true
+        Fed::All
     }
 
     /// Queues the next step of a job that has a lane. When a call fails, the job gets no further.
@@ -396,12 +476,7 @@ impl Copier {
         let (Some(step), Some(lane)) = (work.pending.pop_front(), work.lane) else { return };
         work.admitted = work.admitted.saturating_sub(1);
         let lane = &mut self.lanes[lane];
-        let event = self.events.pop().map_or_else(|| self.device.event(false), Ok);
-        let begun = event.and_then(|event| match &step.after {
-            Some(after) => lane.stream.wait_for(after).map(|()| event),
-            None => Ok(event),
-        });
-        let event = match begun {
+        let event = match self.events.pop().map_or_else(|| self.device.event(false), Ok) {
             Ok(event) => event,
             // Nothing of this step is queued.
             Err(error) => return work.stop(error),
@@ -420,8 +495,7 @@ impl Copier {
         // An open job that waits for its steps takes nobody's place.
         self.under_way += usize::from(work.on_device == 0);
         work.on_device += 1;
-        let _events = (step.after, step.then);
-        lane.marks.push_back(Mark { token, event, bytes, is_step, tables, _events });
+        lane.marks.push_back(Mark { token, event, bytes, is_step, tables, _then: step.then });
         if let Some(error) = failed {
             work.stop(error);
         }
@@ -437,7 +511,10 @@ impl Copier {
                     lane::Passed::Mark(mark) => self.pass(lane, mark),
                     lane::Passed::None => break,
                     lane::Passed::NoAnswer(error) => {
-                        self.give_up(lane, &error);
+                        // If it is lost, that is of all lanes, and below.
+                        if self.device.is_well().is_ok() {
+                            self.give_up(lane, &error);
+                        }
                         break;
                     }
                 }
@@ -477,6 +554,7 @@ impl Copier {
     /// Ends a job: with its hosts if the device has nothing of it.
     fn end(&mut self, token: JobToken, error: Option<&Error>) {
         let Some(work) = self.jobs.remove(&token) else { return };
+        self.blocked.retain(|blocked| *blocked != token);
         match work.lane {
             Some(_) => self.hungry.retain(|hungry| *hungry != token),
             None => self.waiting[usize::from(!work.urgent)].retain(|waiting| *waiting != token),

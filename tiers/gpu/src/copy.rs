@@ -62,10 +62,11 @@ fn plan(
         })
     };
     let pieces: Vec<_> = pages.iter().map(piece).collect::<Result<_, _>>()?;
-    Ok(joined(pieces.into_iter()))
+    Ok(joined(pages.iter().map(|page| page.host).zip(pieces)))
 }
 
-/// A copy under way. Dropped, it waits for the device: 10 s, and then it keeps everything for ever.
+/// A copy under way. Dropped, it waits for the device, after an error too: 10 s, and then it keeps everything for ever.
+/// A thread that must not wait so long asks again or calls [`Copying::forget`].
 pub struct Copying<H: Send + 'static> {
     parts: Option<Parts<H>>,
 }
@@ -101,6 +102,15 @@ impl<H: Send + 'static> Copying<H> {
             let _ = parts.event.wait(limit);
         }
         self.poll()
+    }
+
+    /// Lets go of it without a wait: what the device is not done with is never used again, or with a lost device, not
+    /// before its context is gone. For a thread that must go on, after an error that is not [`Error::Lost`].
+    pub fn forget(mut self) {
+        let Some(parts) = self.parts.take() else { return };
+        if !matches!(parts.event.is_done(), Ok(true)) {
+            parts.keep();
+        }
     }
 }
 
@@ -153,7 +163,7 @@ impl Stream {
         bytes: u64,
     ) -> Result<Copying<()>, Error> {
         let (to_at, from_at) = (to.address_of(to_offset, bytes)?, from.address_of(from_offset, bytes)?);
-        let pieces = joined([Piece { to: to_at, from: from_at, bytes: bytes as usize }].into_iter());
+        let pieces = joined([((), Piece { to: to_at, from: from_at, bytes: bytes as usize })].into_iter());
         let used =
             InUse { devices: vec![to.clone(), from.clone()], registered: Vec::new(), hosts: Vec::new() };
         self.start(Direction::OnDevices, &pieces, used).map_err(|refused| refused.error)

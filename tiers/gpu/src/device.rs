@@ -27,6 +27,8 @@ pub(crate) struct Inner {
     device: CUdevice,
     context: CUcontext,
     facts: Facts,
+    /// Whether it knows registered host memory by the processor's address (not so under WSL 2).
+    pub(crate) has_host_addresses: bool,
     lost: OnceLock<(&'static str, CudaError)>,
     /// What the device may still be using. Nothing in it holds the device, or it would never end.
     kept: Mutex<Vec<Box<dyn Any + Send>>>,
@@ -66,9 +68,22 @@ impl Driver {
         // SAFETY: a place to write to.
         let code = unsafe { (self.calls.entries.cuDevicePrimaryCtxRetain)(&mut context, device) };
         self.calls.check(code).map_err(failed("cuDevicePrimaryCtxRetain"))?;
-        let inner =
-            Inner { driver: *self, device, context, facts, lost: OnceLock::new(), kept: Mutex::default() };
-        Ok(Device { inner: Arc::new(inner) })
+        let mut inner = Inner {
+            driver: *self,
+            device,
+            context,
+            facts,
+            has_host_addresses: false,
+            lost: OnceLock::new(),
+            kept: Mutex::default(),
+        };
+        // One that does not say is asked for its own addresses, which may be the same.
+        inner.has_host_addresses = inner
+            .attribute(CUdevice_attribute::CU_DEVICE_ATTRIBUTE_CAN_USE_HOST_POINTER_FOR_REGISTERED_MEM)
+            .is_ok_and(|has| has != 0);
+        let inner = Arc::new(inner);
+        self.calls.registry.add(&inner);
+        Ok(Device { inner })
     }
 }
 
@@ -112,6 +127,14 @@ impl Device {
         let code = unsafe { (self.inner.entries().cuMemGetInfo_v2)(&mut free, &mut total) };
         self.inner.check("cuMemGetInfo", code)?;
         Ok(free as u64)
+    }
+
+    /// Asks it something that has to do with no copy and always works. If that fails too, it is lost.
+    pub(crate) fn is_well(&self) -> Result<(), Error> {
+        match self.free_bytes() {
+            Err(Error::Cuda { call, source, .. }) => Err(self.inner.lose(call, source)),
+            answer => answer.map(drop),
+        }
     }
 
     /// Whether it can read and write the other's memory by itself, over NVLink or PCIe.
@@ -159,6 +182,10 @@ impl Inner {
         &self.driver
     }
 
+    pub(crate) fn is_lost(&self) -> bool {
+        self.lost.get().is_some()
+    }
+
     pub(crate) fn entries(&self) -> &'static Entries {
         &self.driver.calls.entries
     }
@@ -187,12 +214,14 @@ impl Inner {
         let device = self.ordinal();
         match self.driver.calls.check(code) {
             Ok(()) => Ok(()),
-            Err(source) if source.is_fatal() => {
-                let (call, source) = *self.lost.get_or_init(|| (call, source));
-                Err(Error::Lost { device, call, source })
-            }
+            Err(source) if source.is_fatal() => Err(self.lose(call, source)),
             Err(source) => Err(Error::Cuda { device, call, source }),
         }
+    }
+
+    fn lose(&self, call: &'static str, source: CudaError) -> Error {
+        let (call, source) = *self.lost.get_or_init(|| (call, source));
+        Error::Lost { device: self.ordinal(), call, source }
     }
 
     /// Keeps what the device may still be using until its context is gone.
@@ -203,6 +232,11 @@ impl Inner {
 
 impl Drop for Inner {
     fn drop(&mut self) {
+        if self.is_lost() && self.driver.calls.registry.others_use_what_is_of(self) {
+            // Its registrations would end with its context. So that stays, and what it may be using is never used again.
+            std::mem::take(&mut *lock(&self.kept)).into_iter().for_each(std::mem::forget);
+            return;
+        }
         // Whoever still has registered memory goes on without the device. Somebody else in this process may hold the
         // context, so it is not left to the context's end.
         let registered = self.driver.calls.registry.take_all_of(self);

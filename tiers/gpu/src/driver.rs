@@ -132,6 +132,11 @@ impl fmt::Debug for Driver {
 
 impl Driver {
     /// The machine's driver, started. Call it once: what it loads is never unloaded.
+    ///
+    /// The driver reads the environment once, when it starts. By default a process has eight connections to a device,
+    /// and streams that share one wait for each other, whatever their priority; a [`crate::Copier`] has eight by default,
+    /// a [`crate::Pool`] two, and others come to that. So a program should set `CUDA_DEVICE_MAX_CONNECTIONS` to 32, the
+    /// most there may be, before this, while it has one thread.
     pub fn load() -> Result<Self, Absent> {
         Self::load_from(OsStr::new(LIBRARY))
     }
@@ -221,7 +226,9 @@ impl Driver {
                 attribute(CUdevice_attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR)?,
             ),
             copy_engines: attribute(CUdevice_attribute::CU_DEVICE_ATTRIBUTE_ASYNC_ENGINE_COUNT)?,
-            has_shared_events: attribute(CUdevice_attribute::CU_DEVICE_ATTRIBUTE_IPC_EVENT_SUPPORTED)? != 0,
+            // Drivers before CUDA 12.0 do not know the question, and have such events on Linux.
+            has_shared_events: attribute(CUdevice_attribute::CU_DEVICE_ATTRIBUTE_IPC_EVENT_SUPPORTED)
+                != Ok(0),
             // Drivers before CUDA 12.3 do not know the question.
             has_fabric: attribute(CUdevice_attribute::CU_DEVICE_ATTRIBUTE_HANDLE_TYPE_FABRIC_SUPPORTED)
                 .is_ok_and(|supported| supported != 0),

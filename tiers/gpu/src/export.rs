@@ -15,6 +15,8 @@ use std::ffi::{c_int, c_uint, c_void};
 use cudarc::driver::sys::{
     CUcontext, CUdeviceptr, CUipcMemHandle, CUpointer_attribute as Attribute, CUresult,
 };
+use rustix::fs::{Mode, OFlags};
+use rustix::io::Errno;
 
 use crate::Error;
 use crate::device::Device;
@@ -62,7 +64,9 @@ impl Drop for Borrowed {
 
 impl Driver {
     /// What other processes need to open `bytes` bytes of device memory at an address of this process, whoever made
-    /// them. [`Error::NoMemory`] where no device has memory, [`Error::Range`] where it ends before,
+    /// them. Memory in pieces takes a descriptor of this process for each, as long as the answer is kept: a cache of
+    /// 64 GiB in pieces of 2 MiB wants 32,768, and who exports such may have to raise its limit of open files
+    /// (`RLIMIT_NOFILE`) before. [`Error::NoDescriptors`] where none is left, [`Error::NoMemory`] where no device has memory, [`Error::Range`] where it ends before,
     /// [`Error::NotShared`] for memory that was not made to be shared, [`Error::NoCall`] where the driver cannot tell.
     pub fn export_address(&self, address: u64, bytes: u64) -> Result<Exported, Error> {
         if bytes == 0 || address.checked_add(bytes).is_none() {
@@ -160,15 +164,19 @@ impl Driver {
         let (inner, entries) = (&device.inner, &self.calls.entries);
         let _primary = inner.enter()?;
         let _borrowed = self.borrow(address)?;
+        // A handle is of an allocation, so it is asked for by where that begins. What is mapped need be none.
+        let (base, allocated) = match self.range_of(device, address) {
+            Err(Error::NoMemory { .. }) => return Ok(None),
+            found => found?,
+        };
         let mut handle = CUipcMemHandle { reserved: [0; 64] };
         // SAFETY: a place to write to; the driver checks the address.
-        let code = unsafe { (entries.cuIpcGetMemHandle)(&mut handle, address) };
+        let code = unsafe { (entries.cuIpcGetMemHandle)(&mut handle, base) };
         match inner.check("cuIpcGetMemHandle", code) {
             Ok(()) => {}
             Err(Error::Cuda { source, .. }) if says_no(&source) => return Ok(None),
             Err(error) => return Err(error),
         }
-        let (base, allocated) = self.range_of(device, address)?;
         let within = allocated.saturating_sub(address - base);
         if bytes > within {
             return Err(Error::Range {
@@ -231,7 +239,14 @@ impl Driver {
                 }
                 found => found?,
             };
-            pieces.push(exported(&self.retain(device, at)?, piece_bytes)?);
+            let piece = exported(&self.retain(device, at)?, piece_bytes).map_err(|error| match error {
+                // A driver has no error of its own for it.
+                Error::Cuda { .. } | Error::NotShared { .. } if no_descriptor_is_left() => {
+                    Error::NoDescriptors { pieces: pieces.len() }
+                }
+                error => error,
+            })?;
+            pieces.push(piece);
             if at == address {
                 offset = address - base;
             }
@@ -254,6 +269,11 @@ impl Driver {
             Err(error) => Err(error),
         }
     }
+}
+
+fn no_descriptor_is_left() -> bool {
+    let opened = rustix::fs::open("/dev/null", OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty());
+    matches!(opened, Err(Errno::MFILE | Errno::NFILE))
 }
 
 /// A piece for other processes: by descriptor where it can be, which no other process can make up.

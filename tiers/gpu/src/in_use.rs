@@ -12,8 +12,8 @@ use crate::stream::until;
 /// How long the device is waited for when a call failed, and when somebody drops what is under way.
 pub(crate) const SETTLE: Duration = Duration::from_secs(10);
 
-/// Registered host memory, with the devices that registered it.
-pub(crate) type Registrations = Vec<(Arc<Registered>, Device)>;
+/// Registered host memory, with the devices that registered it; none where its context stays anyhow.
+pub(crate) type Registrations = Vec<(Arc<Registered>, Option<Device>)>;
 
 /// Memory that belongs to a copy until the device is done with it.
 pub(crate) struct InUse<H> {

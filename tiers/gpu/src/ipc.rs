@@ -54,8 +54,8 @@ impl DeviceMemory {
         let code = unsafe { (inner.entries().cuMemGetAddressRange_v2)(&mut base, &mut allocated, *address) };
         inner.check("cuMemGetAddressRange", code)?;
         let mut handle = CUipcMemHandle { reserved: [0; 64] };
-        // SAFETY: a place to write to.
-        let code = unsafe { (inner.entries().cuIpcGetMemHandle)(&mut handle, *address) };
+        // SAFETY: a place to write to. A handle is of an allocation, so it is asked for by where that begins.
+        let code = unsafe { (inner.entries().cuIpcGetMemHandle)(&mut handle, base) };
         inner.check("cuIpcGetMemHandle", code)?;
         Ok(MemoryHandle {
             device: device.facts().uuid,

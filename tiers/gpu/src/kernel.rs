@@ -2,7 +2,7 @@
 //! call or an entry for each, and sums what lies on the device.
 //!
 //! ```text
-//!  kernel/pages.cu --NVRTC 12.4--> kernel/pages.ptx --here, cuModuleLoadData--> tried once --> launches
+//!  kernel/pages.cu --NVRTC 11.8--> kernel/pages.ptx --here, cuModuleLoadData--> tried once --> launches
 //!                                                          |                       |
 //!                                                          no kernels, and why: everything is copied by the driver
 //! ```
@@ -37,7 +37,8 @@ const ENTRIES_MAX: usize = TABLE_BYTES / ENTRY_BYTES;
 const TABLE_BYTES: usize = 16 << 10;
 
 /// Blocks of a launch to or from host memory. Half a MiB is asked for at once then, which is several times what a bus
-/// holds, and most of the device stays free to compute. To be measured (`tiers/gpu/check`).
+/// holds, and most of the device stays free: for kernels of this process, and with MPS for those of others. Without it
+/// they wait until the launch is done, however few its blocks. To be measured (`tiers/gpu/check`).
 const HOST_BLOCKS_MAX: u32 = 32;
 /// Blocks of other launches, for each processor of the device. To be measured.
 const BLOCKS_PER_PROCESSOR: u32 = 4;
@@ -57,8 +58,6 @@ struct Module {
     module: CUmodule,
     pages: CUfunction,
     checksums: CUfunction,
-    /// Whether the device knows registered host memory by the processor's address.
-    has_host_addresses: bool,
     processors: u32,
 }
 
@@ -129,10 +128,10 @@ impl Kernels {
 
     /// Where the device finds these registrations.
     pub(crate) fn reach(&self, registered: &Registrations) -> Result<Reach, Error> {
-        if self.inner.has_host_addresses {
+        if self.inner.device.inner.has_host_addresses {
             return Ok(Reach::default());
         }
-        let reach = |(registered, _): &(Arc<Registered>, Device)| {
+        let reach = |(registered, _): &(Arc<Registered>, Option<Device>)| {
             let (start, bytes) = registered.place();
             Ok((start, bytes, self.inner.address_of(start)?))
         };
@@ -142,7 +141,7 @@ impl Kernels {
     /// The device's address of the beginning of this buffer.
     pub(crate) fn address_of(&self, buffer: &HostBuffer) -> Result<u64, Error> {
         let start = buffer.as_ptr().expose_provenance() as u64;
-        if self.inner.has_host_addresses { Ok(start) } else { self.inner.address_of(start) }
+        if self.inner.device.inner.has_host_addresses { Ok(start) } else { self.inner.address_of(start) }
     }
 
     /// Room for tables, one a launch.
@@ -287,7 +286,6 @@ impl Module {
             let why = "it does not reach host memory by itself".into();
             return Err(Error::NoKernels { device: inner.ordinal(), why });
         }
-        let has_host_addresses = has(Attribute::CU_DEVICE_ATTRIBUTE_CAN_USE_HOST_POINTER_FOR_REGISTERED_MEM)?;
         let processors = inner.attribute(Attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)?.max(1);
         let _current = inner.enter()?;
         let mut module = std::ptr::null_mut();
@@ -302,7 +300,6 @@ impl Module {
             module,
             pages: none,
             checksums: none,
-            has_host_addresses,
             processors: processors as u32,
         };
         loaded.pages = loaded.function(c"pages")?;

@@ -143,6 +143,15 @@ pub enum Error {
         /// How many may be.
         most: usize,
     },
+    /// This process can open no more descriptors, and each piece of memory that is handed over takes one.
+    #[error(
+        "no descriptor is left after {pieces} pieces of memory: each takes one; raise the limit of open files \
+         (RLIMIT_NOFILE, `ulimit -n`)"
+    )]
+    NoDescriptors {
+        /// How many pieces got one.
+        pieces: usize,
+    },
     /// The device or its driver has no fabric handles: they want NVLink between machines and its daemon (IMEX).
     #[error("GPU {device} has no fabric handles; share its memory by descriptor")]
     NoFabric {

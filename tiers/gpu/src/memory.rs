@@ -3,6 +3,9 @@
 //! Host memory is registered: its pages stay where they are, and the driver knows that. It is registered once in a
 //! process, for all devices, through one of them; the driver refuses a second time. So the list is the driver's, and
 //! a copy looks up there whether its host memory is registered and keeps the registration and its device meanwhile.
+//!
+//! When that one device is lost, the others go on with what it registered: it is given up through one of them, and if
+//! the lost one is closed first, its context stays as long as the process, for the registrations would go with it.
 
 use std::any::Any;
 use std::collections::BTreeMap;
@@ -17,6 +20,7 @@ use rustix::mm::{MapFlags, ProtFlags};
 
 use crate::Error;
 use crate::device::{Device, Inner};
+use crate::driver::Driver;
 use crate::pieces::Place;
 use crate::shared::Mapped;
 
@@ -113,9 +117,24 @@ impl Drop for Allocation {
     }
 }
 
-/// The host memory that a driver has registered, by address, each with the device that did it.
+/// The host memory that a driver has registered, and the devices through which it can be given up.
 #[derive(Default)]
-pub(crate) struct Registry(Mutex<BTreeMap<usize, (*const Inner, Weak<Registered>)>>);
+pub(crate) struct Registry(Mutex<Listed>);
+
+#[derive(Default)]
+struct Listed {
+    /// By address.
+    registered: BTreeMap<usize, Entry>,
+    /// All that are open, and some that were.
+    devices: Vec<Weak<Inner>>,
+}
+
+struct Entry {
+    by: *const Inner,
+    registered: Weak<Registered>,
+    /// The device that did it was lost and is closed, and its context stays.
+    outlives: bool,
+}
 
 // SAFETY: the pointers are compared and nothing else.
 unsafe impl Send for Registry {}
@@ -123,24 +142,42 @@ unsafe impl Send for Registry {}
 unsafe impl Sync for Registry {}
 
 impl Registry {
-    fn lock(&self) -> MutexGuard<'_, BTreeMap<usize, (*const Inner, Weak<Registered>)>> {
+    fn lock(&self) -> MutexGuard<'_, Listed> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// The registration that covers all of this, and the device that has it.
-    pub(crate) fn find(&self, address: usize, bytes: usize) -> Option<(Arc<Registered>, Device)> {
-        let below = self.lock().range(..=address).next_back().and_then(|(_, (_, below))| below.upgrade());
+    /// The registration that covers all of this, and the device that has it; none has it whose context stays.
+    pub(crate) fn find(&self, address: usize, bytes: usize) -> Option<(Arc<Registered>, Option<Device>)> {
+        let below = self.lock().registered.range(..=address).next_back().and_then(|(_, below)| {
+            let registered = below.registered.upgrade()?;
+            Some((registered, below.outlives))
+        });
         // Outside the lock, which the last user of a registration takes.
-        let below = below.filter(|below| below.covers(address, bytes))?;
-        let device = below.device.upgrade()?;
-        Some((below, Device { inner: device }))
+        let (below, outlives) = below.filter(|(below, _)| below.covers(address, bytes))?;
+        let device = below.device.upgrade().map(|inner| Device { inner });
+        (device.is_some() || outlives).then_some((below, device))
+    }
+
+    /// A device that was opened.
+    pub(crate) fn add(&self, device: &Arc<Inner>) {
+        let devices = &mut self.lock().devices;
+        devices.retain(|device| device.strong_count() > 0);
+        devices.push(Arc::downgrade(device));
+    }
+
+    /// A device that is open and not lost, other than the one of this number.
+    fn other_than(&self, ordinal: u32) -> Option<Arc<Inner>> {
+        let devices = self.lock().devices.clone();
+        // Outside the lock, which the last user of a device takes.
+        let mut devices = devices.iter().filter_map(Weak::upgrade);
+        devices.find(|inner| inner.ordinal() != ordinal && !inner.is_lost())
     }
 
     /// Forgets what a device registered, and says where it was.
     pub(crate) fn take_all_of(&self, device: *const Inner) -> Vec<usize> {
         let mut taken = Vec::new();
-        self.lock().retain(|address, (owner, _)| {
-            let stays = !ptr::eq(*owner, device);
+        self.lock().registered.retain(|address, entry| {
+            let stays = !ptr::eq(entry.by, device) || entry.outlives;
             if !stays {
                 taken.push(*address);
             }
@@ -148,12 +185,27 @@ impl Registry {
         });
         taken
     }
+
+    /// Whether others use what a lost device registered. If so, its context must stay for as long as the process, and
+    /// they go on.
+    pub(crate) fn others_use_what_is_of(&self, device: &Inner) -> bool {
+        if self.other_than(device.ordinal()).is_none() {
+            return false;
+        }
+        let mut listed = self.lock();
+        let of_device = listed.registered.values_mut();
+        let of_device =
+            of_device.filter(|entry| ptr::eq(entry.by, device) && entry.registered.strong_count() > 0);
+        of_device.map(|entry| entry.outlives = true).count() > 0
+    }
 }
 
 /// Host memory that is registered until this is dropped.
 pub(crate) struct Registered {
     /// Weak, so that memory that is kept for a device does not keep the device.
     device: Weak<Inner>,
+    driver: Driver,
+    ordinal: u32,
     address: usize,
     bytes: usize,
     /// Whose memory it is.
@@ -187,55 +239,85 @@ impl Registered {
             unsafe { (inner.entries().cuMemHostRegister_v2)(start.cast(), bytes, PORTABLE | DEVICEMAP) };
         inner.check("cuMemHostRegister", code)?;
         let address = start.expose_provenance();
-        let registered =
-            Arc::new(Self { device: Arc::downgrade(inner), address, bytes, memory: Some(memory) });
-        let entry = (Arc::as_ptr(inner), Arc::downgrade(&registered));
-        inner.driver().calls.registry.lock().insert(address, entry);
+        let registered = Arc::new(Self {
+            device: Arc::downgrade(inner),
+            driver: *inner.driver(),
+            ordinal: inner.ordinal(),
+            address,
+            bytes,
+            memory: Some(memory),
+        });
+        let (by, weak) = (Arc::as_ptr(inner), Arc::downgrade(&registered));
+        let entry = Entry { by, registered: weak, outlives: false };
+        inner.driver().calls.registry.lock().registered.insert(address, entry);
         Ok(registered)
     }
 }
 
 impl Drop for Registered {
     fn drop(&mut self) {
-        // Without its device it was unregistered already.
-        let Some(inner) = self.device.upgrade() else { return };
-        inner.driver().calls.registry.lock().remove(&self.address);
-        let unregistered = inner.enter().and_then(|_current| {
+        let (registry, device) = (&self.driver.calls.registry, self.device.upgrade());
+        let (at, is_own) = (self.address, |entry: &Entry| ptr::eq(entry.registered.as_ptr(), self));
+        let listed = registry.lock().registered.extract_if(at..=at, |_, entry| is_own(entry)).next();
+        // Without its device it was unregistered already, unless the context has outlived that.
+        if device.is_none() && !listed.is_some_and(|(_, entry)| entry.outlives) {
+            return;
+        }
+        let is_well = |inner: &Arc<Inner>| !inner.is_lost();
+        let through = device.clone().filter(is_well).or_else(|| registry.other_than(self.ordinal));
+        let unregistered = through.is_some_and(|inner| {
+            let Ok(_current) = inner.enter() else { return false };
             let address = ptr::with_exposed_provenance_mut::<c_void>(self.address);
-            // SAFETY: registered once, in `new`; copies hold this while they use the memory.
+            // SAFETY: registered once, in `new`, for all contexts; copies hold this while they use the memory.
             let code = unsafe { (inner.entries().cuMemHostUnregister)(address) };
-            inner.check("cuMemHostUnregister", code)
+            inner.check("cuMemHostUnregister", code).is_ok()
         });
-        if let (Err(_), Some(memory)) = (unregistered, self.memory.take()) {
-            inner.keep(memory);
+        match (unregistered, self.memory.take(), device) {
+            (true, ..) | (_, None, _) => {}
+            (false, Some(memory), Some(inner)) => inner.keep(memory),
+            // Of a context that stays.
+            (false, Some(memory), None) => std::mem::forget(memory),
         }
     }
 }
 
 /// Part of an arena, registered until this is dropped: its slots can be copied to and from.
 pub struct HostRegion {
-    registered: Arc<Registered>,
+    /// Covers it.
+    _registered: Arc<Registered>,
+    bytes: usize,
+    /// Another device that had registered it, and stays in use for this.
+    _device: Option<Device>,
 }
 
 impl HostRegion {
     /// How much it is.
     pub fn bytes(&self) -> usize {
-        self.registered.bytes
+        self.bytes
     }
 }
 
 impl Device {
     /// Registers part of an arena for all devices of this process; it must have its memory. No slot may lie across
-    /// the ends: whole regions, then.
+    /// the ends: whole regions, then. Where all of it is registered already, through this or another device, that is
+    /// shared, and the other device stays in use for it. Where only part of it is, the driver refuses.
     pub fn register(&self, slab: &Slab, offset: u64, bytes: u64) -> Result<HostRegion, Error> {
         let within = slab.data_bytes();
         if bytes == 0 || offset > within || bytes > within - offset || !slab.is_backed(offset, bytes) {
             return Err(Error::Range { what: "the arena that has its memory", offset, bytes, within });
         }
         let start = slab.data_range().cast::<u8>().as_ptr().wrapping_add(offset as usize);
+        self.is_there()?;
+        let bytes = bytes as usize;
+        if let Some((registered, device)) =
+            self.driver().calls.registry.find(start.expose_provenance(), bytes)
+        {
+            let device = device.filter(|device| self.is_same(device).is_err());
+            return Ok(HostRegion { _registered: registered, bytes, _device: device });
+        }
         // SAFETY: within the arena's mapping, which a slab keeps and does not move.
-        let registered = unsafe { Registered::new(self, start, bytes as usize, Box::new(slab.clone())) }?;
-        Ok(HostRegion { registered })
+        let registered = unsafe { Registered::new(self, start, bytes, Box::new(slab.clone())) }?;
+        Ok(HostRegion { _registered: registered, bytes, _device: None })
     }
 
     /// Host memory of our own, registered, zero at first.

@@ -1,7 +1,8 @@
 //! Pieces: what the driver is asked to copy, by address, in the one space that host and devices share.
 //!
-//! Pieces that lie side by side on both ends are joined. The rest goes in one call where the driver has
-//! `cuMemcpyBatchAsync` (CUDA 12.8), else one by one.
+//! Pieces that lie side by side on both ends are joined, if both ends are each in one memory: the driver refuses a copy
+//! that goes from one registration or allocation into the next, however close they lie. The rest goes in one call where
+//! the driver has `cuMemcpyBatchAsync` (CUDA 12.8) and the device knows host memory by its address, else one by one.
 
 use std::ffi::c_void;
 
@@ -10,6 +11,7 @@ use cudarc::driver::sys::{
 };
 
 use crate::Error;
+use crate::device::Inner;
 use crate::memory::DeviceMemory;
 use crate::stream::Stream;
 use crate::sys::Batch;
@@ -67,20 +69,32 @@ impl Pair {
     }
 }
 
-/// Joins pieces that follow each other at both ends.
-pub(crate) fn joined(pieces: impl Iterator<Item = Piece>) -> Vec<Piece> {
-    let mut joined: Vec<Piece> = Vec::new();
-    for piece in pieces.filter(|piece| piece.bytes > 0) {
+/// Joins pieces that follow each other at both ends. Each comes with the two memories it lies in, by whatever names:
+/// pieces of others are not joined.
+pub(crate) fn joined<Memories: PartialEq>(pieces: impl Iterator<Item = (Memories, Piece)>) -> Vec<Piece> {
+    let (mut joined, mut memories) = (Vec::<Piece>::new(), None);
+    for (of, piece) in pieces.filter(|(_, piece)| piece.bytes > 0) {
         match joined.last_mut() {
             Some(last)
-                if last.to + last.bytes as u64 == piece.to && last.from + last.bytes as u64 == piece.from =>
+                if memories.as_ref() == Some(&of)
+                    && last.to + last.bytes as u64 == piece.to
+                    && last.from + last.bytes as u64 == piece.from =>
             {
                 last.bytes += piece.bytes;
             }
             _ => joined.push(piece),
         }
+        memories = Some(of);
     }
     joined
+}
+
+impl Inner {
+    /// Whether the driver's batched copy, if there is one, takes pieces that go this way. It is given addresses as
+    /// they are and no word on which side they are of, so the device must know host memory by the processor's address.
+    pub(crate) fn can_batch(&self, direction: Direction) -> bool {
+        direction == Direction::OnDevices || self.has_host_addresses
+    }
 }
 
 impl Stream {
@@ -90,7 +104,9 @@ impl Stream {
     pub(crate) fn queue(&self, direction: Direction, pieces: &[Piece]) -> Result<(), Error> {
         match self.device().driver().calls.batch {
             Batch::None => self.queue_each(direction, pieces),
-            batch if pieces.len() > 1 => self.queue_batch(batch, pieces),
+            batch if pieces.len() > 1 && self.device().inner.can_batch(direction) => {
+                self.queue_batch(batch, pieces)
+            }
             _ => self.queue_each(direction, pieces),
         }
     }
@@ -179,7 +195,13 @@ mod tests {
             (vec![piece(8, 108, 8), piece(0, 100, 8)], vec![piece(8, 108, 8), piece(0, 100, 8)]),
         ];
         for (given, wanted) in table {
-            assert_eq!(joined(given.clone().into_iter()), wanted, "{given:?}");
+            assert_eq!(joined(given.iter().map(|piece| ((), *piece))), wanted, "{given:?}");
+        }
+        // In other memories nothing is, on either end.
+        let neighbours = [piece(0, 100, 8), piece(8, 108, 8), piece(16, 116, 8)];
+        for memories in [[(0, 0), (1, 0), (1, 0)], [(0, 0), (0, 1), (0, 1)]] {
+            let wanted = vec![piece(0, 100, 8), piece(8, 108, 16)];
+            assert_eq!(joined(memories.into_iter().zip(neighbours)), wanted, "{memories:?}");
         }
     }
 }

@@ -113,7 +113,8 @@ impl Stream {
         until(limit, || self.is_idle())
     }
 
-    /// What is queued from now on waits for what the event recorded last, on another stream or in another process.
+    /// What is queued from now on waits for what the event recorded last, on another stream or in another process. If
+    /// that is never reached, what is queued here never ends: of a stream that others use too, ask the event first.
     pub fn wait_for(&self, event: &Event) -> Result<(), Error> {
         let inner = &self.inner.device.inner;
         let _current = inner.enter()?;

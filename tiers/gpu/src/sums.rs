@@ -61,7 +61,8 @@ pub fn joined(parts: impl IntoIterator<Item = (u64, u64)>) -> u64 {
     parts.into_iter().fold(0, |before, (after, bytes)| with(before, after, bytes))
 }
 
-/// Checksums under way. Dropped, it is as a [`Copying`] that is.
+/// Checksums under way. Dropped, it is as a [`Copying`] that is: whoever drops it waits for the device, for 10 s at
+/// most, after an error that is not [`Error::Lost`] too. A thread that must not wait calls [`Summing::forget`].
 pub struct Summing {
     copying: Copying<HostBuffer>,
     /// For each run, the lengths of its parts.
@@ -154,6 +155,11 @@ impl Summing {
     pub fn wait(&mut self, limit: Duration) -> Result<Option<(Vec<u64>, HostBuffer)>, Error> {
         let done = self.copying.wait(limit)?;
         Ok(self.read(done))
+    }
+
+    /// As [`Copying::forget`].
+    pub fn forget(self) {
+        self.copying.forget();
     }
 
     fn read(&self, done: Option<Vec<HostBuffer>>) -> Option<(Vec<u64>, HostBuffer)> {

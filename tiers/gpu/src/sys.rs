@@ -45,8 +45,10 @@ impl CudaError {
         self.code == result as u32
     }
 
-    /// Whether the context is done for: from now on every call in it answers so. `CUDA_ERROR_UNKNOWN` is not taken for
-    /// it: some drivers say that of a handle that is nonsense, and a worker that sends one must not cost the device.
+    /// Whether the context is done for: from now on every call in it answers so, as NVIDIA's headers say.
+    /// `CUDA_ERROR_UNKNOWN` is not taken for it: some drivers say that of a handle that is nonsense, and a worker that
+    /// sends one must not cost the device. Where it is all that a device says for long, the copier asks it something
+    /// that always works.
     pub(crate) fn is_fatal(&self) -> bool {
         [
             CUresult::CUDA_ERROR_DEINITIALIZED,
@@ -54,6 +56,10 @@ impl CudaError {
             CUresult::CUDA_ERROR_ECC_UNCORRECTABLE,
             CUresult::CUDA_ERROR_NVLINK_UNCORRECTABLE,
             CUresult::CUDA_ERROR_CONTAINED,
+            CUresult::CUDA_ERROR_ASSERT,
+            CUresult::CUDA_ERROR_TENSOR_MEMORY_LEAK,
+            CUresult::CUDA_ERROR_MPS_RPC_FAILURE,
+            CUresult::CUDA_ERROR_MPS_CLIENT_TERMINATED,
             CUresult::CUDA_ERROR_ILLEGAL_ADDRESS,
             CUresult::CUDA_ERROR_LAUNCH_TIMEOUT,
             CUresult::CUDA_ERROR_CONTEXT_IS_DESTROYED,

@@ -309,7 +309,73 @@ fn a_device_with_addresses_of_its_own_for_host_memory_is_given_those() {
     let Some((fake, driver)) = fake("host_addresses=0") else { return };
     copies_what_a_model_has(&driver, Method::Kernel, 9);
     assert_eq!(fake.count("calls:cuMemHostGetDevicePointer_v2") > 0, has_kernels());
+    // The driver's batched copy has no place to say them; between memories of the device it needs none.
+    for method in [Method::Auto, Method::Batch] {
+        let batches = fake.count("calls:cuMemcpyBatchAsync_v2");
+        copies_what_a_model_has(&driver, method, 9);
+        assert!(fake.count("calls:cuMemcpyBatchAsync_v2") > batches || method == Method::Auto);
+        let bench = Bench::new(&driver, |config| config.method = method);
+        assert!(
+            bench.copier.method_why().ends_with("other addresses for it"),
+            "{}",
+            bench.copier.method_why()
+        );
+    }
     fake.is_clean();
+}
+
+/// The driver refuses a copy out of one registration or allocation into the next, though the addresses follow.
+#[test]
+fn neighbours_in_different_memories_are_copied_apart() {
+    for (method, settings) in
+        METHODS.into_iter().map(|method| (method, "")).chain([(Method::Kernel, "host_addresses=0")])
+    {
+        let Some((fake, driver)) = fake(settings) else { return };
+        let Bench { mut copier, arena, region, device } =
+            Bench::new(&driver, |config| config.method = method);
+        drop(region);
+        let slab = arena.slab();
+        let half = slab.data_bytes() / 2;
+        let halves = [0, half].map(|at| device.register(slab, at, half).unwrap());
+        // The last slot of the one and the first of the other, and one beside it in the same.
+        let start = |slot: &Slot| slot.as_ptr().addr() as u64;
+        let mut slots: Vec<_> = std::iter::from_fn(|| slab.take(SLOT as u32).ok()).collect();
+        slots.sort_by_key(start);
+        let begins = start(&slots[0]);
+        let end = slots.iter().position(|slot| start(slot) == begins + half).unwrap();
+        let three: Vec<_> = slots.drain(end - 2..=end).collect();
+        assert_eq!(start(&three[0]) + 2 * SLOT, start(&three[2]));
+        drop(slots);
+        // Two allocations that follow each other, too.
+        let memories = [0; 2].map(|_| device.allocate(2 << 20).unwrap());
+        let stream = low(&device);
+        let bytes = pattern(6, 2 << 20);
+        memories.iter().for_each(|memory| write(&stream, memory, &bytes));
+        let steps = vec![
+            // One device memory and three slots; then two device memories and one.
+            step((0..3).map(|at| piece(0, at * SLOT, at as u32, 0, SLOT)).collect()),
+            step(vec![piece(0, (2 << 20) - PAGE, 2, 0, PAGE), piece(1, 0, 2, PAGE, PAGE)]),
+        ];
+        let calls = fake.count("calls:cuMemcpyDtoHAsync_v2");
+        let job = job(1, &[&memories[0], &memories[1]], Hosts::To(three), steps);
+        copier.submit(job).map_err(|(_, error)| error).unwrap();
+        let [region, other] = halves;
+        let mut bench = Bench { copier, arena, region, device };
+        let three = self::slots(bench.only_end());
+        let (first, last) = (&bytes[..3 * SLOT as usize], &bytes[(2 << 20) - PAGE as usize..]);
+        let copied: Vec<u8> = three.iter().flat_map(|slot| slot.iter().copied()).collect();
+        assert!(copied[..2 * SLOT as usize] == first[..2 * SLOT as usize], "{method:?}");
+        assert!(copied[2 * SLOT as usize..][..PAGE as usize] == *last, "{method:?}");
+        let second = &copied[2 * SLOT as usize + PAGE as usize..];
+        assert!(second[..PAGE as usize] == bytes[..PAGE as usize], "{method:?}");
+        assert!(second[PAGE as usize..] == first[2 * SLOT as usize + 2 * PAGE as usize..], "{method:?}");
+        if method == Method::Loop {
+            let calls = fake.count("calls:cuMemcpyDtoHAsync_v2") - calls;
+            assert_eq!(calls, 4, "the two slots of one registration are joined, and nothing else");
+        }
+        drop((three, memories, stream, other, bench));
+        fake.is_clean();
+    }
 }
 
 /// What the tests are to find when they are run without kernels.
@@ -320,29 +386,37 @@ fn has_kernels() -> bool {
 #[test]
 fn the_length_of_pieces_says_how_they_are_copied() {
     let names = ["cuLaunchKernel", "cuMemcpyBatchAsync_v2", "cuMemcpyHtoDAsync_v2"];
-    // Method, version, pieces, bytes of each: launches, batches, calls.
+    // Method, settings, pieces, bytes of each: launches, batches, calls.
     use Method::{Auto, Batch, Kernel, Loop};
     let table = [
-        (Auto, 13000, 16, 4096, [1, 0, 0]),
-        (Auto, 13000, 2, 4096, [0, 1, 0]),
-        (Auto, 13000, 1, 65536, [0, 0, 1]),
-        (Auto, 13000, 4, 100_000, [0, 1, 0]),
-        (Auto, 12070, 16, 4096, [1, 0, 0]),
-        (Auto, 12070, 4, 100_000, [1, 0, 0]),
-        (Auto, 12070, 2, 4096, [0, 0, 2]),
-        (Kernel, 13000, 1, 16, [1, 0, 0]),
-        (Kernel, 13000, 4, 200_000, [1, 0, 0]),
-        (Kernel, 13000, 1000, 16, [2, 0, 0]),
-        (Batch, 13000, 16, 4096, [0, 1, 0]),
-        (Batch, 12070, 4, 4096, [0, 0, 4]),
-        (Loop, 13000, 16, 4096, [0, 0, 16]),
+        // Without MPS a kernel would be in the way of the engine's.
+        (Auto, "", 16, 4096, [0, 1, 0]),
+        (Auto, "", 2, 4096, [0, 1, 0]),
+        (Auto, "", 1, 65536, [0, 0, 1]),
+        (Auto, "", 4, 100_000, [0, 1, 0]),
+        (Auto, "mps=1", 16, 4096, [1, 0, 0]),
+        (Auto, "mps=1", 2, 4096, [0, 1, 0]),
+        (Auto, "mps=1", 1, 65536, [0, 0, 1]),
+        (Auto, "mps=1", 4, 100_000, [0, 1, 0]),
+        (Auto, "host_addresses=0", 16, 4096, [1, 0, 0]),
+        (Auto, "version=12070", 16, 4096, [1, 0, 0]),
+        (Auto, "version=12070", 4, 100_000, [0, 0, 4]),
+        (Auto, "version=12070;mps=1", 4, 100_000, [1, 0, 0]),
+        (Auto, "version=12070", 2, 4096, [0, 0, 2]),
+        (Kernel, "", 1, 16, [1, 0, 0]),
+        (Kernel, "", 4, 200_000, [1, 0, 0]),
+        (Kernel, "", 1000, 16, [2, 0, 0]),
+        (Batch, "", 16, 4096, [0, 1, 0]),
+        (Batch, "host_addresses=0", 16, 4096, [0, 0, 16]),
+        (Batch, "version=12070", 4, 4096, [0, 0, 4]),
+        (Loop, "", 16, 4096, [0, 0, 16]),
     ];
     if !has_kernels() {
         eprintln!("skipped: the driver has no kernels");
         return;
     }
-    for (method, version, count, bytes, wanted) in table {
-        let Some((fake, driver)) = fake(&format!("version={version}")) else { return };
+    for (method, settings, count, bytes, wanted) in table {
+        let Some((fake, driver)) = fake(settings) else { return };
         let mut bench = Bench::new(&driver, |config| config.method = method);
         let memory = bench.memory(1 << 20);
         let block = bench.arena.slab().take(1 << 20).unwrap();
@@ -362,8 +436,22 @@ fn the_length_of_pieces_says_how_they_are_copied() {
         bench.only_end().result.unwrap();
         let after = names.map(|name| fake.count(&format!("calls:{name}")));
         let counted: [u64; 3] = std::array::from_fn(|at| after[at] - before[at]);
-        assert_eq!(counted, wanted, "{method:?} {version} {count} of {bytes}: {}", bench.copier.method_why());
+        let why = bench.copier.method_why();
+        assert_eq!(counted, wanted, "{method:?} {settings} {count} of {bytes}: {why}");
         drop((bench, memory));
+        fake.is_clean();
+    }
+    // On the device a kernel is soon done.
+    for (settings, bytes, wanted) in [("", 4096, 1), ("", 100_000, 0), ("version=12070", 100_000, 1)] {
+        let Some((fake, driver)) = fake(settings) else { return };
+        let mut bench = Bench::new(&driver, |_| {});
+        let memories = [bench.memory(1 << 20), bench.memory(1 << 20)];
+        let launches = fake.count("calls:cuLaunchKernel");
+        let steps = vec![scattered(8, bytes)];
+        bench.submit(job(1, &[&memories[0]], Hosts::FromDevice(vec![memories[1].clone()]), steps));
+        bench.only_end().result.unwrap();
+        assert_eq!(fake.count("calls:cuLaunchKernel") - launches, wanted, "{settings} {bytes}");
+        drop((bench, memories));
         fake.is_clean();
     }
 }
@@ -379,7 +467,7 @@ fn a_driver_without_kernels_says_why_and_copies() {
             Method::Loop,
             "CUDA 12.7, has no batched copies",
         ),
-        (&[], "version=12030", Method::Loop, "cuModuleLoadData answers CUDA_ERROR_UNSUPPORTED_PTX_VERSION"),
+        (&[], "version=11070", Method::Loop, "cuModuleLoadData answers CUDA_ERROR_UNSUPPORTED_PTX_VERSION"),
         (&[], "reach_hosts=0", Method::Batch, "it does not reach host memory by itself"),
         (
             &[],
@@ -462,14 +550,19 @@ fn steps_wait_for_events_and_record_their_own() {
         Step { after: None, pieces: page(2), then: Some(Arc::clone(&last)) },
     ];
     bench.submit(job(1, &[&memory], Hosts::FromDevice(vec![slow]), steps));
-    // Who waits for the job: a copy of what it wrote.
+    // Nothing of it is queued before that.
     let mut watch = Watch::default();
+    if cuda.fake.is_some() {
+        let mut done = Vec::new();
+        bench.copier.poll(&mut done);
+        assert!(done.is_empty() && bench.copier.under_way() == (0, 0));
+    }
+    cuda.set("hold=0");
+    // Who waits for the job: a copy of what it wrote.
     bench.watch(&mut watch, |watch| watch.known.get(&1).is_some_and(|(queued, _)| *queued));
     let second = bench.device.stream(Priority::High).unwrap();
     second.wait_for(&last).unwrap();
     let mut read_on = second.copy((&copied, 0), (&memory, 0), 3 * PAGE).unwrap();
-    assert!(cuda.fake.is_none() || !first.is_done().unwrap());
-    cuda.set("hold=0");
     assert!(read_on.wait(LONG).unwrap().is_some());
     assert!(first.is_done().unwrap() && last.is_done().unwrap());
     assert!(read(&second, &copied) == bytes[..3 * PAGE as usize]);
@@ -479,6 +572,76 @@ fn steps_wait_for_events_and_record_their_own() {
     written.wait(LONG).unwrap().unwrap();
     drop((watch, bench, first, last, stream, second, memory, copied, written, read_on));
     cuda.is_clean();
+}
+
+/// A worker that hangs never reaches its event: whoever waits for that waits alone, and can be cancelled.
+#[test]
+fn an_event_that_is_never_reached_holds_up_nobody() {
+    let Some((fake, driver)) = fake("devices=2;hold=1:1") else { return };
+    let mut bench = Bench::new(&driver, |config| {
+        config.streams_each_way = 1;
+        config.under_way_max = 1;
+        config.waiting_max = 2;
+    });
+    let memory = bench.memory(SLOT);
+    let bytes = pattern(4, SLOT as usize);
+    write(&low(&bench.device), &memory, &bytes);
+    let other = driver.open(1).unwrap();
+    let (stream, busy) = (low(&other), other.allocate(PAGE).unwrap());
+    let copying = stream.onboard(&busy, vec![filled(&other, &[1; 8])], &common::whole(8));
+    let hung = Arc::new(other.event(false).unwrap());
+    hung.record(&stream).unwrap();
+    let after = |at: u64| Step { after: Some(Arc::clone(&hung)), ..step(vec![piece(0, at, 0, at, PAGE)]) };
+    let page = |at: u64| step(vec![piece(0, at, 0, at, PAGE)]);
+    let down = |bench: &Bench, token, steps| job(token, &[&memory], Hosts::To(vec![bench.slot()]), steps);
+
+    // As many as may wait, urgent and not, and one more.
+    for token in 0..3 {
+        let mut job = down(&bench, token, vec![after(0), page(PAGE)]);
+        job.urgent = token == 1;
+        bench.submit(job);
+    }
+    let (refused, error) = bench.copier.submit(down(&bench, 3, vec![after(0)])).unwrap_err();
+    assert_eq!(error, Error::Busy { device: 0, waiting: 3 });
+    assert!(refused.steps[0].after.is_some());
+    drop(refused);
+    // The others go past them.
+    let mut watch = Watch::default();
+    for token in 4..8 {
+        bench.submit(down(&bench, token, vec![page(0), page(PAGE)]));
+        assert!(bench.copier.waiting() == 0 && bench.copier.under_way().0 == 1);
+        bench.watch(&mut watch, |watch| watch.ended.contains_key(&token));
+        drop(slots(watch.ended.remove(&token).unwrap()));
+    }
+    assert_eq!(bench.copier.under_way(), (0, 0));
+    // One that is begun takes nobody's place either, and its own order stays.
+    bench.copier.cancel(JobToken(0));
+    bench.submit(down(&bench, 8, vec![page(0), after(PAGE), page(2 * PAGE)]));
+    bench.watch(&mut watch, |watch| watch.known.get(&8).is_some_and(|(_, steps)| *steps == 1));
+    assert_eq!(bench.copier.under_way(), (0, 0));
+    bench.submit(down(&bench, 9, vec![page(0)]));
+    bench.watch(&mut watch, |watch| watch.ended.contains_key(&9));
+    assert!(!watch.known[&8].0, "the rest is not queued");
+    bench.copier.cancel(JobToken(8));
+    bench.watch(&mut watch, |watch| watch.ended.len() == 3);
+    for (token, steps) in [(0, 0), (8, 1)] {
+        let end = watch.ended.remove(&token).unwrap();
+        assert_eq!((end.result, end.queued, end.steps), (Err(Error::Cancelled), false, steps));
+        assert!(matches!(end.hosts, Some(Hosts::To(slots)) if slots.len() == 1));
+    }
+    drop(watch.ended.remove(&9));
+    // Reached after all, both of the others go on.
+    assert!(!bench.copier.is_idle() && watch.ended.is_empty());
+    fake.set("hold=1:0");
+    bench.watch(&mut watch, |watch| watch.ended.len() == 2);
+    for token in [1, 2] {
+        let end = watch.ended.remove(&token).unwrap();
+        assert!(end.queued && end.steps == 2);
+        assert!(slots(end)[0][..2 * PAGE as usize] == bytes[..2 * PAGE as usize]);
+    }
+    assert_eq!(fake.count("calls:cuStreamWaitEvent"), 0);
+    drop((copying, bench, memory, hung, busy, stream, other));
+    fake.is_clean();
 }
 
 #[test]
@@ -751,7 +914,7 @@ fn a_call_that_fails_ends_its_job_and_no_other() {
         (Method::Auto, "cuEventRecord", 1),
         (Method::Auto, "cuEventRecord", 2),
         (Method::Auto, "cuEventRecord", 3),
-        (Method::Auto, "cuStreamWaitEvent", 1),
+        (Method::Auto, "cuEventQuery", 1),
         (Method::Auto, "cuCtxPushCurrent_v2", 3),
     ];
     for (method, call, nth) in calls {
@@ -881,7 +1044,6 @@ fn a_device_may_be_lost_at_any_call() {
         "cuEventCreate",
         "cuEventRecord",
         "cuEventQuery",
-        "cuStreamWaitEvent",
         "cuMemcpyBatchAsync_v2",
         "cuLaunchKernel",
     ];
@@ -954,7 +1116,8 @@ fn a_device_that_never_answers_keeps_the_memory_for_ever() {
             assert!(matches!(end.result, Err(Error::Cuda { .. })) && end.hosts.is_none(), "{:?}", end.result);
         }
         assert_eq!((bench.used(), bench.copier.under_way()), ((2, 0), (0, 0)));
-        // It may come to itself again.
+        // It is told from a device that is lost: this one may come to itself again, and to what it had.
+        assert!(bench.device.lost().is_none() && fake.count("under_way") > 0);
         fake.set("hold=0;fail=cuEventQuery:1:999");
         let slot = bench.slot();
         bench.submit(job(0, &[&memory], Hosts::To(vec![slot]), vec![scattered(16, PAGE)]));
@@ -976,8 +1139,23 @@ fn a_device_that_never_answers_keeps_the_memory_for_ever() {
         assert_eq!(arena.slab().regions().iter().map(|region| region.used).sum::<u32>(), 1);
         assert_eq!((fake.count("contexts"), fake.count("allocations"), fake.count("violations")), (1, 1, 0));
     };
+    // One that answers nothing else either is lost, whatever it says.
+    let broken = || {
+        let Some((fake, driver)) = fake("") else { return };
+        let mut bench = Bench::new(&driver, |_| {});
+        let memory = bench.memory(SLOT);
+        fake.set("hold=1;fail=cuEventQuery:0:999;fail=cuMemGetInfo_v2:0:999");
+        let slot = bench.slot();
+        bench.submit(job(0, &[&memory], Hosts::To(vec![slot]), vec![scattered(16, PAGE)]));
+        let end = bench.only_end();
+        assert!(lost(&end.result) && end.hosts.is_none(), "{:?}", end.result);
+        assert_eq!((bench.device.lost().unwrap().code, bench.device.kept()), (999, 1));
+        drop((bench, memory));
+        assert_eq!((fake.count("contexts"), fake.count("violations")), (0, 0));
+    };
     std::thread::scope(|scope| {
         scope.spawn(silent);
+        scope.spawn(broken);
         scope.spawn(dropped);
     });
 }

@@ -129,9 +129,16 @@ fn blocks_go_between_the_arena_and_a_device() {
     up(&stream, &memory, held, &[page(1), page(0)]);
     assert!(read(&stream, &memory) == bytes);
 
-    // Once in a process.
-    assert!(device.register(slab, 0, slab.data_bytes()).is_err());
+    // Once in a process: it is the same again.
+    let again = device.register(slab, PAGE as u64, PAGE as u64).unwrap();
+    assert_eq!(again.bytes(), PAGE);
     drop(region);
+    assert!(device.register(slab, 0, slab.data_bytes()).is_ok());
+    drop(again);
+    let half = device.register(slab, 0, slab.data_bytes() / 2).unwrap();
+    let error = device.register(slab, 0, slab.data_bytes()).map(drop).unwrap_err();
+    assert!(matches!(error, Error::Cuda { call: "cuMemHostRegister", .. }), "half of it is: {error}");
+    drop(half);
     let slot = slab.take(PAGE as u32).unwrap();
     let refused = stream.offload(&memory, vec![slot], &[page(0)]).err().unwrap();
     assert_eq!(refused.error, Error::NotRegistered { device: 0, host: 0 });
@@ -187,6 +194,23 @@ fn memory_comes_back_when_the_device_is_done_and_not_before() {
     assert!(copying.poll().unwrap().is_none(), "it comes once");
     assert_eq!(fake.count("allocations"), 0);
 
+    // Let go of, it does not wait: what is under way is kept, and what is done is not.
+    fake.set("hold=1");
+    let (stream, memory) = (low(&device), device.allocate(4096).unwrap());
+    let start = || {
+        stream.onboard(&memory, vec![filled(&device, &[5; 4096])], &whole(4096)).unwrap_or_else(|_| panic!())
+    };
+    let [done, forgotten] = [start(), start()];
+    forgotten.forget();
+    assert!(fake.count("under_way") == 2 && device.lost().is_none());
+    fake.set("hold=0");
+    assert!(stream.wait(LONG).unwrap());
+    assert_eq!(fake.count("registered"), 2);
+    done.forget();
+    assert_eq!(fake.count("registered"), 1);
+    drop((memory, stream));
+    assert_eq!((fake.count("allocations"), fake.count("streams")), (1, 1), "they are the forgotten one's");
+
     // Dropped half way, it waits.
     let (stream, memory) = (low(&device), device.allocate(256 << 10).unwrap());
     let copying = stream
@@ -194,7 +218,8 @@ fn memory_comes_back_when_the_device_is_done_and_not_before() {
         .unwrap_or_else(|_| panic!());
     drop((memory, stream, device));
     drop(copying);
-    fake.is_clean();
+    fake.is_clean_but_for(&["contexts", "streams", "allocations", "bytes", "registered", "events"]);
+    assert_eq!((fake.count("contexts"), fake.count("allocations"), fake.count("registered")), (1, 1, 1));
 }
 
 /// Threads with streams of their own, copies waited for, asked about and dropped, on one device: whatever the order, no
@@ -287,6 +312,53 @@ fn two_devices_share_registered_memory_and_reach_each_other() {
     fake.is_clean();
 }
 
+/// What was registered through a device that is lost is the others' as before, until somebody gives it up.
+#[test]
+fn a_lost_device_leaves_what_it_registered_to_the_others() {
+    for is_closed_first in [false, true] {
+        let Some((fake, driver)) = fake("devices=2") else { return };
+        let (first, second) = (driver.open(0).unwrap(), driver.open(1).unwrap());
+        let (stream, memory) = (low(&second), second.allocate(PAGE as u64).unwrap());
+        write(&stream, &memory, &pattern(7, PAGE));
+        let arena = arena();
+        let slab = arena.slab();
+        let region = first.register(slab, 0, slab.data_bytes()).unwrap();
+        let reads = || {
+            let slots = down(&stream, &memory, vec![slab.take(PAGE as u32).unwrap()], &whole(PAGE));
+            assert!(slots[0][..PAGE] == pattern(7, PAGE)[..]);
+        };
+        reads();
+        fake.set("lose=0:719");
+        assert_eq!(lost(first.free_bytes()), "CUDA_ERROR_LAUNCH_FAILED");
+        reads();
+        // It is registered for the other too, and that stays if it is all that does.
+        let shared = second.register(slab, 0, slab.data_bytes()).unwrap();
+        assert_eq!((shared.bytes() as u64, fake.count("registered")), (slab.data_bytes(), 1));
+        assert_eq!(lost(first.register(slab, 0, slab.data_bytes())), "CUDA_ERROR_LAUNCH_FAILED");
+        let (first, last) = match is_closed_first {
+            true => {
+                drop((shared, first));
+                (None, region)
+            }
+            false => {
+                drop(region);
+                (Some(first), shared)
+            }
+        };
+        reads();
+        drop(last);
+        assert_eq!(fake.count("registered"), 0, "it was given up through the other");
+        let again = second.register(slab, 0, slab.data_bytes()).unwrap();
+        reads();
+        drop((again, memory, stream, second, first));
+        let stays = u64::from(is_closed_first);
+        assert_eq!(
+            (fake.count("contexts"), fake.count("violations"), fake.count("registered")),
+            (stays, 0, 0)
+        );
+    }
+}
+
 #[test]
 fn a_full_device_says_so_and_has_room_again() {
     let Some((fake, driver)) = fake("memory=1048576") else { return };
@@ -348,6 +420,21 @@ fn lost<T>(result: Result<T, Error>) -> &'static str {
         Err(Error::Lost { source, .. }) => source.name,
         Err(error) => panic!("{error}"),
         Ok(_) => panic!("the device is lost"),
+    }
+}
+
+/// What leaves a context with nothing but errors, by NVIDIA's word, and what does not.
+#[test]
+fn a_device_is_lost_when_it_says_so() {
+    let Some((fake, driver)) = fake("") else { return };
+    let fatal = [4, 46, 214, 220, 226, 700, 702, 709, 710, 714, 715, 716, 717, 718, 719, 721, 806, 810, 911];
+    let others = [1, 2, 201, 304, 400, 701, 712, 800, 801, 805, 999];
+    for (code, is_fatal) in fatal.map(|code| (code, true)).into_iter().chain(others.map(|code| (code, false)))
+    {
+        let device = driver.open(0).unwrap();
+        fake.set(&format!("fail=cuMemGetInfo_v2:1:{code}"));
+        assert!(device.free_bytes().is_err());
+        assert_eq!(device.lost().map(|lost| lost.code), is_fatal.then_some(code), "{code}");
     }
 }
 

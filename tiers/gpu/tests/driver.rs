@@ -87,6 +87,17 @@ fn devices_are_told_apart() {
     assert!(driver.open(3).unwrap_err().to_string().contains("GPU 3: cuDeviceGet failed"));
 }
 
+#[test]
+fn an_old_driver_does_not_know_every_question() {
+    for (version, has_fabric) in
+        [(11040, false), (12000, false), (12020, false), (12030, true), (13000, true)]
+    {
+        let facts = Fake::new(&format!("version={version}")).driver().unwrap().devices().unwrap();
+        assert!(facts[0].has_shared_events, "{version}");
+        assert_eq!(facts[0].has_fabric, has_fabric, "{version}");
+    }
+}
+
 /// The environment belongs to a process, so this one starts itself again.
 #[test]
 fn the_fake_driver_takes_settings_from_the_environment() {

@@ -149,8 +149,8 @@ fn sums_are_those_of_the_blocks() {
 /// NVIDIA's run-time compiler, which needs no GPU: by the path in `KVD_NVRTC`, or where `kernel/generate` put it.
 fn nvrtc() -> Option<libloading::Library> {
     let named = std::env::var_os("KVD_NVRTC").map(PathBuf::from);
-    let found =
-        Path::new(env!("CARGO_MANIFEST_DIR")).join("../../.cache/nvrtc/nvidia/cuda_nvrtc/lib/libnvrtc.so.12");
+    let found = Path::new(env!("CARGO_MANIFEST_DIR"))
+        .join("../../.cache/nvrtc-11.8/nvidia/cuda_nvrtc/lib/libnvrtc.so.11.2");
     let path = named.or_else(|| found.exists().then_some(found));
     let Some(path) = path else {
         eprintln!(
@@ -220,10 +220,10 @@ fn the_ptx_is_what_the_compiler_makes_of_the_source() {
 
 /// A driver refuses PTX that is newer than itself.
 #[test]
-fn the_ptx_is_for_cuda_12_4_and_compute_capability_8_0() {
+fn the_ptx_is_for_cuda_11_8_and_compute_capability_8_0() {
     let ptx = include_str!("../kernel/pages.ptx");
     for wanted in
-        [".version 8.4\n", ".target sm_80\n", ".visible .entry pages(", ".visible .entry checksums("]
+        [".version 7.8\n", ".target sm_80\n", ".visible .entry pages(", ".visible .entry checksums("]
     {
         assert!(ptx.contains(wanted), "{wanted}");
     }
@@ -278,6 +278,27 @@ fn checksums_of_device_memory_are_those_of_the_blocks() {
     assert!(sums.is_empty());
     drop((room, memory, stream, kernels, device));
     cuda.is_clean();
+}
+
+/// For a thread that must not wait for a device that does not answer.
+#[test]
+fn checksums_are_let_go_of_without_a_wait() {
+    let Some((fake, driver)) = fake("") else { return };
+    let device = driver.open(0).unwrap();
+    let Some(kernels) = loaded(&device) else { return };
+    let (stream, memory) = (low(&device), device.allocate(4096).unwrap());
+    let whole = 0..4096;
+    let room = device.host_buffer(Kernels::checksum_room_bytes(std::slice::from_ref(&whole))).unwrap();
+    fake.set("hold=1");
+    let summing =
+        kernels.checksums(&stream, &memory, &[whole], room).map_err(|refused| refused.error).unwrap();
+    drop((memory, kernels));
+    summing.forget();
+    assert_eq!((fake.count("under_way"), fake.count("allocations"), fake.count("registered")), (1, 1, 1));
+    fake.set("hold=0");
+    assert!(stream.wait(LONG).unwrap());
+    drop((stream, device));
+    assert_eq!((fake.count("modules"), fake.count("allocations"), fake.count("violations")), (1, 1, 0));
 }
 
 #[test]

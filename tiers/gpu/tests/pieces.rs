@@ -11,6 +11,7 @@ use common::{Cuda, Fake, LONG, cuda, fake, filled, low, pattern, read, whole, wr
 use kv_gpu::{
     Device, DeviceMemory, Error, EventHandle, Exported, ExportedMemory, Reach, SharedPiece, Stream, Uuid,
 };
+use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 
 /// The engine's memory: three pieces, and of them what begins 4096 bytes in and ends in the last.
 const PAGES: [usize; 3] = [1, 2, 1];
@@ -86,8 +87,36 @@ fn the_other_process() {
             say("read");
             go_on();
         }
+        "runs out of descriptors" => {
+            let engine = Engine::new(&cuda, 0);
+            let segment = engine.segment(&[1; 32], BY_DESCRIPTOR);
+            let export = || cuda.driver.export_address(segment.address, 32 * PAGE as u64);
+            // Such a limit leaves four.
+            let open = std::fs::read_dir("/proc/self/fd").unwrap();
+            let open: Vec<u64> =
+                open.filter_map(|fd| fd.unwrap().file_name().to_str()?.parse().ok()).collect();
+            let limit = (0..).filter(|fd| !open.contains(fd)).nth(4).unwrap();
+            let before = getrlimit(Resource::Nofile);
+            setrlimit(Resource::Nofile, Rlimit { current: Some(limit), ..before }).unwrap();
+            let error = export().unwrap_err();
+            assert!(matches!(error, Error::NoDescriptors { pieces: 1..32 }), "{error}");
+            assert!(error.to_string().contains("RLIMIT_NOFILE"));
+            setrlimit(Resource::Nofile, before).unwrap();
+            assert_eq!(pieces_of(export().unwrap()).0.len(), 32);
+            engine.unmap(&segment);
+            say("done");
+            go_on();
+        }
         role => panic!("{role} is no role"),
     }
+}
+
+/// The limit is a process', so another has it.
+#[test]
+fn memory_in_more_pieces_than_descriptors_says_so() {
+    let mut other = Other::start("runs out of descriptors");
+    assert_eq!(other.hear(), "done");
+    other.ends_well();
 }
 
 /// Read, written, and killed: by descriptor, and by fabric handle where there are such.
@@ -413,6 +442,11 @@ fn memory_that_somebody_else_made_is_exported() {
         assert_eq!(pieces.iter().map(SharedPiece::bytes).collect::<Vec<_>>(), wanted);
         let first = if offset < page { 0 } else { page };
         assert_eq!((within, length), (offset - first, bytes));
+    }
+    if let Some(fake) = &cuda.fake {
+        // A driver need not call it an allocation.
+        fake.set("fail=cuMemGetAddressRange_v2:1:1");
+        assert_eq!(pieces_of(export(segment.address, page).unwrap()).0.len(), 1);
     }
     let error = export(segment.address, 4 * page + 1).unwrap_err();
     assert!(matches!(error, Error::Range { .. }), "{error}");

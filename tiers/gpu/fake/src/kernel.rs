@@ -18,8 +18,8 @@ use crate::{Code, INVALID_VALUE, put};
 
 /// What alone is taken.
 const PTX: &str = include_str!("../../kernel/pages.ptx");
-/// The first version that takes PTX 8.4.
-const VERSION_MIN: i32 = 12040;
+/// The first version that takes PTX 7.8.
+const VERSION_MIN: i32 = 11080;
 /// Where a device finds registered host memory, if it is not to find it at the processor's address.
 const HOST_ADDRESSES: u64 = 0x0800_0000_0000_0000;
 /// `CU_MEMHOSTREGISTER_DEVICEMAP`.

@@ -8,7 +8,7 @@
 //!  kernel   the module of kv-gpu, and its kernels carried out in Rust
 //! ```
 //! It is strict where the real one is lenient or undefined: device addresses cannot be read by the processor, batched
-//! copies want registered host memory, and memory that is given up under a copy is counted as a violation.
+//! copies want registered host memory, no copy goes from one registration or allocation into the next, and memory that is given up under a copy is counted as a violation.
 //! It does not play: any other kernels, the legacy default stream, graphs, memory pools, and speed. Of virtual memory it plays
 //! whole pieces, mapped as they are.
 //!
@@ -20,6 +20,7 @@
 //! | `devices=N` | so many devices; before the first use of any |
 //! | `memory=BYTES` | of each |
 //! | `version=12080` | of the driver, as CUDA counts |
+//! | `mps=1` | says that processes share it |
 //! | `peers=0` | no device reaches another |
 //! | `fabric=0` | no fabric handles; 2: the device has them, and the machine forbids them |
 //! | `ask_in_context=1` | questions about addresses want a context |
@@ -27,7 +28,7 @@
 //! | `fail=NAME:WHICH:CODE` | the call of that number from now on, once; 0: each |
 //! | `lose=DEVICE:CODE` | everything answers so from now on; copies under way stop half way; 0: it is back |
 //! | `lie_range=BYTES` | what is said of every allocation |
-//! | `hold=1` | copies stand still until it is 0 |
+//! | `hold=1` | copies stand still until it is 0; `hold=DEVICE:1`, those of one device |
 //! | `reach_hosts=0` | kernels reach no host memory |
 //! | `host_addresses=0` | the device finds registered host memory at addresses of its own |
 //! | `flip=WHICH` | the copy of that number from now on, between host memory and a device, lands with a bit changed |
@@ -126,8 +127,12 @@ fn wait_unless_registered(
     queued: impl FnOnce(&State) -> Result<(Arc<Stream>, u64), Code>,
 ) -> Result<(), Code> {
     let state = state();
-    let (stream, _) = queued(&state)?;
     let is_registered = state.is_registered(address, bytes);
+    if !is_registered && state.touches_registered(address, bytes) {
+        // From one registration into another, or out of one.
+        return Err(INVALID_VALUE);
+    }
+    let (stream, _) = queued(&state)?;
     drop(state);
     if is_registered { Ok(()) } else { stream.wait() }
 }
@@ -329,16 +334,16 @@ driver! {
     }
     fn cuMemHostRegister_v2(address: *mut c_void, bytes: usize, flags: c_uint) {
         let mut state = state();
-        state.current()?;
+        let device = state.current()?;
         let start = address.expose_provenance();
         if start == 0 || bytes == 0 {
             return Err(INVALID_VALUE);
         }
         let below = state.hosts.range(..start + bytes).next_back();
-        if below.is_some_and(|(other, length)| other + length > start) {
+        if below.is_some_and(|(other, (length, _))| other + length > start) {
             return Err(Code::of(CUresult::CUDA_ERROR_HOST_MEMORY_ALREADY_REGISTERED));
         }
-        state.hosts.insert(start, bytes);
+        state.hosts.insert(start, (bytes, device));
         state.kernels.registered(start, flags);
         Ok(())
     }
@@ -348,7 +353,7 @@ driver! {
         let start = address.addr();
         let gone = state.hosts.remove(&start);
         state.kernels.unregistered(start);
-        let bytes = gone.ok_or(Code::of(CUresult::CUDA_ERROR_HOST_MEMORY_NOT_REGISTERED))?;
+        let (bytes, _) = gone.ok_or(Code::of(CUresult::CUDA_ERROR_HOST_MEMORY_NOT_REGISTERED))?;
         if state.streams.values().any(|stream| stream.touches_host(&(start..start + bytes))) {
             state.violations += 1;
         }
@@ -451,9 +456,10 @@ driver! {
     fn cuIpcGetMemHandle(handle: *mut CUipcMemHandle, address: CUdeviceptr) {
         let state = state();
         state.current()?;
-        let (_, block) = state.block(address)?;
-        // What came by a handle cannot be handed on, and what was mapped has no such handle.
-        if block.origin != Origin::Allocated {
+        let (base, block) = state.block(address)?;
+        // What came by a handle cannot be handed on, and what was mapped has no such handle. An address within an
+        // allocation is refused, as the documentation would have it.
+        if block.origin != Origin::Allocated || address != base {
             return Err(INVALID_VALUE);
         }
         let reserved = block.mapping.handle(Kind::Memory).map(|byte| byte as c_char);
@@ -590,6 +596,16 @@ pub unsafe extern "C" fn cuDeviceGetAttribute(
     if let Err(code) = state.enter("cuDeviceGetAttribute").and_then(|()| state.device(device)) {
         return code.0;
     }
+    // A driver does not know what came after it.
+    let since = match attribute {
+        at if at == Attribute::CU_DEVICE_ATTRIBUTE_IPC_EVENT_SUPPORTED as u32 => 12000,
+        at if at == Attribute::CU_DEVICE_ATTRIBUTE_HANDLE_TYPE_FABRIC_SUPPORTED as u32 => 12030,
+        at if at == Attribute::CU_DEVICE_ATTRIBUTE_MPS_ENABLED as u32 => 12030,
+        _ => 0,
+    };
+    if state.version < since {
+        return INVALID_VALUE.0;
+    }
     let found = match attribute {
         at if at == Attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR as u32 => 9,
         at if at == Attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR as u32 => 0,
@@ -603,6 +619,7 @@ pub unsafe extern "C" fn cuDeviceGetAttribute(
             state.kernels.has_host_addresses.into()
         }
         at if at == Attribute::CU_DEVICE_ATTRIBUTE_IPC_EVENT_SUPPORTED as u32 => 1,
+        at if at == Attribute::CU_DEVICE_ATTRIBUTE_MPS_ENABLED as u32 => state.has_mps.into(),
         at if at == Attribute::CU_DEVICE_ATTRIBUTE_HANDLE_TYPE_FABRIC_SUPPORTED as u32 => {
             (state.fabric != state::Fabric::None).into()
         }

@@ -66,13 +66,14 @@ pub(crate) struct State {
     /// What `cuMemCreate` gave, by handle, and addresses that are reserved for such.
     pub(crate) pieces: HashMap<u64, Piece>,
     pub(crate) reserved: BTreeMap<u64, Arc<Mapping>>,
-    /// Registered host memory: where, and how long.
-    pub(crate) hosts: BTreeMap<usize, usize>,
+    /// Registered host memory: where, how long, and by which device, with whose context it ends.
+    pub(crate) hosts: BTreeMap<usize, (usize, usize)>,
     pub(crate) streams: HashMap<usize, Arc<Stream>>,
     pub(crate) events: HashMap<usize, Arc<Event>>,
     pub(crate) memory_bytes: u64,
     pub(crate) version: i32,
     pub(crate) has_peers: bool,
+    pub(crate) has_mps: bool,
     pub(crate) fabric: Fabric,
     /// Whether questions about addresses want a context.
     pub(crate) asks_in_context: bool,
@@ -101,6 +102,7 @@ static STATE: LazyLock<Mutex<State>> = LazyLock::new(|| {
         memory_bytes: 256 << 20,
         version: 13000,
         has_peers: true,
+        has_mps: false,
         fabric: Fabric::There,
         asks_in_context: false,
         lie_range_bytes: None,
@@ -168,6 +170,7 @@ impl State {
                 "devices" => self.devices = (0..number(value)?).map(|_| Device::default()).collect(),
                 "memory" => self.memory_bytes = number(value)?,
                 "version" => self.version = number(value)? as i32,
+                "mps" => self.has_mps = number(value)? != 0,
                 "peers" => self.has_peers = number(value)? != 0,
                 "fabric" => {
                     self.fabric = match number(value)? {
@@ -204,8 +207,14 @@ impl State {
                     self.fails.insert(name.to_owned(), (number(nth)?, number(code)? as u32));
                 }
                 "hold" => {
+                    let (only, value) = match value.split_once(':') {
+                        Some((device, value)) => (Some(number(device)? as usize), value),
+                        None => (None, value),
+                    };
                     let holds = number(value)? != 0;
-                    self.devices.iter().for_each(|device| device.health.holds.store(holds, Ordering::SeqCst));
+                    let meant = |device: &usize| only.is_none_or(|only| only == *device);
+                    let devices = self.devices.iter().enumerate().filter(|(device, _)| meant(device));
+                    devices.for_each(|(_, device)| device.health.holds.store(holds, Ordering::SeqCst));
                 }
                 "reach_hosts" => self.kernels.can_reach_hosts = number(value)? != 0,
                 "host_addresses" => self.kernels.has_host_addresses = number(value)? != 0,
@@ -374,7 +383,13 @@ impl State {
 
     pub(crate) fn is_registered(&self, address: usize, bytes: usize) -> bool {
         let below = self.hosts.range(..=address).next_back();
-        below.is_some_and(|(start, length)| address + bytes <= start + length)
+        below.is_some_and(|(start, (length, _))| address + bytes <= start + length)
+    }
+
+    /// Whether any of this is registered.
+    pub(crate) fn touches_registered(&self, address: usize, bytes: usize) -> bool {
+        let below = self.hosts.range(..address + bytes).next_back();
+        below.is_some_and(|(start, (length, _))| start + length > address)
     }
 
     /// The end of a copy on either side, as the batched copies take it.
@@ -382,7 +397,8 @@ impl State {
         if address >= DEVICE_ADDRESSES {
             return self.on_device(address, bytes);
         }
-        if !self.is_registered(address as usize, bytes) {
+        let is_known = self.kernels.has_host_addresses && self.is_registered(address as usize, bytes);
+        if !is_known {
             return Err(Code::of(CUresult::CUDA_ERROR_INVALID_VALUE));
         }
         Ok(End::Host(address as usize))
@@ -402,6 +418,13 @@ impl State {
         self.memory.retain(|_, block| block.device != device);
         self.pieces.retain(|_, piece| piece.device != device);
         self.devices[device].used_bytes = 0;
+        let gone: Vec<_> = self.hosts.extract_if(.., |_, (_, by)| *by == device).collect();
+        for (start, (bytes, _)) in gone {
+            self.kernels.unregistered(start);
+            if self.streams.values().any(|stream| stream.touches_host(&(start..start + bytes))) {
+                self.violations += 1;
+            }
+        }
         self.kernels.destroy_context(device);
     }
 }

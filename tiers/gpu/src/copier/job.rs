@@ -8,7 +8,7 @@ use crate::Error;
 use crate::device::Device;
 use crate::in_use::{InUse, Registrations, registrations};
 use crate::kernel::{Kernels, Reach};
-use crate::memory::DeviceMemory;
+use crate::memory::{DeviceMemory, Registered};
 use crate::pieces::{Direction, Pair, Piece, Place, joined, place_of, place_of_mut};
 use crate::stream::{Event, Stream};
 
@@ -25,6 +25,7 @@ enum Way {
 
 /// A step as the driver is asked for it.
 pub(super) struct Pending {
+    /// `None` also when it has passed.
     pub(super) after: Option<Arc<Event>>,
     pub(super) pieces: Vec<Piece>,
     pub(super) bytes: u64,
@@ -46,6 +47,8 @@ fn bytes(pieces: &[Piece]) -> u64 {
 pub(super) struct Others {
     way: Way,
     places: Vec<Place>,
+    /// In which memory of the driver each of them lies: slots of one registration are in one.
+    within: Vec<u32>,
 }
 
 /// What was found out of a job before it is taken.
@@ -67,7 +70,7 @@ pub(super) struct Work {
     pub(super) urgent: bool,
     pub(super) open: bool,
     pub(super) pending: VecDeque<Pending>,
-    /// Pending steps for which there was room when the job began.
+    /// Pending steps for which there was room when the job began: none waits for an event.
     pub(super) admitted: usize,
     /// Whether it was said that all it began with is queued.
     pub(super) told: bool,
@@ -84,7 +87,7 @@ pub(super) struct Work {
 impl Others {
     fn of(hosts: &mut Hosts) -> Self {
         let on_device = |memory: &DeviceMemory| memory.address_of(0, 0).map(|start| (start, memory.bytes()));
-        let (way, places) = match hosts {
+        let (way, places): (_, Vec<Place>) = match hosts {
             Hosts::From(held) => (Way::Up, held.iter().map(|held| place_of(held)).collect()),
             Hosts::To(slots) => (Way::Down, slots.iter_mut().map(|slot| place_of_mut(slot)).collect()),
             Hosts::FromDevice(memories) => {
@@ -94,14 +97,25 @@ impl Others {
                 (Way::Across { inward: false }, memories.iter().flat_map(on_device).collect())
             }
         };
-        Self { way, places }
+        let within = (0..places.len() as u32).collect();
+        Self { way, places, within }
+    }
+
+    /// Tells which of the places lie in one registration.
+    fn registered(&mut self, registered: &Registrations) {
+        for ((address, bytes), within) in self.places.iter().zip(&mut self.within) {
+            let covers = |(registered, _): &(Arc<Registered>, Option<Device>)| {
+                registered.covers(*address as usize, *bytes as usize)
+            };
+            *within = registered.iter().position(covers).map_or(*within, |at| at as u32);
+        }
     }
 
     fn plan(&self, device: &Device, memories: &[DeviceMemory], step: &Step) -> Result<Vec<Piece>, Error> {
         step.then.iter().try_for_each(|then| device.is_same(&then.device))?;
         let piece = |piece: &PagePiece| {
             let PagePiece { memory, device_offset, other, other_offset, bytes } = *piece;
-            let given = memories.len() as u64;
+            let (of, given) = (memory, memories.len() as u64);
             let none = || Error::Range {
                 what: "the job's memories",
                 offset: memory.into(),
@@ -113,10 +127,11 @@ impl Others {
             let (on_device, on_other) =
                 pair.addresses(memory, self.places.get(other as usize), "the job's other side")?;
             let bytes = bytes as usize;
-            Ok(match self.way {
+            let piece = match self.way {
                 Way::Up | Way::Across { inward: true } => Piece { to: on_device, from: on_other, bytes },
                 Way::Down | Way::Across { inward: false } => Piece { to: on_other, from: on_device, bytes },
-            })
+            };
+            Ok(((of, self.within.get(other as usize)), piece))
         };
         let pieces: Vec<_> = step.pieces.iter().map(piece).collect::<Result<_, Error>>()?;
         Ok(joined(pieces.into_iter()))
@@ -126,9 +141,13 @@ impl Others {
 /// Looks at all of a job.
 pub(super) fn plan(device: &Device, kernels: Option<&Kernels>, job: &mut Job) -> Result<Planned, Error> {
     job.memories.iter().try_for_each(|memory| device.is_same(memory.device()))?;
-    let others = Others::of(&mut job.hosts);
+    let mut others = Others::of(&mut job.hosts);
     let (registered, is_near) = match &job.hosts {
-        Hosts::From(_) | Hosts::To(_) => (registrations(device, &others.places)?, true),
+        Hosts::From(_) | Hosts::To(_) => {
+            let registered = registrations(device, &others.places)?;
+            others.registered(&registered);
+            (registered, true)
+        }
         Hosts::FromDevice(memories) | Hosts::ToDevice(memories) => {
             let is_near = memories.iter().all(|memory| device.is_same(memory.device()).is_ok());
             (Registrations::new(), is_near)
@@ -140,6 +159,11 @@ pub(super) fn plan(device: &Device, kernels: Option<&Kernels>, job: &mut Job) ->
     let plan = |step: &Step| others.plan(device, &job.memories, step);
     let pieces = job.steps.iter().map(plan).collect::<Result<_, _>>()?;
     Ok(Planned { others, registered, reach, pieces })
+}
+
+/// Whether what a step waits for has passed, if it waits for anything.
+pub(super) fn is_passed(after: Option<&Arc<Event>>) -> Result<bool, Error> {
+    after.map_or(Ok(true), |after| after.is_done())
 }
 
 impl Planned {
@@ -187,8 +211,29 @@ impl Work {
         }
     }
 
-    pub(super) fn pending_bytes(&self) -> u64 {
-        self.pending.iter().map(|step| step.bytes).fold(0, u64::saturating_add)
+    /// Whether what its next step waits for has passed.
+    pub(super) fn is_passed(&self) -> Result<bool, Error> {
+        is_passed(self.pending.front().and_then(|step| step.after.as_ref()))
+    }
+
+    /// What its next step waited for has passed, and is not asked again. The steps behind it are asked as far as they
+    /// may go too; one that does not answer is asked again when it is the next.
+    pub(super) fn goes_on(&mut self) {
+        for (at, step) in self.pending.iter_mut().enumerate() {
+            if at > 0 && !is_passed(step.after.as_ref()).unwrap_or_default() {
+                break;
+            }
+            step.after = None;
+        }
+    }
+
+    /// The pending steps that wait for nothing.
+    pub(super) fn to_admit(&self) -> impl Iterator<Item = &Pending> {
+        self.pending.iter().take_while(|step| step.after.is_none())
+    }
+
+    pub(super) fn bytes_to_admit(&self) -> u64 {
+        self.to_admit().map(|step| step.bytes).fold(0, u64::saturating_add)
     }
 
     /// It gets no further than it is; the first reason counts.

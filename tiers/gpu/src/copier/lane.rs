@@ -22,8 +22,8 @@ pub(super) struct Mark {
     pub(super) is_step: bool,
     /// What its launches read.
     pub(super) tables: Vec<Table>,
-    /// The step's own events, which stay until the device has passed them.
-    pub(super) _events: (Option<Arc<Event>>, Option<Arc<Event>>),
+    /// What the step recorded, which stays until the device has passed it.
+    pub(super) _then: Option<Arc<Event>>,
 }
 
 pub(super) struct Lane {

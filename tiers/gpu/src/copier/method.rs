@@ -1,4 +1,11 @@
 //! How pages are copied: what was asked for, what there is, and what comes of the two.
+//!
+//! Without MPS the kernels of two processes are never on a device at once: they take turns. A kernel that waits for
+//! the bus then takes its time from the engine, while the device's copy engines run beside it. So to and from host
+//! memory a kernel is the choice only with MPS, or where the driver would want a call for each of many short pieces.
+//! Between memories of the device it waits for no bus and is soon done.
+
+use cudarc::driver::sys::CUdevice_attribute;
 
 use super::Method;
 use crate::Error;
@@ -13,7 +20,7 @@ use crate::stream::Stream;
 /// A step whose pieces are longer than this on average goes by the driver's batched copy, which leaves the processors
 /// to compute; the kernel takes the shorter ones, of which the driver makes an entry each.
 pub(super) const KERNEL_PIECE_BYTES_MAX: u64 = 64 << 10;
-/// As above where the driver has no batched copy, and so makes a call of each.
+/// As above where the driver has no batched copy, and so makes a call of each; not where the kernel takes turns.
 const KERNEL_PIECE_BYTES_MAX_OF_CALLS: u64 = 1 << 20;
 /// A step of fewer pieces is not worth a launch.
 const KERNEL_PIECES_MIN: usize = 4;
@@ -24,14 +31,18 @@ const TABLES_MAX: usize = 128;
 pub(super) struct Chosen {
     pub(super) method: Method,
     pub(super) why: String,
-    has_batch: bool,
+    /// To and from host memory, and between memories of the device.
+    has_batch: [bool; 2],
+    /// Whether kernels run beside those of other processes.
+    has_mps: bool,
     /// Whether it goes by the length of pieces.
     by_size: bool,
     pub(super) kernels: Option<Kernels>,
     /// Tables that are not on the device, and how many there are in all.
     idle: Vec<Table>,
     tables: usize,
-    pub(super) kernel_piece_bytes_max: u64,
+    /// In place of the guesses above.
+    pub(super) kernel_piece_bytes_max: Option<u64>,
 }
 
 /// How a step is copied.
@@ -48,23 +59,41 @@ pub(super) enum By {
     Wait,
 }
 
+/// What a driver and a device have.
+#[derive(Clone, Copy)]
+struct There<'why> {
+    version: &'why str,
+    has_batch: bool,
+    has_mps: bool,
+    /// Or why not.
+    kernels: Result<(), &'why str>,
+}
+
 /// What to copy with, by what there is and what was asked for, and why.
-fn choose(asked: Method, has_batch: bool, kernels: Result<(), &str>, version: &str) -> (Method, String) {
+fn choose(asked: Method, there: There<'_>) -> (Method, String) {
+    let There { version, has_batch, has_mps, kernels } = there;
     let batch = if has_batch {
         "the driver has batched copies".to_owned()
     } else {
         format!("the driver, for CUDA {version}, has no batched copies")
+    };
+    let auto = match (has_batch, has_mps) {
+        (_, true) => "by kernel where pieces are short, beside those of others (MPS)",
+        (true, false) => {
+            "host memory batched, for without MPS kernels of others would wait; by kernel on the device"
+        }
+        (false, false) => "by kernel where pieces are short",
     };
     let rest = if has_batch { Method::Batch } else { Method::Loop };
     match (asked, kernels) {
         (Method::Loop, _) => (Method::Loop, "asked for".into()),
         (Method::Batch, _) if has_batch => (Method::Batch, "asked for".into()),
         (Method::Batch, _) => (Method::Loop, batch),
-        (Method::Kernel, Ok(())) => (Method::Kernel, "asked for".into()),
-        (Method::Auto, Ok(())) if has_batch => {
-            (Method::Auto, "by kernel where pieces are short, else batched".into())
+        (Method::Kernel, Ok(())) if has_mps => (Method::Kernel, "asked for".into()),
+        (Method::Kernel, Ok(())) => {
+            (Method::Kernel, "asked for; without MPS kernels of others wait meanwhile".into())
         }
-        (Method::Auto, Ok(())) => (Method::Kernel, batch),
+        (Method::Auto, Ok(())) => (Method::Auto, format!("{auto}; {batch}")),
         (Method::Auto | Method::Kernel, Err(why)) => (rest, format!("{why}; {batch}")),
     }
 }
@@ -72,7 +101,10 @@ fn choose(asked: Method, has_batch: bool, kernels: Result<(), &str>, version: &s
 impl Chosen {
     pub(super) fn of(device: &Device, asked: Method) -> Result<Self, Error> {
         let driver = device.driver();
-        let has_batch = driver.has_batched_copies();
+        let driver_has_batch = driver.has_batched_copies();
+        let has_batch = [Direction::HostToDevice, Direction::OnDevices]
+            .map(|direction| driver_has_batch && device.inner.can_batch(direction));
+        let has_mps = has_mps(device);
         let load = || {
             let kernels = Kernels::load(device)?;
             Ok((kernels.tables(TABLES_MAX)?, kernels))
@@ -88,24 +120,48 @@ impl Chosen {
             Err(lost @ Error::Lost { .. }) => return Err(lost.clone()),
             Err(error) => Some(error.to_string()),
         };
-        let there = no_kernels.as_deref().map_or(Ok(()), Err);
-        let (method, why) = choose(asked, has_batch, there, &driver.version().to_string());
+        let kernels = no_kernels.as_deref().map_or(Ok(()), Err);
+        let version = driver.version().to_string();
+        let there = There { version: &version, has_batch: driver_has_batch, has_mps, kernels };
+        let (method, mut why) = choose(asked, there);
+        if driver_has_batch && !has_batch[0] && method != Method::Loop {
+            why += "; host memory never batched, for the device has other addresses for it";
+        }
         let (idle, kernels) = loaded.map_or((Vec::new(), None), |(idle, kernels)| (idle, Some(kernels)));
-        let kernel_piece_bytes_max =
-            if has_batch { KERNEL_PIECE_BYTES_MAX } else { KERNEL_PIECE_BYTES_MAX_OF_CALLS };
         let (by_size, tables) = (asked == Method::Auto, idle.len());
-        Ok(Self { method, why, has_batch, by_size, kernels, idle, tables, kernel_piece_bytes_max })
+        Ok(Self {
+            method,
+            why,
+            has_batch,
+            has_mps,
+            by_size,
+            kernels,
+            idle,
+            tables,
+            kernel_piece_bytes_max: None,
+        })
+    }
+
+    /// Whether pieces of this length on average are for the kernel, with [`Method::Auto`].
+    fn is_for_kernel(&self, direction: Direction, pieces: usize, bytes: u64) -> bool {
+        let on_device = direction == Direction::OnDevices;
+        let (has_batch, takes_turns) = (self.has_batch[usize::from(on_device)], !on_device && !self.has_mps);
+        if takes_turns && has_batch {
+            return false;
+        }
+        let guess =
+            if has_batch || takes_turns { KERNEL_PIECE_BYTES_MAX } else { KERNEL_PIECE_BYTES_MAX_OF_CALLS };
+        pieces >= KERNEL_PIECES_MIN && bytes / pieces as u64 <= self.kernel_piece_bytes_max.unwrap_or(guess)
     }
 
     /// How these pieces are copied now. `can_reach`: the kernel finds both of their ends.
     pub(super) fn by(&self, direction: Direction, pieces: &[Piece], can_reach: bool) -> By {
-        let driver = if self.has_batch && self.method != Method::Loop { By::Driver } else { By::Calls };
+        let driver = if self.method == Method::Loop { By::Calls } else { By::Driver };
         let Some(kernels) = self.kernels.as_ref().filter(|_| can_reach && !pieces.is_empty()) else {
             return driver;
         };
         let bytes: u64 = pieces.iter().map(|piece| piece.bytes as u64).sum();
-        let is_short = bytes / pieces.len() as u64 <= self.kernel_piece_bytes_max;
-        if self.by_size && !(is_short && pieces.len() >= KERNEL_PIECES_MIN) {
+        if self.by_size && !self.is_for_kernel(direction, pieces.len(), bytes) {
             return driver;
         }
         let blocks_max = kernels.blocks_max(direction);
@@ -148,6 +204,13 @@ impl Chosen {
     }
 }
 
+/// Whether kernels of this process run beside those of others. A driver before CUDA 12.3 does not know the question:
+/// there the environment is asked, in which NVIDIA's daemon for that (MPS) is named to who is to use it.
+fn has_mps(device: &Device) -> bool {
+    let told = device.inner.attribute(CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MPS_ENABLED);
+    told.map_or_else(|_| std::env::var_os("CUDA_MPS_PIPE_DIRECTORY").is_some(), |told| told != 0)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -159,7 +222,7 @@ mod tests {
             // Asked for, batched copies, kernels: taken.
             (Auto, true, true, Auto),
             (Auto, true, false, Batch),
-            (Auto, false, true, Kernel),
+            (Auto, false, true, Auto),
             (Auto, false, false, Loop),
             (Kernel, true, true, Kernel),
             (Kernel, true, false, Batch),
@@ -174,10 +237,13 @@ mod tests {
         ];
         for (asked, has_batch, has_kernels, taken) in table {
             let kernels = if has_kernels { Ok(()) } else { Err("no kernels") };
-            let (method, why) = choose(asked, has_batch, kernels, "12.4");
-            assert_eq!(method, taken, "{asked:?} {has_batch} {has_kernels}: {why}");
-            let wanted_kernels = matches!(asked, Auto | Kernel);
-            assert_eq!(why.contains("no kernels"), wanted_kernels && !has_kernels, "{why}");
+            for has_mps in [false, true] {
+                let (method, why) = choose(asked, There { version: "12.4", has_batch, has_mps, kernels });
+                assert_eq!(method, taken, "{asked:?} {has_batch} {has_kernels}: {why}");
+                let wanted_kernels = matches!(asked, Auto | Kernel);
+                assert_eq!(why.contains("no kernels"), wanted_kernels && !has_kernels, "{why}");
+                assert_eq!(why.contains("(MPS)"), has_mps && method == Auto, "{why}");
+            }
         }
     }
 }
