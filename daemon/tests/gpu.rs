@@ -553,7 +553,8 @@ fn a_worker_that_goes_in_mid_save_leaves_no_block_and_holds_nobody_up() {
         worker.compute(71);
         let before = other.compute(72);
         // The engine's stream is busy for a second or so, and its event is behind that.
-        let (from, to) = (worker.device.allocate(LONG_COPY).unwrap(), worker.device.allocate(LONG_COPY).unwrap());
+        let (from, to) =
+            (worker.device.allocate(LONG_COPY).unwrap(), worker.device.allocate(LONG_COPY).unwrap());
         let copies = if is_real() { 4000 } else { 60 };
         let busy: Vec<_> =
             (0..copies).map(|_| worker.stream.copy((&to, 0), (&from, 0), LONG_COPY).unwrap()).collect();
@@ -567,7 +568,9 @@ fn a_worker_that_goes_in_mid_save_leaves_no_block_and_holds_nobody_up() {
             let messages = vec![v1::SaveRequest { what: Some(header) }];
             devices.save(tokio_stream::iter(messages)).await
         });
-        until("it is on its way", || Some(()).filter(|()| worker.door.status().pending > 0 || save.is_finished()));
+        until("it is on its way", || {
+            Some(()).filter(|()| worker.door.status().pending > 0 || save.is_finished())
+        });
         // Others come and go meanwhile, down and up.
         other.save_well(&[(2, [4, 5])]);
         assert_eq!(other.get(2), block_of(&other.layout, &before, &[4, 5]));
