@@ -650,8 +650,13 @@ fn a_block_that_changes_on_the_bus_is_not_stored_and_not_kept() {
         return;
     }
     // Many short pieces are copied by the kernel. What the driver copies are whole blocks alone, and the first is changed.
-    let node =
-        |way| node(way).set("gpu.pool_bytes=8MiB").set("gpu.leave_bytes=0").with_env("FAKE_CUDA", "flip=1");
+    let node = |way| {
+        node(way)
+            .set("gpu.method=kernel")
+            .set("gpu.pool_bytes=8MiB")
+            .set("gpu.leave_bytes=0")
+            .with_env("FAKE_CUDA", "flip=1")
+    };
     // On the way to host memory.
     let home = node("flip-down");
     let daemon = home.start();
