@@ -649,16 +649,16 @@ fn a_block_that_changes_on_the_bus_is_not_stored_and_not_kept() {
         eprintln!("skipped: a real bus does not change bits on purpose");
         return;
     }
-    // Many short pieces are copied by the kernel. What the driver copies are whole blocks alone, and the first is changed.
-    let node = |way| {
+    // On the way up each load copies a piece for each token of each head, and a whole block goes into the pool behind two.
+    const PIECES: u32 = LAYERS * 2 * 4 * BLOCK_TOKENS;
+    let node = |way, flip: u32| {
         node(way)
-            .set("gpu.method=kernel")
             .set("gpu.pool_bytes=8MiB")
             .set("gpu.leave_bytes=0")
-            .with_env("FAKE_CUDA", "flip=1")
+            .with_env("FAKE_CUDA", &format!("flip={flip}"))
     };
     // On the way to host memory.
-    let home = node("flip-down");
+    let home = node("flip-down", 1);
     let daemon = home.start();
     let worker = Worker::new(&home);
     let before = worker.compute(51);
@@ -673,7 +673,7 @@ fn a_block_that_changes_on_the_bus_is_not_stored_and_not_kept() {
     daemon.terminate();
 
     // On the way into the pool.
-    let home = node("flip-up");
+    let home = node("flip-up", 2 * PIECES + 1);
     let _daemon = home.start();
     let worker = Worker::new(&home);
     worker.door.put(&laid_out("t"), worker.binding, 5, BLOCK, false).expect("put");
