@@ -296,12 +296,13 @@ impl World {
                 rig.open(session(of));
             }
             Step::Quota { blocks } => {
-                // Only while it is kept: a quota below what is there is worked off by puts alone.
+                // Only while it is kept: a quota below what is there, or on its way with nobody waiting, is worked off by
+                // puts alone.
                 let bytes_max = blocks.checked_sub(1).map(|blocks| blocks * u64::from(SMALL));
-                let held =
-                    rig.report().tenants.iter().find(|one| one.tenant == "b").map_or(0, |b| b.host_bytes);
-                let kept =
-                    bytes_max.is_none_or(|quota| held <= quota && !rig.hold_fills && rig.unanswered() == 0);
+                let report = rig.report();
+                let held = report.tenants.iter().find(|one| one.tenant == "b").map_or(0, |b| b.host_bytes);
+                let quiet = !rig.hold_fills && rig.unanswered() == 0 && report.pending == 0;
+                let kept = bytes_max.is_none_or(|quota| held <= quota && quiet);
                 if kept {
                     rig.tell(Event::Quota { tenant: "b".into(), bytes_max });
                 }

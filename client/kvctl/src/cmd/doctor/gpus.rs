@@ -36,9 +36,14 @@ fn driver(facts: &Facts) -> Finding {
     };
     match &daemon.gpus {
         Some(told) if !told.gpus.is_empty() => Finding::ok(CHECK, in_use(told, machine)),
-        // A driver that is there and refuses, or one that was named, is somebody's wish to have a GPU.
-        Some(told) if !machine.has_hardware() && is_wanted(&told.absent) => {
-            Finding::hint(CHECK, &told.absent, mend(&told.absent, &machine.files))
+        // Somebody named a driver, so he wants to have a GPU.
+        Some(told) if !machine.has_hardware() && told.absent.contains("no CUDA driver: /") => {
+            let fix = "gpu.driver names it: kvctl config print --effective shows its [gpu]";
+            Finding::hint(CHECK, &told.absent, fix)
+        }
+        // What the driver says is of use to whoever expected one.
+        Some(told) if !machine.has_hardware() && told.absent.starts_with("the CUDA driver") => {
+            Finding::ok(CHECK, format!("no GPU; {}", told.absent))
         }
         _ if !machine.has_hardware() => none(),
         None => Finding::hint(
@@ -53,12 +58,6 @@ fn driver(facts: &Facts) -> Finding {
             Finding::hint(CHECK, why, mend(why, &machine.files))
         }
     }
-}
-
-/// Whether this reason says more than that there is no driver where the system keeps its own.
-fn is_wanted(absent: &str) -> bool {
-    let is_plain = absent.contains("no CUDA driver: libcuda.so.1") || absent.contains("has no device");
-    !(absent.is_empty() || is_plain || absent.contains("gpu.enabled"))
 }
 
 /// `CUDA 12.8, 7 of 8 GPUs; GPU 3 (0000:3b:00.0) is not used: ...`
@@ -360,22 +359,35 @@ mod tests {
 
     #[test]
     fn a_machine_without_gpus_gets_one_line_whatever_the_driver_says() {
-        let no_gpu = |facts: &Facts| {
+        let no_gpu = |facts: &Facts, words: &str| {
             let findings = judge(facts);
-            assert_eq!(findings, [Finding::ok("gpu driver", "no GPU")]);
+            assert_eq!(findings, [Finding::ok("gpu driver", words)]);
         };
         let mut facts = with_gpus();
         (facts.gpu.on_bus, facts.gpu.files) = (Vec::new(), vec!["nvidiactl".into()]);
-        for why in ["no CUDA driver: x", "the CUDA driver does not start: CUDA_ERROR_UNKNOWN (999)", ""] {
+        let refuses = "the CUDA driver does not start: CUDA_ERROR_UNKNOWN (999)";
+        let said = format!("no GPU; {refuses}");
+        for (why, words) in [("no CUDA driver: x", "no GPU"), (refuses, &said), ("", "no GPU")] {
             absent(&mut facts, why);
-            no_gpu(&facts);
+            no_gpu(&facts, words);
         }
         daemon(&mut facts).gpus = None;
-        no_gpu(&facts);
+        no_gpu(&facts, "no GPU");
         facts.daemon = Some(Err(Failure::new(Exit::Unreachable, "hangs")));
-        no_gpu(&facts);
+        no_gpu(&facts, "no GPU");
         facts.daemon = None;
-        no_gpu(&facts);
+        no_gpu(&facts, "no GPU");
+    }
+
+    #[test]
+    fn a_driver_that_somebody_named_and_that_is_not_there_is_told() {
+        let mut facts = with_gpus();
+        (facts.gpu.on_bus, facts.gpu.files) = (Vec::new(), Vec::new());
+        absent(&mut facts, "no CUDA driver: /opt/libcuda.so.1: cannot open shared object file");
+        let findings = judge(&facts);
+        let [finding] = &findings[..] else { panic!("{findings:?}") };
+        assert_eq!(finding.mark, Mark::Hint);
+        assert!(finding.fix.as_ref().unwrap().contains("gpu.driver"), "{finding:?}");
     }
 
     #[test]
