@@ -314,6 +314,8 @@ impl Gpus {
         cache.forget();
         let closed = cache.when_closed();
         self.order(cache.engine, Order::Forget(Of::Cache(cache.id)));
+        // It is closed when nobody has it, and this would be somebody.
+        drop(cache);
         closed
     }
 
