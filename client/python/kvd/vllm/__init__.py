@@ -32,9 +32,10 @@ import kvd
 from kvd._engine import STAGING_BYTES, TENANT, WAIT_SECONDS, WEIGHTS_BYTES, Link, fits, number, settings, text
 from kvd.vllm._identity import weights_named
 from kvd.vllm._layout import check_backends, layout_of
+from kvd.vllm._plan import Step
 from kvd.vllm._scheduler import Events, Scheduler
 from kvd.vllm._stats import PromStats, Stats
-from kvd.vllm._worker import Step, Worker
+from kvd.vllm._worker import Worker
 
 if TYPE_CHECKING:
     import torch
