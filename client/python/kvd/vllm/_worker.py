@@ -22,6 +22,7 @@ from vllm.logger import init_logger
 import kvd
 from kvd._engine import Link
 from kvd.vllm._copies import Coming, Copies, HostCopies, Room
+from kvd.vllm._device import DeviceCopies, cannot
 from kvd.vllm._layout import Group, Layout, pages_of
 from kvd.vllm._plan import Owner, Step, Work
 from kvd.vllm._stats import Stats
@@ -30,7 +31,8 @@ logger = init_logger("vllm.kvd")
 
 
 class Worker:
-    """See the top of the file. ``rank``: among the tensor-parallel ranks."""
+    """See the top of the file. ``rank``: among the tensor-parallel ranks. ``store_seconds``: the daemon copies where it can,
+    and has so long for the blocks of a step; ``None``: we do."""
 
     def __init__(
         self,
@@ -42,15 +44,18 @@ class Worker:
         layerwise: bool,
         load_seconds: float,
         staging_bytes: int,
+        store_seconds: float | None = None,
     ):
         self.link, self.layout, self.tenant = link, layout, tenant
         self.slice, replica = divmod(rank, layout.replicas)
         self.stores_blocks = replica == 0
-        self.layerwise, self.load_seconds, self.staging_bytes = layerwise, load_seconds, staging_bytes
+        self.layerwise, self.load_seconds = layerwise, load_seconds
+        self.staging_bytes, self.store_seconds = staging_bytes, store_seconds
         self.groups = {group.index: group for group in layout.groups}
         self.place = {layer: (group.index, at) for group in layout.groups for at, layer in enumerate(group.layers)}
         self.stats = Stats()
         self._host: HostCopies | None = None
+        self._device: DeviceCopies | None = None
         self._commits: deque[Room] = deque()
         """Under way."""
         self._fetches: list[Coming] = []
@@ -73,6 +78,16 @@ class Worker:
         """vLLM's tensors. Raises ``ValueError`` when they are not what the configuration said."""
         pages = {index: pages_of(group, caches) for index, group in self.groups.items()}
         self._host = HostCopies(self.link, self.groups, pages, self._binding, self.staging_bytes)
+        if self.store_seconds is not None:
+            slices = {index: self._slice(group) for index, group in self.groups.items()}
+            try:
+                made = DeviceCopies(self.link, self.groups, pages, slices, self._binding, self.store_seconds)
+            except ValueError as why:
+                cannot(why)
+            else:
+                self._device = made
+                # So that the log says at the start what becomes of it.
+                made.is_ready()
         for group in self.layout.groups:
             logger.info(
                 "kvd: group %d: %d layers of %d heads, blocks of %d tokens = %d bytes, %s, %s",
@@ -89,14 +104,14 @@ class Worker:
     def copies(self) -> Copies:
         """Who copies now."""
         assert self._host is not None, "vLLM has registered its KV cache"
-        return self._host
+        return self._device if self._device is not None and self._device.is_ready() else self._host
 
     # A step
 
     def begin(self, step: Step) -> None:
         """Announces what the step will fill."""
         self._asked, self._loading = set(), []
-        self._settle(wait=False)
+        self._hold_still()
         self._drop()
         self._failed = False
         # After a failed load, what is computed is garbage until the scheduler has planned anew: vLLM computes it
@@ -116,7 +131,9 @@ class Worker:
     def fail(self, step: Step) -> None:
         """The step's loads are given up."""
         logger.exception("kvd: a defect of the connector; what it had to load is computed. Please report it")
-        self.copies.quiesce()
+        for copies in (self._device, self._host):
+            if copies is not None:
+                copies.quiesce()
         self._give_up(step.loads)
         begun = {one.work.request for one in self._fetches}
         lost = {work.request for work in step.later} - begun
@@ -180,12 +197,17 @@ class Worker:
 
     def close(self) -> None:
         """Stores what was handed over, and ends the threads."""
-        if self._host is not None:
-            self._host.close()
+        for copies in (self._device, self._host):
+            if copies is not None:
+                copies.close()
 
     def _binding(self, session: kvd.Session, owner: Owner, group: Group) -> kvd.Binding:
         scope = self.layout.scope(group, self.tenant, owner.weights, owner.lora, owner.salt)
         return self.link.binding(session, scope, group.block_bytes, self.layout.part(group, self.slice))
+
+    def _slice(self, group: Group) -> kvd.Slice:
+        layers, heads, first, end = self.layout.part(group, self.slice)
+        return kvd.Slice(layers, heads, head_range=(first, end))
 
     # Loads
 
@@ -243,6 +265,13 @@ class Worker:
         for room in self._rooms:
             room.drop()
         self._rooms, self._left = [], []
+
+    def _hold_still(self) -> None:
+        """Counts the commits that have ended, and waits for those whose pages must be what they are until then."""
+        begun, waits = time.perf_counter(), any(room.holds_pages for room in self._commits)
+        self._settle(wait=waits)
+        if waits:
+            self.stats.add("store_seconds", time.perf_counter() - begun)
 
     def _settle(self, *, wait: bool) -> None:
         """Counts the commits that have ended, in order."""
