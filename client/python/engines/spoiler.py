@@ -7,7 +7,7 @@ import os
 from typing import TYPE_CHECKING
 
 from kvd.vllm import KvdConnector
-from kvd.vllm._worker import _Room
+from kvd.vllm._copies import _HostRoom
 
 if TYPE_CHECKING:
     import torch
@@ -18,13 +18,12 @@ class SpoilingConnector(KvdConnector):
 
     def register_kv_caches(self, kv_caches: "dict[str, torch.Tensor]") -> None:
         super().register_kv_caches(kv_caches)
-        worker = self._there(self._worker)
-        copy = worker._save_layer
+        copy = _HostRoom._copy
 
-        def spoil(room: "_Room", at: int) -> None:
+        def spoil(room: "_HostRoom", at: int) -> None:
             copy(room, at)
             if os.path.exists(os.environ["KVD_SPOIL"]):
                 for reservation in room.reservations:
                     reservation.write(bytes(len(reservation)))
 
-        worker._save_layer = spoil  # type: ignore[method-assign]
+        _HostRoom._copy = spoil  # type: ignore[method-assign]

@@ -9,8 +9,9 @@ One line turns it on::
 ``kv_connector_extra_config`` takes the fields of :class:`Settings`. Written against ``KVConnectorBase_V1`` of vLLM 0.32.
 
 The scheduler's half (``_scheduler.py``) looks a request's blocks up by vLLM's own hashes and promises only what it has
-read and checked. The workers' half (``_worker.py``) copies. What goes wrong, from a damaged block to a daemon that is
-away, ends in vLLM computing what it would have loaded; nothing here raises into the engine after its start.
+read and checked. The workers' half (``_worker.py``) copies, or has the daemon copy (``_device.py``). What goes wrong, from a
+damaged block to a daemon that is away, ends in vLLM computing what it would have loaded; nothing here raises into the
+engine after its start.
 """
 
 import functools
@@ -32,9 +33,10 @@ import kvd
 from kvd._engine import STAGING_BYTES, TENANT, WAIT_SECONDS, WEIGHTS_BYTES, Link, fits, number, settings, text
 from kvd.vllm._identity import weights_named
 from kvd.vllm._layout import check_backends, layout_of
+from kvd.vllm._plan import Step
 from kvd.vllm._scheduler import Events, Scheduler
 from kvd.vllm._stats import PromStats, Stats
-from kvd.vllm._worker import Step, Worker
+from kvd.vllm._worker import Worker
 
 if TYPE_CHECKING:
     import torch
@@ -87,6 +89,12 @@ class Settings:
     """What a rank may have announced and not yet stored."""
     layerwise: bool = True
     """Load each layer while those before it are computed, once vLLM was seen to ask for each."""
+    device_copies: bool = False
+    """Have the daemon copy between its tiers and the KV cache in a GPU's memory. Where it cannot, ranks do. Blocks have names
+    of their own with it."""
+    store_seconds: float = number(10.0, least=0.001, most=WAIT_SECONDS)
+    """With ``device_copies``: seconds in which the blocks of a step must have been computed and stored; the others are not
+    stored. The next step waits for that."""
 
 
 def _harmless(otherwise: Callable[[], Any]) -> Callable[[Callable[..., T]], Callable[..., T]]:
@@ -109,6 +117,14 @@ def _harmless(otherwise: Callable[[], Any]) -> Callable[[Callable[..., T]], Call
 _nothing = _harmless(lambda: None)
 
 
+def _device_copies(chosen: Settings, config: "VllmConfig") -> bool:
+    if chosen.device_copies and config.model_config.enable_sleep_mode:
+        # An engine that wakes up has other memory at the same addresses, and nobody tells us.
+        logger.warning("kvd: with enable_sleep_mode the daemon cannot copy to and from pages; the ranks copy by themselves")
+        return False
+    return chosen.device_copies
+
+
 class KvdConnector(KVConnectorBase_V1, SupportsHMA):
     """See the top of the file. Raises ``ValueError`` when the engine starts with what is not supported, naming it."""
 
@@ -117,7 +133,7 @@ class KvdConnector(KVConnectorBase_V1, SupportsHMA):
         transfer = vllm_config.kv_transfer_config
         assert transfer is not None, "vLLM made a connector without a configuration for it"
         chosen = settings(Settings, transfer.kv_connector_extra_config, EXTRA)
-        layout = layout_of(vllm_config, kv_cache_config, chosen.model)
+        layout = layout_of(vllm_config, kv_cache_config, chosen.model, by_axes=chosen.device_copies)
         # vLLM's default is to fail the request; a cache must not do that.
         transfer.kv_load_failure_policy = "recompute"
         rank = get_tensor_model_parallel_rank() if role == KVConnectorRole.WORKER else 0
@@ -160,6 +176,7 @@ class KvdConnector(KVConnectorBase_V1, SupportsHMA):
                 layerwise=chosen.layerwise,
                 load_seconds=chosen.load_seconds,
                 staging_bytes=chosen.staging_bytes,
+                store_seconds=chosen.store_seconds if _device_copies(chosen, vllm_config) else None,
             )
 
     # What vLLM asks before it starts

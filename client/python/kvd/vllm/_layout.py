@@ -28,12 +28,16 @@ from vllm.v1.kv_cache_interface import (
     UniformTypeKVCacheSpecs,
 )
 
+import kvd
 from kvd._engine import model_name
 from kvd.vllm._identity import cache_dtype, order, weights_named
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
+AXES = "layer,head,token,kv,dim"
+"""The order of a kvd block, as the daemon reads it. K and V of a token and head lie side by side; together they are one
+vector to it, as MLA's latent is, whatever their lengths, and with what else the page has of them."""
 NULL_BLOCK = 0
 """vLLM's number for "no block here": what a sliding window has left behind."""
 
@@ -58,6 +62,8 @@ class Group:
     dtype: str
     order: str
     """What decides about the order of bytes in a page besides its sizes."""
+    by_axes: bool
+    """The layout of the scope is an order of axes and nothing else, so that the daemon can copy by it."""
 
     @property
     def block_bytes(self) -> int:
@@ -66,8 +72,15 @@ class Group:
     @property
     def layout(self) -> str:
         """For the scope: the order of memory, and which layers these are."""
-        digest = hashlib.blake2b("\n".join(self.layers).encode(), digest_size=8).hexdigest()
-        return f"{self.order},layer,head,token,kv;layers={digest}"
+        return AXES if self.by_axes else f"{self.order},layer,head,token,kv;layers={self._digest}"
+
+    def weights(self, weights: str) -> str:
+        """For the scope: with what an order of axes has no place for."""
+        return f"{weights};{self.order};layers={self._digest}" if self.by_axes else weights
+
+    @property
+    def _digest(self) -> str:
+        return hashlib.blake2b("\n".join(self.layers).encode(), digest_size=8).hexdigest()
 
     def first_needed(self, tokens: int) -> int:
         """The first block that a request with ``tokens`` computed tokens still reads."""
@@ -98,7 +111,7 @@ class Layout:
         """Arguments of :class:`kvd.Scope`."""
         return {
             "model": self.model,
-            "weights": weights,
+            "weights": group.weights(weights),
             "tenant": tenant,
             "block_tokens": group.block_tokens,
             "dtype": group.dtype,
@@ -114,8 +127,9 @@ class Layout:
         return len(group.layers), heads * self.slices, heads * slice_, heads * (slice_ + 1)
 
 
-def layout_of(config: "VllmConfig", cache: KVCacheConfig, model: str = "") -> Layout:
-    """Reads vLLM's configuration. ``model``: what to call it, if not as vLLM does.
+def layout_of(config: "VllmConfig", cache: KVCacheConfig, model: str = "", *, by_axes: bool = False) -> Layout:
+    """Reads vLLM's configuration. ``model``: what to call it, if not as vLLM does. ``by_axes``: blocks have names of their
+    own, by which the daemon can copy them to and from devices; their bytes are the same.
 
     Raises ``ValueError`` that names what is not supported.
     """
@@ -132,7 +146,7 @@ def layout_of(config: "VllmConfig", cache: KVCacheConfig, model: str = "") -> La
         left = sorted(set(range(len(cache.kv_cache_groups))) - set(chosen))
         raise _unsupported(f"KV cache groups {left}", "their state cannot be found by the hash of a prefix")
     groups = tuple(
-        _group(index, cache.kv_cache_groups[index], hash_tokens, cache_dtype(config), order())
+        _group(index, cache.kv_cache_groups[index], hash_tokens, cache_dtype(config), order(), by_axes)
         for index in chosen
     )
     align = cache.cache_hit_alignment_tokens or max(group.block_tokens for group in groups)
@@ -149,7 +163,9 @@ def layout_of(config: "VllmConfig", cache: KVCacheConfig, model: str = "") -> La
     )
 
 
-def _group(index: int, group: KVCacheGroupSpec, hash_tokens: int, numbers: str, order: str) -> Group:
+def _group(
+    index: int, group: KVCacheGroupSpec, hash_tokens: int, numbers: str, order: str, by_axes: bool
+) -> Group:
     layers, spec = group.layer_names, group.kv_cache_spec
     each = spec.kv_cache_specs if isinstance(spec, UniformTypeKVCacheSpecs) else dict.fromkeys(layers, spec)
     specs = [_known(index, layer, each[layer]) for layer in layers]
@@ -170,6 +186,7 @@ def _group(index: int, group: KVCacheGroupSpec, hash_tokens: int, numbers: str, 
         attention=_attention(first),
         dtype=_dtype(first, numbers),
         order=order,
+        by_axes=by_axes,
     )
 
 
@@ -242,3 +259,30 @@ def pages_of(group: Group, caches: dict[str, torch.Tensor]) -> list[torch.Tensor
         if pages[-1][0].numel() != page_bytes:
             raise _unsupported(seen, f"{page_bytes} bytes a block is what vLLM's configuration says")
     return pages
+
+
+def cache_layout(group: Group, pages: list[torch.Tensor], piece: kvd.Slice) -> kvd.CacheLayout:
+    """How the group's pages (see :func:`pages_of`) lie in device memory. ``piece``: which layers and heads they are.
+
+    Raises ``ValueError`` that says why there is no such layout.
+    """
+    first = pages[0]
+    for layer, page in zip(group.layers, pages, strict=True):
+        if (kind := page.device.type) != "cuda":
+            raise ValueError(f"layer {layer} is in {kind} memory")
+        if (page.shape, page.stride()) != (first.shape, first.stride()):
+            raise ValueError(
+                f"layer {layer} is {tuple(page.shape)} with strides {page.stride()}, "
+                f"layer {group.layers[0]} {tuple(first.shape)} with {first.stride()}"
+            )
+    block, head, token, channel = first.stride()
+    return kvd.CacheLayout.strided(
+        {"page": block, "head": head, "token": token, "dim": channel},
+        {"layer": 1},
+        slice=piece,
+        page_count=first.shape[0],
+        page_tokens=group.block_tokens,
+        head_dim=first.shape[3],
+        element_bits=8,
+        content="latent",
+    )

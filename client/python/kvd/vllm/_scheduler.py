@@ -22,8 +22,8 @@ from vllm.v1.metrics.cache_hit_source import CacheHitSource
 import kvd
 from kvd._engine import Link, files_of, weights_of
 from kvd.vllm._layout import NULL_BLOCK, Group, Layout
+from kvd.vllm._plan import BATCH, Owner, Piece, Step, Work
 from kvd.vllm._stats import Stats
-from kvd.vllm._worker import BATCH, Owner, Piece, Step, Work
 
 if TYPE_CHECKING:
     from vllm.v1.core.kv_cache_manager import KVCacheBlocks

@@ -41,8 +41,9 @@ from kvd.vllm import KvdConnector, Settings, _layout, _scheduler, logger
 from kvd.vllm._identity import computed_as, weights_named
 from kvd.vllm._layout import check_backends, pages_of
 from kvd.vllm._layout import layout_of as kvd_layout
+from kvd.vllm._plan import Owner, Piece, Step, Work
 from kvd.vllm._scheduler import Events, Scheduler
-from kvd.vllm._worker import Owner, Piece, Step, Work, Worker
+from kvd.vllm._worker import Worker
 from kvd.vllm_tier import Settings as TierSettings
 
 Nodes = tuple[Daemon, Daemon]
@@ -354,6 +355,17 @@ def test_what_was_computed_with_a_failed_load_is_never_stored(daemon: Daemon, la
     assert not here._held(garbage, OWNER, 6 * TOKENS)[2], "nor is it announced any more"
     step(one, Step(stores=stored(0, [17, 18]), failures_seen=1))
     soon(lambda: here._held(garbage, OWNER, 6 * TOKENS)[0] == 2 * TOKENS)
+
+
+def test_the_room_of_a_failed_step_is_given_back(daemon: Daemon, layout_of: Any):
+    layout = layout_of(cache(FULL))
+    one = worker(daemon, layout, tensors(layout, 1), staging_bytes=2 * layout.groups[0].block_bytes)
+    absent = work([Piece(0, names(2, 9), [11, 12])])
+    for failures in range(3):
+        stored = work([Piece(0, names(2, failures), [13, 14])])
+        step(one, Step(loads=[absent], stores=[stored], failures_seen=failures))
+    step(one, Step(stores=[work([Piece(0, names(2), [1, 2])])], failures_seen=3))
+    soon(lambda: matched(scheduler(daemon, layout), request(names(2))) == 2 * TOKENS)
 
 
 def test_a_new_life_takes_nothing_along(daemon: Daemon, layout_of: Any):
