@@ -372,30 +372,32 @@ impl Gpus {
         pools.filter_map(|engine| engine.pool.as_ref()).find_map(|pool| try_lock(pool)?.get(key, &record))
     }
 
-    /// Gives up what pools have of these blocks; how many they had. With `dry_run` they are only counted.
-    pub fn evict(&self, keys: &[BlockKey], dry_run: bool) -> u64 {
-        let pools = self.0.engines.iter().filter_map(|engine| engine.pool.as_ref());
-        let wanted: HashSet<&BlockKey> = keys.iter().collect();
-        let mut gone: HashSet<BlockKey> = HashSet::new();
-        for pool in pools {
-            let mut pool = lock(pool);
-            let has: Vec<BlockKey> = pool.keys().filter(|key| wanted.contains(key)).collect();
-            if !dry_run {
-                has.iter().for_each(|key| pool.forget(key));
-            }
-            gone.extend(has);
+    /// Whether a pool has something under this name.
+    pub fn has(&self, key: &BlockKey) -> bool {
+        self.pools().any(|pool| lock(pool).contains(key))
+    }
+
+    /// Gives up what pools have of this block; whether any had something. With `dry_run` that is all that is found out.
+    pub fn evict(&self, key: &BlockKey, dry_run: bool) -> bool {
+        let had = self.has(key);
+        if had && !dry_run {
+            self.pools().for_each(|pool| lock(pool).forget(key));
         }
-        gone.len() as u64
+        had
+    }
+
+    fn pools(&self) -> impl Iterator<Item = &Kept> {
+        self.0.engines.iter().filter_map(|engine| engine.pool.as_ref())
     }
 
     /// Whether any device has a pool.
     pub fn has_pool(&self) -> bool {
-        self.0.engines.iter().any(|engine| engine.pool.is_some())
+        self.pools().next().is_some()
     }
 
     /// Gives up what pools have of blocks that the catalog does not know any more: after an operator removed some.
     pub fn sweep(&self, node: &Node) {
-        for pool in self.0.engines.iter().filter_map(|engine| engine.pool.as_ref()) {
+        for pool in self.pools() {
             let keys: Vec<BlockKey> = lock(pool).keys().collect();
             let sights = node.everything().sights(&keys);
             let gone = keys.iter().zip(sights).filter(|(_, (sight, _))| *sight == Sight::Absent);

@@ -474,13 +474,9 @@ impl v1::blocks_server::Blocks for BlocksService {
         }
         if tier == Some(Tier::Device) {
             // What somebody may not see he may not have removed either.
-            let seen: Vec<BlockKey> = keys
-                .iter()
-                .zip(view.sights(&keys))
-                .filter(|(_, (sight, _))| *sight != Sight::Absent)
-                .map(|(key, _)| *key)
-                .collect();
-            let evicted = self.0.gpus.evict(&seen, request.dry_run) as u32;
+            let seen = keys.iter().zip(view.sights(&keys)).filter(|(_, (sight, _))| *sight != Sight::Absent);
+            let had = seen.filter(|(key, _)| self.0.gpus.evict(key, request.dry_run));
+            let evicted = had.count() as u32;
             let absent = keys.len() as u32 - evicted;
             return Ok(Response::new(v1::EvictResponse { evicted, in_use: 0, absent }));
         }
@@ -524,7 +520,7 @@ impl v1::blocks_server::Blocks for BlocksService {
         let mut block = known.map(|(shard, report)| block_info(self.node(), shard, &report));
         if let Some(block) = &mut block
             && !block.tiers.is_empty()
-            && self.0.gpus.evict(&[key], true) > 0
+            && self.0.gpus.has(&key)
         {
             block.tiers.insert(0, v1::Tier::Device.into());
         }

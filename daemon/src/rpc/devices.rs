@@ -175,7 +175,7 @@ impl Drop for Open<'_> {
     }
 }
 
-/// What came true of the device is waited for, a while at most.
+/// Waits until the device is done with something, the deadline at most.
 async fn until_quiet(until: Instant, quiet: oneshot::Receiver<()>) -> Result<(), Status> {
     match tokio::time::timeout_at(until.into(), quiet).await {
         // The thread is gone, and what it had under way with it.

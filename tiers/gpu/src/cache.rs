@@ -210,6 +210,11 @@ impl Cache {
         gone.len()
     }
 
+    /// Whether it has a block under this name, or is writing one, whatever its bytes. Nobody reads it by that.
+    pub fn contains(&self, key: &BlockKey) -> bool {
+        self.entries.contains_key(key) || self.writing.contains_key(key)
+    }
+
     /// The blocks that it has, or that are being written, in no order; some twice.
     pub fn keys(&self) -> impl Iterator<Item = BlockKey> + '_ {
         self.entries.keys().chain(self.writing.keys()).copied()
